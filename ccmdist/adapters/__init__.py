@@ -1,0 +1,1 @@
+"""Low-rank adapters on the linears of a frozen model: their mathematics, their files, merging and export."""

@@ -1,0 +1,152 @@
+"""Put adapters into a model, and know of them together: their parameters, their norms, how far they have moved."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ccmdist.adapters.lora import LoRALinear, update_scale
+from ccmdist.adapters.wdlora import ROWS_AT_ONCE, NormClock, WDLoRALinear
+from ccmdist.config.train import AdapterSettings, WDLoRASettings
+
+KINDS = ("lora_A", "lora_B", "magnitude")
+
+
+class RowSquares:
+    """Collects ||W||^2 of the rows of some linears while their weights are read for the first and only time."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        """Collect for the linears called ``names``."""
+        self._names = {f"{name}.weight": name for name in names}
+        self._found: dict[str, dict[int, Tensor]] = {name: {} for name in self._names.values()}
+        self._rows: dict[str, int] = {}
+
+    def on_rows(self, tensor_name: str, first_row: int, rows: Tensor, num_rows: int) -> None:
+        """Take note of some whole rows of a tensor.
+
+        Args:
+            tensor_name: Name in the checkpoint.
+            first_row: Index of ``rows[0]``.
+            rows: Whole rows, of any float dtype.
+            num_rows: Rows of the whole tensor.
+        """
+        if (name := self._names.get(tensor_name)) is not None:
+            dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+            self._rows[name] = num_rows
+            self._found[name][first_row] = rows.detach().to(dtype).square().sum(1).cpu()
+
+    def reduce(self) -> dict[str, Tensor]:
+        """Name of linear -> ||W||^2 of all its rows, on the CPU. Collective when several ranks have read."""
+        shared = dist.is_initialized() and dist.get_world_size() > 1
+        if shared:
+            known: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
+            dist.all_gather_object(known, self._rows)
+            self._rows = {name: count for one in known for name, count in one.items()}
+        squares = {name: self._whole(name) for name in self._found}
+        return _summed(squares) if shared else squares
+
+    def _whole(self, name: str) -> Tensor:
+        """All rows of a linear, zero where another rank has read."""
+        parts = self._found[name]
+        dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts.values()) else torch.float32
+        whole = torch.zeros(self._rows[name], dtype=dtype)
+        for first_row, part in parts.items():
+            whole[first_row : first_row + len(part)] = part
+        return whole
+
+
+def _summed(squares: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sum over all ranks, in one all-reduce; every row was read by one rank, so it is exact. Collective."""
+    flat = torch.cat(list(squares.values()))
+    if dist.get_backend() == "nccl":
+        flat = flat.cuda()
+    dist.all_reduce(flat)
+    return dict(zip(squares, flat.cpu().split([len(values) for values in squares.values()]), strict=True))
+
+
+def row_squares_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """||W||^2 per row of linears whose weights lie in this process."""
+    squares = {}
+    for name in names:
+        weight = model.get_submodule(name).weight.detach()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        squares[name] = torch.cat([rows.to(dtype).square().sum(1) for rows in weight.split(ROWS_AT_ONCE)])
+    return squares
+
+
+class AdaptedLinears:
+    """All adapted linears of one model."""
+
+    def __init__(self, modules: dict[str, nn.Module], clock: NormClock) -> None:
+        """Keep ``modules``, name -> adapted linear, which share ``clock``."""
+        self.modules, self._clock = modules, clock
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained: full parameter name -> parameter."""
+        found = ((name, kind) for name, module in self.modules.items() for kind in KINDS if hasattr(module, kind))
+        return {f"{name}.{kind}": getattr(self.modules[name], kind) for name, kind in found}
+
+    def advance(self) -> None:
+        """Say that the parameters have changed; every norm is evaluated anew, once, when it is next needed."""
+        self._clock.advance()
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over trained tensors, name of linear -> kind -> values; not under ZeRO-3."""
+        for name, module in self.modules.items():
+            for kind, values in tensors[name].items():
+                getattr(module, kind).copy_(values)
+        self.advance()
+
+    def movement(self) -> dict[str, float]:
+        """How far magnitudes and directions had moved at the last forward, per group of layers.
+
+        "magnitude/img_attn" is the mean of |m / ||W|| - 1|, "direction_rad/img_attn" the mean angle between the rows
+        of W' and W. Empty for plain LoRA.
+        """
+        found: dict[str, list[Tensor]] = {}
+        for name, module in self.modules.items():
+            if isinstance(module, WDLoRALinear) and module.rows is not None:
+                moved = module.rows.movement()
+                found.setdefault(f"magnitude/{layer_group(name)}", []).append(moved.magnitude)
+                found.setdefault(f"direction_rad/{layer_group(name)}", []).append(moved.angle)
+        return {name: float(torch.stack(values).mean()) for name, values in sorted(found.items())}
+
+    def has_frozen_magnitudes(self) -> bool:
+        """Whether no magnitude of any layer had moved at the last forward; False for plain LoRA."""
+        states = [m.rows for m in self.modules.values() if isinstance(m, WDLoRALinear) and m.rows is not None]
+        return bool(states) and float(torch.stack([state.movement().share_of_rows for state in states]).max()) == 0
+
+
+def inject(
+    model: nn.Module, names: list[str], settings: AdapterSettings, row_squares: Mapping[str, Tensor], seed: int
+) -> AdaptedLinears:
+    """Replace the linears called ``names`` in ``model`` by adapted ones that own the same weights.
+
+    Args:
+        model: Frozen; under ZeRO-3 its weights may be partitioned.
+        names: Of ``nn.Linear`` modules.
+        settings: Kind, rank, scale.
+        row_squares: From :class:`RowSquares` or :func:`row_squares_of`.
+        seed: Of the initial A.
+    """
+    clock, scale = NormClock(), update_scale(settings)
+    modules: dict[str, nn.Module] = {}
+    for name in names:
+        base = model.get_submodule(name)
+        assert isinstance(base, nn.Linear), f"{name} is a {type(base).__name__}"
+        if isinstance(settings, WDLoRASettings):
+            modules[name] = WDLoRALinear(base, settings.lora_rank, scale, row_squares[name], clock, name, seed)
+        else:
+            modules[name] = LoRALinear(base, settings.lora_rank, scale, name, seed)
+        model.set_submodule(name, modules[name])
+    return AdaptedLinears(modules, clock)
+
+
+def layer_group(name: str) -> str:
+    """To which group of layers a linear belongs when movement is told: "img_attn", "txt_mlp" and so on."""
+    stream = "txt" if re.search(r"\.(add_[qkv]_proj|to_add_out|txt_mlp)", name) else "img"
+    return f"{stream}_{'mlp' if '_mlp.' in name else 'attn'}"

@@ -1,0 +1,39 @@
+"""Plain LoRA with the same ownership as WDLoRA: W' = W + s B A, the baseline without weight decomposition.
+
+Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ccmdist.adapters.wdlora import adapter_dtype, initial_down
+from ccmdist.config.train import AdapterSettings
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a trainable low-rank addition; equals its base bit for bit at the start."""
+
+    def __init__(self, base: nn.Linear, lora_rank: int, scale: float, name: str, seed: int) -> None:
+        """Take over the base's parameters without looking at them; arguments as of WDLoRALinear."""
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.scale = scale
+        device, dtype = base.weight.device, adapter_dtype(base)
+        self.lora_A = nn.Parameter(initial_down(lora_rank, base.in_features, name, seed).to(device, dtype))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, lora_rank, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product x W'^T + bias, in the dtype of ``x``."""
+        update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return F.linear(x, self.weight, self.bias) + update * self.scale
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"{self.in_features}, {self.out_features}, lora_rank={self.lora_A.shape[0]}, scale={self.scale:g}"
+
+
+def update_scale(settings: AdapterSettings) -> float:
+    """The scale s = alpha / lora_rank, by which every adapter multiplies B A."""
+    return (settings.alpha or settings.lora_rank) / settings.lora_rank

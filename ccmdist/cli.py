@@ -1,0 +1,217 @@
+"""The command line: one command per stage, ``ccmdist STAGE FILE.yaml ... key=value ... [--dry-run]``, later wins.
+
+Imports no torch, so help and dry runs answer at once. Problems that the user can mend are one message without a
+traceback; the exit code is 0 done, 75 committed but not finished (run the same command again), 78 refused, 70 an error of ours.
+"""
+
+import importlib
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from ccmdist.commit import commit_json
+from ccmdist.config.data import FolderShardsConfig, PhantomShardsConfig, PrecomputeConfig
+from ccmdist.config.evaluate import EvaluateConfig
+from ccmdist.config.loading import digest, load, resolved
+from ccmdist.config.settings import Settings
+from ccmdist.config.synthesize import SynthesizeConfig
+from ccmdist.config.train import TrainConfig
+from ccmdist.console import start_logging
+from ccmdist.errors import EXIT_INTERNAL, EXIT_REFUSED, EXIT_REQUEUE, CcmdistError, Preempted
+
+SETTINGS = {"rich_markup_mode": None, "add_completion": False, "no_args_is_help": True, "pretty_exceptions_enable": False}
+app = typer.Typer(help="Fine-tune Qwen-Image-Edit on corneal confocal microscopy, on a cluster or on a laptop.", **SETTINGS)
+shards = typer.Typer(help="Make and check shard sets: images, nerve masks and prompts in WebDataset tars.", **SETTINGS)
+model = typer.Typer(help="Make model folders that need no download.", **SETTINGS)
+adapter = typer.Typer(help="Export, merge, verify and show trained adapters.", **SETTINGS)
+app.add_typer(shards, name="shards")
+app.add_typer(model, name="model")
+app.add_typer(adapter, name="adapter")
+
+Arguments = Annotated[list[str] | None, typer.Argument(metavar="FILE.yaml|key=value", show_default=False)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the resolved settings and the plan, and do nothing.")]
+
+
+def _load(kind: type[Settings], arguments: list[str] | None) -> Any:
+    files = [Path(a) for a in arguments or [] if "=" not in a]
+    return load(kind, files, [a for a in arguments or [] if "=" in a])
+
+
+def _stage(kind: type[Settings], module: str, arguments: list[str] | None, dry_run: bool, function: str = "run") -> None:
+    """Read the settings of a stage and hand them to its job, or show them."""
+    config = _load(kind, arguments)
+    job = f"ccmdist.jobs.{module}"
+    if dry_run:
+        _show(config, getattr(importlib.import_module(job), "describe", None))
+        return
+    with tempfile.TemporaryDirectory(prefix="ccmdist-") as folder:
+        path = Path(folder) / "config.json"
+        commit_json(path, resolved(config))
+        getattr(importlib.import_module(job), function)(str(path))
+
+
+def _show(config: Settings, describe: Callable[[Any], str] | None) -> None:
+    print(json.dumps(resolved(config), indent=2))
+    print(f"digest {digest(config)}")
+    if describe is not None:
+        print(describe(config))
+    print("dry run: nothing was done")
+
+
+@shards.command(epilog="Example: ccmdist shards phantom out=shards/phantom subjects_per_group=8 size_px=384")
+def phantom(arguments: Arguments = None, dry_run: DryRun = False) -> None:
+    """Make procedural image, mask and prompt triples for every clinical group."""
+    _stage(PhantomShardsConfig, "shards", arguments, dry_run, "phantom")
+
+
+@shards.command(epilog="Example: ccmdist shards folders source=my_frames out=shards/ccm test_fraction=0.2")
+def folders(arguments: Arguments = None, dry_run: DryRun = False) -> None:
+    """Pack a folder of images, masks and a table.csv, as shards/README.md describes."""
+    _stage(FolderShardsConfig, "shards", arguments, dry_run, "folders")
+
+
+@shards.command(epilog="Example: ccmdist shards verify shards/phantom")
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder of a shard set.")],
+    plan: Annotated[bool, typer.Option("--plan", help="Also compare a synthetic set with its plan.")] = False,
+) -> None:
+    """Check every shard against the manifest, and a synthetic set against its plan: no gap, no duplicate."""
+    importlib.import_module("ccmdist.jobs.shards").verify(folder)
+    if plan:
+        importlib.import_module("ccmdist.jobs.synthesize").verify(folder)
+
+
+@app.command(epilog="Example: ccmdist precompute configs/precompute/tiny.yaml")
+def precompute(arguments: Arguments = None, dry_run: DryRun = False) -> None:
+    """Encode masks, prompts and images once, into the cache that training and synthesis read."""
+    _stage(PrecomputeConfig, "precompute", arguments, dry_run)
+
+
+AllowChange = Annotated[
+    list[str] | None, typer.Option("--allow-change", help="Setting that may differ from the run's first start; repeatable.")
+]
+
+
+@app.command(epilog="Example: ccmdist train configs/train/tiny.yaml processes=2 num_steps=40")
+def train(arguments: Arguments = None, dry_run: DryRun = False, allow_change: AllowChange = None) -> None:
+    """Fine-tune an adapter. Run the same command again to resume after a stop."""
+    config = _load(TrainConfig, arguments)
+    job = importlib.import_module("ccmdist.jobs.train") if not dry_run else None
+    if job is None:
+        _show(config, importlib.import_module("ccmdist.jobs.train_plan").describe)
+        return
+    raise typer.Exit(job.start(config, frozenset(allow_change or ())))
+
+
+@app.command(epilog="Example: ccmdist synthesize configs/synthesize/tiny.yaml adapter=runs/tiny/adapter")
+def synthesize(arguments: Arguments = None, dry_run: DryRun = False) -> None:
+    """Draw images for the masks of a shard set, into shards of the same format."""
+    _stage(SynthesizeConfig, "synthesize", arguments, dry_run)
+
+
+@app.command(epilog="Example: ccmdist evaluate configs/evaluate/tiny.yaml")
+def evaluate(arguments: Arguments = None, dry_run: DryRun = False) -> None:
+    """Compare synthetic sets with a real one: report.json and report.html."""
+    _stage(EvaluateConfig, "evaluate", arguments, dry_run)
+
+
+Size = Annotated[str, typer.Option("--size", help="tiny, small, full-width-2-blocks or full.")]
+Version = Annotated[str, typer.Option("--version", help="v1, 2509 or 2511.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+Model = Annotated[Path, typer.Option("--model", help="Folder of the base model.")]
+
+
+@model.command(epilog="Example: ccmdist model make --size tiny --fitted --out models/tiny")
+def make(
+    out: Out,
+    size: Size = "tiny",
+    version: Version = "2509",
+    seed: int = 0,
+    fitted: Annotated[bool, typer.Option("--fitted", help="Use the small fitted weights that come along (tiny).")] = False,
+) -> None:
+    """Write a complete checkpoint folder with random weights, in the layout of a real download."""
+    importlib.import_module("ccmdist.jobs.model").make(size, version, out, seed, fitted)
+
+
+@model.command(epilog="Example: ccmdist model fit --out models/tiny-fit")
+def fit(
+    out: Out,
+    seed: int = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps only, to see that it runs.")] = False,
+) -> None:
+    """Train the tiny VAE and MMDiT on phantoms until they can show an image; what `model make --fitted` uses."""
+    importlib.import_module("ccmdist.jobs.model").fit(out, seed, quick)
+
+
+Source = Annotated[Path, typer.Argument(help="Folder of an adapter, a run or a checkpoint.")]
+
+
+@adapter.command(epilog="Example: ccmdist adapter export runs/tiny --model models/tiny --out adapters/tiny")
+def export(source: Source, model_folder: Model, out: Out) -> None:
+    """Write the adapter for diffusers and for ComfyUI, with a model card, and verify what was written."""
+    importlib.import_module("ccmdist.jobs.adapter").export(source, model_folder, out)
+
+
+@adapter.command(epilog="Example: ccmdist adapter merge runs/tiny --model models/tiny --out models/tiny-merged")
+def merge(source: Source, model_folder: Model, out: Out) -> None:
+    """Write a transformer folder with the adapter merged into its weights."""
+    importlib.import_module("ccmdist.jobs.adapter").merge(source, model_folder, out)
+
+
+@adapter.command("verify", epilog="Example: ccmdist adapter verify adapters/tiny --model models/tiny")
+def verify_adapter(source: Source, model_folder: Model) -> None:
+    """Load the adapter with stock diffusers and compare its output with ours."""
+    importlib.import_module("ccmdist.jobs.adapter").verify(source, model_folder)
+
+
+@adapter.command(epilog="Example: ccmdist adapter show runs/tiny")
+def show(source: Source) -> None:
+    """Print what an adapter adapts, how large it is and how far it has moved."""
+    importlib.import_module("ccmdist.jobs.adapter").show(source)
+
+
+@app.command(epilog="Example: ccmdist demo --out runs/demo")
+def demo(out: Out = Path("runs/demo")) -> None:
+    """Run the whole chain on this machine: phantoms, training that is preempted and resumed, synthesis, report."""
+    importlib.import_module("ccmdist.jobs.demo").run(out)
+
+
+def main() -> None:
+    """Run the command of this process and exit with the contract's code."""
+    start_logging()
+    sys.exit(exit_code(sys.argv[1:]))
+
+
+def exit_code(arguments: list[str]) -> int:
+    """Run one command; its exit code. What the user can mend is told in one message."""
+    try:
+        return typer.main.get_command(app).main(arguments, prog_name="ccmdist", standalone_mode=False) or 0
+    except Preempted as stop:
+        return _told(str(stop), EXIT_REQUEUE)
+    except CcmdistError as error:
+        return _told(str(error), error.exit_code)
+    except TyperException as error:
+        return _told(getattr(error, "format_message", error.__str__)(), EXIT_REFUSED)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        if error.filename and error.errno:
+            return _told(f"{where}{error.strerror}; see that the path exists, can be written and has space left", EXIT_REFUSED)
+        traceback.print_exc()
+        return EXIT_INTERNAL
+    except (typer.Abort, KeyboardInterrupt):
+        return _told("stopped by ctrl-C; run the same command again to go on", EXIT_REQUEUE)
+    except Exception:
+        traceback.print_exc()
+        return _told("this is an error of ours, not of your input; please report it with the lines above", EXIT_INTERNAL)
+
+
+def _told(message: str, code: int) -> int:
+    sys.stderr.write(f"ccmdist: {message}\n")
+    return code

@@ -1,0 +1,90 @@
+"""Several ranks on one machine without torchrun, so that exit codes, error texts and signals survive.
+
+The processes are forked from a server that has imported the heavy libraries once: an import of torch,
+diffusers and DeepSpeed costs seconds of CPU per process.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from ccmdist.cluster.ranks import Ranks
+from ccmdist.errors import EXIT_DONE, EXIT_INTERNAL
+
+RankMain = Callable[[str, Ranks, str], int]
+SECONDS_FOR_THE_OTHERS = 5.0
+
+
+def launch(module: str, function: RankMain, config_path: str, processes: int) -> int:
+    """Run ``function(config_path, ranks, rendezvous)`` in ``processes`` processes; the exit code of the first that failed.
+
+    Args:
+        module: Name of the module that the fork server imports beforehand.
+        function: A module-level function that returns the exit code of its rank.
+        config_path: Handed to every rank.
+        processes: Number of ranks.
+
+    A stop signal to this process is passed on to every rank. When one rank dies the others, who would wait for
+    it in a collective, are ended as well, and the death is told in one line.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    with tempfile.TemporaryDirectory(prefix="ccmdist-") as folder:
+        rendezvous = f"file://{Path(folder) / 'rendezvous'}"
+        ranks = [Ranks(rank, rank, processes) for rank in range(processes)]
+        children = [context.Process(target=_rank, args=(function, config_path, rank, rendezvous)) for rank in ranks]
+        forwarded = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, lambda n, _: _pass_on(children, n)) for number in forwarded}
+        try:
+            for child in children:
+                child.start()
+            return _wait(children)
+        finally:
+            for child in children:
+                if child.is_alive():
+                    child.kill()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _rank(function: RankMain, config_path: str, ranks: Ranks, rendezvous: str) -> None:
+    # A terminal sends ctrl-C to the whole process group; a group of its own lets the launcher be the one who passes it on.
+    os.setpgid(0, 0)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    sys.exit(function(config_path, ranks, rendezvous))
+
+
+def _pass_on(children: list[BaseProcess], number: int) -> None:
+    for child in children:
+        if child.pid is not None and child.is_alive():
+            os.kill(child.pid, number)
+
+
+def _wait(children: list[BaseProcess]) -> int:
+    while all(child.exitcode in (None, EXIT_DONE) for child in children):
+        if all(child.exitcode == EXIT_DONE for child in children):
+            return EXIT_DONE
+        time.sleep(0.05)
+    _give_time(children)
+    failed = [(rank, child.exitcode or 0) for rank, child in enumerate(children) if child.exitcode not in (None, EXIT_DONE)]
+    for rank, code in failed:
+        if code < 0:
+            sys.stderr.write(
+                f"rank {rank} was killed by {signal.Signals(-code).name}; "
+                "run the same command again to continue from the last checkpoint\n"
+            )
+    codes = [code for _, code in failed]
+    return next((code for code in codes if code > 0 and code != EXIT_INTERNAL), EXIT_INTERNAL)
+
+
+def _give_time(children: list[BaseProcess]) -> None:
+    """Wait a little for ranks that end by themselves, for instance all with the same refusal."""
+    deadline = time.monotonic() + SECONDS_FOR_THE_OTHERS
+    while time.monotonic() < deadline and any(child.exitcode is None for child in children):
+        time.sleep(0.05)

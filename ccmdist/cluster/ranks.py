@@ -1,0 +1,69 @@
+"""Who this process is: the only place that reads SLURM_* and RANK variables.
+
+The vocabulary: ``global_rank`` of ``world_size`` processes, ``local_rank`` on its node; and for work that is
+split without talking to each other, ``worker_index`` of ``num_workers``, over all tasks of a Slurm array.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ccmdist.errors import RunError
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The place of this process among those that train together."""
+
+    global_rank: int
+    local_rank: int
+    world_size: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes what is written once."""
+        return self.global_rank == 0
+
+
+def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks | None:
+    """The ranks that a launcher or srun has set, or None if nobody started this process as one of several.
+
+    Raises:
+        RunError: If only some of the variables of a launcher are set, or they contradict each other.
+    """
+    if found := _complete(LAUNCHER_VARIABLES, environment, "unset them, or set all three"):
+        return found
+    # Inside a batch script, or after `salloc`, SLURM_NTASKS is set but no task has been started by srun.
+    if "SLURM_PROCID" not in environment or environment.get("SLURM_STEP_ID", "") in ("", "batch"):
+        return None
+    return _complete(SLURM_VARIABLES, environment, "start the tasks with srun, one per GPU")
+
+
+def _complete(names: tuple[str, str, str], environment: Mapping[str, str], remedy: str) -> Ranks | None:
+    values = {name: environment[name] for name in names if environment.get(name)}
+    if not values:
+        return None
+    if missing := [name for name in names if name not in values]:
+        raise RunError(f"environment: {', '.join(values)} set but not {', '.join(missing)}", remedy)
+    try:
+        ranks = Ranks(*(int(values[name]) for name in names))
+    except ValueError:
+        raise RunError(f"environment: {values} are not whole numbers", remedy) from None
+    if not 0 <= ranks.global_rank < ranks.world_size:
+        raise RunError(f"environment: {names[0]} {ranks.global_rank} is not below {names[2]} {ranks.world_size}", remedy)
+    return ranks
+
+
+def worker_from_environment(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """``(worker_index, num_workers)`` of a process in an array of independent workers; (0, 1) when alone.
+
+    A worker is one process (one GPU): index = array_task x tasks_per_array_task + procid.
+    """
+    ranks = ranks_from_environment(environment) or Ranks(0, 0, 1)
+    first = int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
+    array_task = int(environment.get("SLURM_ARRAY_TASK_ID", first)) - first
+    num_array_tasks = int(environment.get("SLURM_ARRAY_TASK_COUNT", 1))
+    return array_task * ranks.world_size + ranks.global_rank, num_array_tasks * ranks.world_size

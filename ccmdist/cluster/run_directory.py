@@ -1,0 +1,164 @@
+"""The folder of a run: where its parts lie, who holds it, and how its last attempt ended.
+
+runs/NAME/
+  config.json       the resolved settings, with their digest
+  outcome.json      how the last attempt ended: done, requeue or refused, and why
+  attempts.json     first and last step of every attempt
+  checkpoints/      step-00001000/ ...
+  tensorboard/      event files
+  adapter/          the exported adapter of a finished run
+  owner.json        host, process and job that hold the lock
+"""
+
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+
+from ccmdist.commit import commit_json, temporary_name
+from ccmdist.config.loading import differences, digest, resolved
+from ccmdist.config.settings import Settings
+from ccmdist.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_REFUSED, EXIT_REQUEUE, RunError
+
+State = Literal["done", "requeue", "refused"]
+MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
+EXIT_CODES: dict[str, int] = {"done": EXIT_DONE, "requeue": EXIT_REQUEUE, "refused": EXIT_REFUSED}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended. Whoever started the ranks turns it into an exit code and, if asked, requeues."""
+
+    state: State
+    reason: str
+    step: int
+
+    @property
+    def exit_code(self) -> int:
+        """0, 75 or 78."""
+        return EXIT_CODES[self.state]
+
+
+class RunDirectory:
+    """Paths and bookkeeping of one run. Only rank 0 calls what writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+        self.adapter = path / "adapter"
+        self.config = path / "config.json"
+        self._lock = filelock.FileLock(path / ".lock", timeout=0)
+
+    def hold(self) -> None:
+        """Take the run for this process until it ends, however it ends, and forget the last outcome.
+
+        Raises:
+            RunError: If another live process holds it, or the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise RunError(
+                f"{self.path}: is in use by {self._owner()}", "wait for it to end, stop it, or choose another run folder"
+            ) from None
+        except OSError as error:
+            raise RunError(f"{self.path}: {error.strerror}", "choose a run folder that you may write to") from None
+        (self.path / "outcome.json").unlink(missing_ok=True)
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", "")}
+        commit_json(self.path / "owner.json", owner)
+
+    def release(self) -> None:
+        """Let others take the run."""
+        self._lock.release()
+
+    def _owner(self) -> str:
+        owner = _read(self.path / "owner.json") or {}
+        job = f" of job {owner['job']}" if owner.get("job") else ""
+        return f"process {owner.get('pid', '?')}{job} on {owner.get('host', 'an unknown host')}"
+
+    def accept(self, config: Settings, allowed_changes: frozenset[str] = frozenset()) -> None:
+        """Write the settings of a new run, or check that those of an old one have not changed.
+
+        Raises:
+            RunError: If a field that decides what is computed differs and is not in ``allowed_changes``.
+        """
+        values = resolved(config)
+        before = _read(self.config)
+        if before is not None:
+            changed = differences(before["settings"], values, type(config))
+            if refused := {name: change for name, change in changed.items() if name not in allowed_changes}:
+                lines = "".join(f"\n  {name}: {change}" for name, change in refused.items())
+                flags = " ".join(f"--allow-change {name}" for name in refused)
+                raise RunError(
+                    f"{self.path}: this run was started with other settings:{lines}\n"
+                    f"choose another run folder, restore the settings, or accept the change with {flags}"
+                )
+        commit_json(self.config, {"digest": digest(config), "settings": values})
+
+    def start_attempt(self, step: int) -> int:
+        """Note that an attempt begins at ``step``; its number, from 0."""
+        attempts = self.attempts()
+        commit_json(self.path / "attempts.json", [*attempts, {"first_step": step, "last_step": step}])
+        return len(attempts)
+
+    def attempts(self) -> list[dict[str, int]]:
+        """First and last step of every attempt so far."""
+        return _read(self.path / "attempts.json") or []
+
+    def end_attempt(self, outcome: Outcome) -> Outcome:
+        """Write how the attempt ended; the outcome that stands.
+
+        A run that asks three times in a row to be started again without a new step stops asking.
+        """
+        attempts = self.attempts()
+        if attempts:
+            attempts[-1]["last_step"] = outcome.step
+            commit_json(self.path / "attempts.json", attempts)
+        last = attempts[-MAX_ATTEMPTS_WITHOUT_PROGRESS:]
+        stuck = len(last) == MAX_ATTEMPTS_WITHOUT_PROGRESS and all(a["first_step"] == a["last_step"] for a in last)
+        if outcome.state == "requeue" and stuck:
+            reason = (
+                f"{outcome.reason}: {len(last)} attempts in a row ended at step {outcome.step} without a new one; "
+                "give the job more time, or a signal that comes later"
+            )
+            outcome = Outcome("refused", reason, outcome.step)
+        commit_json(self.path / "outcome.json", {"state": outcome.state, "reason": outcome.reason, "step": outcome.step})
+        return outcome
+
+    def refuse(self, reason: str) -> bool:
+        """Write that the run cannot go on, unless another rank already has; whether this call wrote it."""
+        attempts = self.attempts()
+        values = {"state": "refused", "reason": reason, "step": attempts[-1]["last_step"] if attempts else 0}
+        temporary = temporary_name(self.path / "outcome.json")
+        commit_json(temporary, values)
+        try:
+            os.link(temporary, self.path / "outcome.json")
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink()
+        return True
+
+    def outcome(self) -> Outcome | None:
+        """How the last attempt ended; None while it runs or when it was killed."""
+        values = _read(self.path / "outcome.json")
+        return Outcome(**values) if values else None
+
+    def exit_code(self) -> int:
+        """The exit code of the contract: 0 done, 75 run me again, 78 refused, 70 anything else."""
+        outcome = self.outcome()
+        return outcome.exit_code if outcome else EXIT_INTERNAL
+
+
+def _read(path: Path) -> Any:
+    """The JSON in ``path``, or None if there is no such file."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None

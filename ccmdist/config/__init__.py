@@ -1,0 +1,1 @@
+"""Every knob of every stage as frozen, typed models. Imports neither torch nor any other part of the package."""

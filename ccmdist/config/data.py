@@ -1,0 +1,77 @@
+"""Settings of the stages that make shards and fill the cache, and of the section by which later stages find both."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from ccmdist.config.settings import Settings, free
+
+Split = Literal["train", "val", "test"]
+Dtype = Literal["bf16", "fp32"]
+Flip = Literal["hflip", "vflip", "rot180"]
+
+
+class PhantomShardsConfig(Settings):
+    """`ccmdist shards phantom`: procedural image, mask and prompt triples for each clinical group."""
+
+    out: Path
+    """Folder of the shard set, such as shards/phantom."""
+    subjects_per_group: int = Field(6, ge=1, le=100_000)
+    frames_per_subject: int = Field(2, ge=1, le=10_000)
+    size_px: int = Field(384, ge=64, le=1024)
+    """Edge of a square frame; 384 px at 400/384 um per px is the field of an HRT3-RCM."""
+    val_fraction: float = Field(0.15, ge=0, lt=1)
+    test_fraction: float = Field(0.15, ge=0, lt=1)
+    samples_per_shard: int = Field(256, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+class FolderShardsConfig(Settings):
+    """`ccmdist shards folders`: pack a folder with images, masks and a table, as described in shards/README.md."""
+
+    source: Path
+    """Folder that holds the table; the table's paths are relative to it."""
+    out: Path
+    """Folder of the shard set, such as shards/ccm."""
+    table: str = "table.csv"
+    val_fraction: float = Field(0.15, ge=0, lt=1)
+    test_fraction: float = Field(0.15, ge=0, lt=1)
+    samples_per_shard: int = Field(256, ge=1)
+    seed: int = Field(0, ge=0)
+    pseudonym_key_file: Path | None = None
+    """File with a secret of at least 16 bytes that keys the subjects' pseudonyms; made beside `out` when absent."""
+    allow_synthetic: bool = False
+    """Accept images that carry the mark of synthetic images as if they were real."""
+
+
+class DataSettings(Settings):
+    """Which shards, seen by which encoders, at which size: the section that names one cache."""
+
+    shards: Path
+    """Folder of a shard set, with its manifest.json."""
+    model: Path
+    """Folder of a Qwen-Image-Edit checkpoint in diffusers layout."""
+    cache: Path = Path("cache")
+    """Folder of caches; each is a folder in it, named by its fingerprint."""
+    image_size_px: int = Field(384, ge=32, le=2048, multiple_of=16)
+    """Edge to which square frames and masks are resized before encoding."""
+    dtype: Dtype = "bf16"
+    """Of the encoders and of what is cached."""
+    flips: tuple[Flip, ...] = ()
+    """Views of each training sample that are cached beside the sample itself."""
+
+
+class PrecomputeConfig(Settings):
+    """`ccmdist precompute`: encode masks and prompts once, and images to latents once."""
+
+    data: DataSettings
+    splits: tuple[Split, ...] = ("train", "val", "test")
+    batch_size: int = free(8, ge=1)
+    """Samples that the encoders see at once."""
+
+    @model_validator(mode="after")
+    def _splits_are_distinct(self) -> Self:
+        if len(set(self.splits)) != len(self.splits) or not self.splits:
+            raise ValueError(f"splits: {list(self.splits)} must name each split at most once and at least one")
+        return self

@@ -1,0 +1,30 @@
+"""Settings of synthesis: which masks, which adapter, how many images, in which fixed batches."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from ccmdist.config.data import DataSettings, Split
+from ccmdist.config.settings import Settings, free
+
+
+class SynthesizeConfig(Settings):
+    """`ccmdist synthesize`: one image or more for every mask of a shard set, written as shards."""
+
+    out: Path
+    """Folder of the synthetic shard set."""
+    data: DataSettings
+    """Its shards hold the masks and prompts, its cache their embeddings and latents."""
+    split: Split = "test"
+    adapter: Path | None = None
+    """Folder of an exported adapter, or of a run; without one, the untuned model draws."""
+    images_per_mask: int = Field(1, ge=1, le=10_000)
+    batch_size: int = Field(8, ge=1, le=1024)
+    """Images of one text length that are sampled together: the unit of work. Part of what decides an image's bytes."""
+    batches_per_shard: int = Field(16, ge=1)
+    denoise_steps: int = Field(40, ge=2)
+    """One step is refused: the noise schedule's terminal shift divides by zero there."""
+    guidance_scale: float = Field(4.0, ge=1)
+    """Of true classifier-free guidance; 1 means no second pass."""
+    seed: int = Field(0, ge=0)
+    log_every_batches: int = free(1, ge=1)

@@ -1,0 +1,121 @@
+"""Settings of a training run. What other values imply (world size, accumulation) is not a field."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ccmdist.config.data import DataSettings, Dtype
+from ccmdist.config.settings import Settings, free
+
+
+class WDLoRASettings(Settings):
+    """Weight-decomposed low-rank adaptation: W' = m (W + s BA) / ||W + s BA||."""
+
+    kind: Literal["wdlora"] = "wdlora"
+    lora_rank: int = Field(16, ge=1, le=1024)
+    alpha: float | None = Field(None, gt=0)
+    """Scale s = alpha / lora_rank; by default alpha = lora_rank, so s = 1. Ours, not the paper's."""
+    targets: tuple[str, ...] = ("attn", "mlp")
+    """Which linears of every block: the groups "attn" and "mlp", or suffixes of module names such as "attn.to_q"."""
+
+
+class LoRASettings(Settings):
+    """Plain low-rank adaptation: W' = W + s BA."""
+
+    kind: Literal["lora"] = "lora"
+    lora_rank: int = Field(16, ge=1, le=1024)
+    alpha: float | None = Field(None, gt=0)
+    targets: tuple[str, ...] = ("attn", "mlp")
+
+
+AdapterSettings = Annotated[WDLoRASettings | LoRASettings, Field(discriminator="kind")]
+
+
+class OptimSettings(Settings):
+    """AdamW with warm-up and cosine decay."""
+
+    lr: float = Field(1e-4, gt=0, le=1)
+    min_lr_fraction: float = Field(0.0, ge=0, le=1)
+    """Learning rate at the end, as a fraction of `lr`."""
+    warmup_steps: int = Field(100, ge=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Decay per step of an exponential moving average of the adapter, which is then what is exported."""
+
+
+class CheckpointSettings(Settings):
+    """When state is committed and how much of it is kept."""
+
+    every_steps: int = free(200, ge=1)
+    keep: int = free(3, ge=2)
+    """Newest checkpoints that are kept; never fewer than two."""
+    max_failed_saves: int = free(3, ge=1)
+    """Failed saves in a row after which the run stops."""
+
+
+class ValidationSettings(Settings):
+    """Held-out loss at fixed noise levels, so that curves of different runs can be compared."""
+
+    every_steps: int = free(100, ge=1)
+    num_samples: int = free(16, ge=1)
+    """Samples of the val split that are used; all ranks share them."""
+    sigmas: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    """Noise levels in (0, 1), snapped to the training grid."""
+
+
+class MonitorSettings(Settings):
+    """What is written to the log and to TensorBoard, and how often."""
+
+    log_every_steps: int = free(10, ge=1)
+    images_every_steps: int = free(200, ge=0)
+    """Optimizer steps between two grids of sampled images; 0 for none."""
+    num_images: int = free(4, ge=1, le=64)
+    denoise_steps: int = free(8, ge=2)
+
+
+class TrainConfig(Settings):
+    """`ccmdist train`: fine-tune an adapter on cached embeddings and latents."""
+
+    run: Path
+    """Folder of the run: checkpoints, TensorBoard events, adapter, resolved config."""
+    data: DataSettings
+    adapter: AdapterSettings = WDLoRASettings()
+    optim: OptimSettings = OptimSettings()
+    num_steps: int = Field(1000, ge=1, le=10_000_000)
+    global_batch_size: int = Field(16, ge=1)
+    """Samples per optimizer step, over all ranks and accumulation."""
+    micro_batch_size: int = Field(1, ge=1)
+    """Samples per forward pass of one rank. They have one text length, so nothing is padded."""
+    balance: Literal["natural", "clinical_groups"] = "natural"
+    """Draw samples as often as they occur, or every clinical group equally often."""
+    shuffle_window: int = Field(4096, ge=1)
+    """Samples over which the order is shuffled within an epoch's order of shards; small windows read locally."""
+    sigma_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
+    base_dtype: Dtype = "bf16"
+    """Of the frozen weights and of activations; the adapter is always fp32."""
+    activation_checkpointing: bool = True
+    seed: int = Field(0, ge=0)
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    validation: ValidationSettings = ValidationSettings()
+    monitor: MonitorSettings = MonitorSettings()
+    max_nonfinite_in_a_row: int = free(5, ge=1)
+    """Steps in a row with a non-finite loss after which the run stops and names the samples."""
+    processes: int = free(1, ge=1, le=64)
+    """Local processes to start when no cluster has started any; each is one rank."""
+    num_loader_workers: int = free(0, ge=0, le=64)
+    collective_timeout_min: float = free(30.0, gt=0)
+    forced_exit_s: float = free(600.0, gt=0)
+    """Seconds after a stop signal at which a process that still hangs in a collective ends itself."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        if any(not 0 < sigma < 1 for sigma in self.validation.sigmas):
+            raise ValueError(f"validation.sigmas {list(self.validation.sigmas)} must lie between 0 and 1")
+        return self

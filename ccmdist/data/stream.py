@@ -1,0 +1,106 @@
+"""The cells that one rank trains on, from any step on, as micro-batches of tensors.
+
+Worker i of n reads every n-th cell, and a loader takes from its workers in turn: the order of the batches is the
+same for any number of workers. The stream knows its place from the step alone; it has no state to save.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from ccmdist.data.latent_cache import CacheEntry, LatentCache
+from ccmdist.data.order import Order
+from ccmdist.errors import CcmdistError
+
+
+class SampleStream(IterableDataset):
+    """Micro-batches of one rank, without end.
+
+    Each is a dictionary: ``prompt_embeds`` (B, L, D), ``image_latents`` and ``mask_latents`` (B, C, h, w), stacked
+    over the B samples of a cell; ``keys``; ``positions`` of the samples in the run, from which their randomness is
+    drawn; ``step`` and ``accumulation_index``.
+
+    It is the source of a webdataset.DataPipeline, or is read by :func:`batches`.
+
+    Args:
+        cache: Where samples are read.
+        entries: The samples that ``order`` was made for.
+        order: Of the run.
+        global_batch_size: Samples per step over all ranks.
+        global_rank: Of this process.
+        world_size: Number of ranks.
+        first_step: Optimizer steps that are done.
+
+    Raises:
+        ConfigError: If a global batch does not divide over the ranks, or is larger than the set.
+    """
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        entries: Sequence[CacheEntry],
+        order: Order,
+        global_batch_size: int,
+        global_rank: int,
+        world_size: int,
+        first_step: int = 0,
+    ) -> None:
+        super().__init__()
+        self.cache, self.entries, self.order = cache, entries, order
+        self.share = (global_batch_size, global_rank, world_size)
+        self.first_step = first_step
+        self._cells_per_step = len(order.cells_of_step(first_step, *self.share))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        number, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        while True:
+            step, accumulation_index = divmod(number, self._cells_per_step)
+            yield self._batch(self.first_step + step, accumulation_index)
+            number += stride
+
+    def _batch(self, step: int, accumulation_index: int) -> dict[str, Any]:
+        cell = self.order.cells_of_step(step, *self.share)[accumulation_index]
+        entries = [self.entries[index] for index in self.order.cell(cell)]
+        samples = [self.cache.read(entry) for entry in entries]
+        first = cell * self.order.micro_batch_size
+        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]} | {
+            "keys": [entry.key for entry in entries],
+            "positions": list(range(first, first + len(entries))),
+            "step": step,
+            "accumulation_index": accumulation_index,
+        }
+
+
+def batches(stream: SampleStream, num_workers: int, worker_init: Callable[[int], None]) -> Iterator[dict[str, Any]]:
+    """The batches of ``stream``, read ahead by worker processes.
+
+    Args:
+        stream: Of one rank.
+        num_workers: 0 reads in this process.
+        worker_init: Called in each worker with its number. It has to ignore the signals that stop a run: Slurm sends
+            them to every process of a job step, and only the main one may react.
+
+    Raises:
+        CcmdistError: As in the worker, without its traceback.
+    """
+    for item in DataLoader(_Told(stream), batch_size=None, num_workers=num_workers, worker_init_fn=worker_init):
+        if isinstance(item, CcmdistError):
+            raise item
+        yield item
+
+
+class _Told(IterableDataset):
+    """A stream that ends with a user's error as its last item: a loader would wrap it into a traceback."""
+
+    def __init__(self, stream: SampleStream) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[dict[str, Any] | CcmdistError]:
+        try:
+            yield from self.stream
+        except CcmdistError as error:
+            yield error

@@ -1,0 +1,1 @@
+"""Rectified flow, its sampler and its randomness, as pure functions of tensors."""

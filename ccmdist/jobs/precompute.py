@@ -1,0 +1,43 @@
+"""Filling the cache as one process of a machine or of a Slurm array."""
+
+from pathlib import Path
+
+from ccmdist.cluster.preemption import StopFlag
+from ccmdist.cluster.ranks import ranks_from_environment, worker_from_environment
+from ccmdist.config.data import PrecomputeConfig
+from ccmdist.config.loading import read_resolved
+from ccmdist.models.model_folder import ModelFolder
+from ccmdist.precompute.plan import fill_plan
+
+FORCED_EXIT_S = 3600.0
+"""A shard is encoded to its end before a stop signal is obeyed; after this long without that, the process ends itself."""
+
+
+def run(config_path: str) -> None:
+    """Encode this worker's shards.
+
+    Raises:
+        Preempted: If a stop signal came while there was work left.
+    """
+    import torch
+
+    from ccmdist.precompute.fill import fill_cache
+
+    config = read_resolved(PrecomputeConfig, Path(config_path))
+    if torch.cuda.is_available():
+        ranks = ranks_from_environment()
+        # Where Slurm gives each task one GPU, a task sees one device whatever its local rank is.
+        torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count() if ranks else 0)
+    with StopFlag(FORCED_EXIT_S) as stop:
+        fill_cache(config, *worker_from_environment(), should_stop=lambda: bool(stop))
+
+
+def describe(config: PrecomputeConfig) -> str:
+    """What the command would do: shards and samples that are not committed yet, and where they would go."""
+    model = ModelFolder.open(config.data.model)
+    plan = fill_plan(config, model)
+    return (
+        f"{plan.folder}: {len(plan.shards) - len(plan.open_shards)} of {len(plan.shards)} shards are committed, "
+        f"{sum(shard.num_samples for shard in plan.open_shards)} samples are to be encoded by "
+        f"Qwen-Image-Edit {model.version}"
+    )

@@ -1,0 +1,122 @@
+"""Weights from safetensors files into a model, each process reading only what it keeps.
+
+Under ZeRO-3 a rank fills its own partitions and reads no more than the rows that cover them: no rank ever holds
+the whole model, and nothing is sent.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ccmdist.errors import ModelError
+
+OnRows = Callable[[str, int, Tensor, int], None]
+"""Called with a tensor's name, the index of the first row given, whole rows as the model keeps them (flattened to
+two dimensions), and the tensor's number of rows. Over all ranks of a partitioned model each row is given once."""
+
+MAX_ELEMENTS_AT_ONCE: Final = 1 << 24
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The part of a flattened tensor that this process keeps: elements ``start`` to ``stop``, in ``target``."""
+
+    target: Tensor
+    start: int
+    stop: int
+
+
+@torch.no_grad()
+def load_weights(model: torch.nn.Module, weight_files: dict[str, Path], on_rows: OnRows | None = None) -> int:
+    """Fill every parameter and persistent buffer of ``model``.
+
+    Local: each rank reads its own part, whenever it likes.
+
+    Args:
+        model: Plain, or built under deepspeed.zero.Init.
+        weight_files: Tensor name -> file, from ``ModelFolder.weight_files``.
+        on_rows: Told the rows on the way, so that they need not be read again.
+
+    Returns:
+        The number of bytes that were read.
+
+    Raises:
+        ModelError: If names or shapes do not fit the model.
+    """
+    wanted = _tensors(model)
+    names_of_file: dict[Path, list[str]] = {}
+    for name, file in weight_files.items():
+        names_of_file.setdefault(file, []).append(name)
+    missing, unexpected = wanted.keys() - weight_files, weight_files.keys() - wanted
+    if missing or unexpected:
+        what = f"missing {_listed(missing)}" if missing else f"unexpected {_listed(unexpected)}"
+        raise _misfit(next(iter(names_of_file)).parent, what, model)
+    num_bytes = 0
+    for file, names in names_of_file.items():
+        with safe_open(file, "pt") as stored:
+            for name in names:
+                part, shape = stored.get_slice(name), _shape(wanted[name])
+                if (found := tuple(part.get_shape())) != shape:
+                    raise _misfit(file, f"{name} has shape {found}, expected {shape}", model)
+                num_bytes += _fill(name, _kept(wanted[name]), part, shape, on_rows)
+    return num_bytes
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    persistent = model.state_dict(keep_vars=True).keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return dict(model.named_parameters()) | buffers
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def _kept(tensor: Tensor) -> Stretch:
+    if (partition := getattr(tensor, "ds_tensor", None)) is None:
+        return Stretch(tensor.data.view(-1), 0, tensor.numel())
+    numel = torch.Size(_shape(tensor)).numel()
+    # The last partitions are padded, or hold nothing at all.
+    start = min(getattr(tensor, "ds_zero_partition_rank") * partition.ds_numel, numel)  # noqa: B009
+    return Stretch(partition.data.view(-1), start, min(start + partition.ds_numel, numel))
+
+
+def _fill(name: str, kept: Stretch, stored: Any, shape: tuple[int, ...], on_rows: OnRows | None) -> int:
+    num_bytes, width = 0, torch.Size(shape[1:]).numel()
+    for first, rows_as_stored in _rows(stored, kept, width):
+        num_bytes += rows_as_stored.nbytes
+        rows = rows_as_stored.to(kept.target.dtype)
+        low, high = max(kept.start, first * width), min(kept.stop, (first + len(rows)) * width)
+        stretch = rows.view(-1)[low - first * width : high - first * width]
+        kept.target[low - kept.start : high - kept.start].copy_(stretch)
+        # A row belongs to the rank that keeps its first element.
+        owned, end = -(-low // width), -(-high // width)
+        if on_rows is not None and owned < end:
+            on_rows(name, owned, rows[owned - first : end - first], shape[0])
+    return num_bytes
+
+
+def _rows(stored: Any, kept: Stretch, width: int) -> Iterator[tuple[int, Tensor]]:
+    """Whole rows that cover the stretch, a few at a time so that little memory is needed beside the target."""
+    end = -(-kept.stop // width) if kept.start < kept.stop else 0
+    rows_at_once = max(MAX_ELEMENTS_AT_ONCE // width, 1)
+    for first in range(kept.start // width, end, rows_at_once):
+        rows = stored[first : min(first + rows_at_once, end)]
+        yield first, rows.reshape(len(rows), width)
+
+
+def _misfit(place: Path, what: str, model: torch.nn.Module) -> ModelError:
+    return ModelError(
+        f"{place}: the weights do not fit {type(model).__name__}: {what}",
+        "use config.json and weights of the same checkpoint",
+    )
+
+
+def _listed(names: set[str]) -> str:
+    first = ", ".join(sorted(names)[:3])
+    return first if len(names) <= 3 else f"{first} and {len(names) - 3} more"

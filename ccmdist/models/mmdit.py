@@ -1,0 +1,168 @@
+"""The double-stream transformer (MMDiT) of Qwen-Image-Edit: built whole or partitioned, and asked for a velocity.
+
+Shape suffixes: B samples, S packed latent tokens of target or mask, C channels, L text tokens, D text width.
+"""
+
+import inspect
+from typing import Any, Final
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import QwenImageTransformer2DModel
+from diffusers.models.modeling_utils import no_init_weights
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+from torch import Tensor, nn
+
+from ccmdist.errors import ConfigError
+from ccmdist.models.checkpoint_io import OnRows, load_weights
+from ccmdist.models.model_folder import ModelFolder
+
+BLOCK_ARGUMENTS: Final = tuple(inspect.signature(QwenImageTransformerBlock.forward).parameters)[1:]
+TARGET_GROUPS: Final = {"attn": ("attn.",), "mlp": ("img_mlp.", "txt_mlp.")}
+"""Names for groups of linears in a block, and how the linears of each begin."""
+
+
+def skeleton(folder: ModelFolder) -> QwenImageTransformer2DModel:
+    """The model of a folder without weights, to look at its structure."""
+    with init_empty_weights():
+        return QwenImageTransformer2DModel.from_config(folder.config("transformer"))
+
+
+def build(
+    folder: ModelFolder,
+    dtype: torch.dtype,
+    zero_config: dict[str, Any] | None,
+    on_rows: OnRows | None = None,
+    device: torch.device | str = "cpu",
+) -> QwenImageTransformer2DModel:
+    """The model of a folder with its weights.
+
+    Args:
+        folder: Where the weights are.
+        dtype: Of the weights.
+        zero_config: A DeepSpeed configuration: partition the weights over the ranks while they are read
+            (collective). None: the whole model in this process.
+        on_rows: Told the rows of all weights on the way.
+        device: Of a whole model; a partitioned one lies where DeepSpeed puts it.
+
+    Raises:
+        ModelError: If the weights do not fit the config.
+    """
+    if zero_config is None:
+        # Not the model's own `to`, which warns of an empty list of modules that have to stay in float32.
+        model = nn.Module.to(skeleton(folder), dtype).to_empty(device=device)
+    else:
+        import deepspeed  # seconds of import that synthesis must not pay
+
+        with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=zero_config, dtype=dtype):
+            model = QwenImageTransformer2DModel.from_config(folder.config("transformer"))
+    load_weights(model, folder.weight_files("transformer"), on_rows)
+    return model.eval()
+
+
+def linear_names(model: QwenImageTransformer2DModel, targets: tuple[str, ...]) -> list[str]:
+    """Names of the linears in the blocks that ``targets`` select, without those that never get a gradient.
+
+    Args:
+        model: With or without weights.
+        targets: "attn", "mlp", or suffixes of names such as "attn.to_q".
+
+    Raises:
+        ConfigError: If a target selects nothing.
+    """
+    blocks = model.transformer_blocks
+    linears = {
+        f"transformer_blocks.{index}.{layer}": layer
+        for index, block in enumerate(blocks)
+        for layer, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    chosen: set[str] = set()
+    for target in targets:
+        found = {name for name, layer in linears.items() if _selects(target, layer)}
+        if not found:
+            raise ConfigError(
+                f"adapter.targets: '{target}' matches none of the {len(linears)} linear layers in the blocks of "
+                f"{type(model).__name__}",
+                f"use attn, mlp, or suffixes of {', '.join(dict.fromkeys(linears.values()))}",
+            )
+        chosen |= found
+    dead = {f"transformer_blocks.{len(blocks) - 1}.{layer}" for layer in dead_in_last_block(model)}
+    return [name for name in linears if name in chosen - dead]
+
+
+def dead_in_last_block(model: QwenImageTransformer2DModel) -> list[str]:
+    """Linears of the last block that reach only its text output, which nobody reads: they never get a gradient.
+
+    Found by a backward pass through one narrow block of the same class and configuration.
+    """
+    narrow = {"num_layers": 1, "num_attention_heads": 1, "joint_attention_dim": 8}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        probe = QwenImageTransformer2DModel.from_config({**model.config, **narrow})
+        tokens = torch.randn(1, 8, probe.config.in_channels)
+        latents, mask_latents = tokens.split(4, dim=1)
+        predicted = velocity(probe, latents, mask_latents, torch.randn(1, 3, 8), torch.rand(1), (2, 2), (2, 2))
+        predicted.square().sum().backward()
+    linears = {n: m for n, m in probe.transformer_blocks[0].named_modules() if isinstance(m, nn.Linear)}
+    return [name for name, linear in linears.items() if linear.weight.grad is None or not linear.weight.grad.any()]
+
+
+def _selects(target: str, layer: str) -> bool:
+    if target in TARGET_GROUPS:
+        return layer.startswith(TARGET_GROUPS[target])
+    return f".{layer}".endswith(f".{target}")
+
+
+def velocity(
+    model: nn.Module,
+    latents_BSC: Tensor,
+    mask_latents_BSC: Tensor,
+    prompt_embeds_BLD: Tensor,
+    sigma_B: Tensor,
+    target_hw: tuple[int, int],
+    mask_hw: tuple[int, int],
+) -> Tensor:
+    """The model's prediction of noise - x for the target tokens, (B, S, C).
+
+    One call serves all versions of Qwen-Image-Edit: they differ in the text before the embeddings, and the class
+    itself gives the mask's tokens the time of clean images in 2511.
+
+    Args:
+        model: The MMDiT, or an engine around it.
+        latents_BSC: Noisy packed latents of the target, in the model's dtype.
+        mask_latents_BSC: Packed latents of the mask image.
+        prompt_embeds_BLD: Embeddings of one length; there is no padding and so no padding mask.
+        sigma_B: Noise level of each sample, in [0, 1]; 1 is pure noise.
+        target_hw: Rows and columns of the target's tokens.
+        mask_hw: Rows and columns of the mask's tokens.
+    """
+    B, S, _ = latents_BSC.shape
+    tokens = torch.cat([latents_BSC, mask_latents_BSC], dim=1)
+    if torch.is_grad_enabled():
+        # ZeRO-3 gathers a leaf block again for its backward pass only if an input of the block has a gradient.
+        tokens.requires_grad_()
+    return model(
+        hidden_states=tokens,
+        encoder_hidden_states=prompt_embeds_BLD,
+        timestep=sigma_B.to(tokens.dtype),  # the pipelines hand over t / 1000, which is sigma
+        img_shapes=[[(1, *target_hw), (1, *mask_hw)]] * B,
+        return_dict=False,
+    )[0][:, :S]
+
+
+class PositionalBlock(QwenImageTransformerBlock):
+    """The same block; hands its tensors on by position, for DeepSpeed's hooks of leaf modules see no keywords."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the block with the arguments in the order of its forward."""
+        return super().__call__(*args, *(kwargs.get(name) for name in BLOCK_ARGUMENTS[len(args) :]))
+
+
+def make_blocks_leaves(model: QwenImageTransformer2DModel) -> None:
+    """Let ZeRO-3 gather a block at once: hooks of every layer on the host, not the GPU, limit small batches."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    for block in model.transformer_blocks:
+        block.__class__ = PositionalBlock
+    set_z3_leaf_modules(model, [PositionalBlock])

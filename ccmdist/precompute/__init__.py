@@ -1,0 +1,1 @@
+"""Filling the cache of prompt embeddings and latents."""

@@ -1,0 +1,93 @@
+"""Fill the cache, shard by shard: any number of workers, each may be stopped and started again at any time.
+
+The negative prompt is encoded with each mask too, because the stock pipelines show the encoder the image beside it.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ccmdist.ccm.prompts import NEGATIVE_PROMPT
+from ccmdist.config.data import DataSettings, PrecomputeConfig
+from ccmdist.console import log, tracked
+from ccmdist.data.cache_index import commit_fingerprint, flips
+from ccmdist.data.latent_cache import EncodedSample, write_cache_shard
+from ccmdist.data.manifest import ShardEntry
+from ccmdist.data.reader import read_shard
+from ccmdist.data.triple import Triple
+from ccmdist.errors import Preempted
+from ccmdist.models.encoders import LatentCodec, PromptEncoder
+from ccmdist.models.model_folder import ModelFolder
+from ccmdist.precompute.plan import fill_plan
+from ccmdist.precompute.views import views
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def fill_cache(
+    config: PrecomputeConfig, worker_index: int, num_workers: int, should_stop: Callable[[], bool] = lambda: False
+) -> Path:
+    """Encode every shard of this worker that is not committed yet; the folder of the cache.
+
+    Args:
+        config: Which shards, which encoders.
+        worker_index: This worker takes the shards ``worker_index::num_workers``.
+        num_workers: Workers that share the shards without talking to each other.
+        should_stop: Asked between shards.
+
+    Raises:
+        Preempted: If ``should_stop`` said so while there was work left; what was encoded is committed.
+        ShardError: If a source shard is damaged or a frame is not square.
+        ModelError: If the model folder is not complete.
+    """
+    model = ModelFolder.open(config.data.model)
+    plan = fill_plan(config, model, worker_index, num_workers)
+    commit_fingerprint(plan.folder, plan.fingerprint)
+    num_open = len(plan.open_shards)
+    log.info("%s: %d of this worker's %d shards are to be encoded", plan.folder, num_open, len(plan.shards))
+    if num_open:
+        encoders = Encoders(model, config.data, config.batch_size)
+        for done, shard in enumerate(tracked(plan.open_shards, "shards", num_open)):
+            if should_stop():
+                raise Preempted(
+                    f"precompute: stopped with {done} of {num_open} shards encoded and committed", "run the same command again"
+                )
+            write_cache_shard(plan.folder, shard.name, encoders.encoded(shard))
+    return plan.folder
+
+
+class Encoders:
+    """Both encoders, and how a shard goes through them."""
+
+    def __init__(self, model: ModelFolder, data: DataSettings, batch_size: int) -> None:
+        self.data, self.batch_size = data, batch_size
+        dtype = DTYPES[data.dtype]
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.prompts = PromptEncoder.load(model, dtype, device)
+        self.codec = LatentCodec.load(model, dtype, device)
+
+    def encoded(self, shard: ShardEntry) -> Iterator[EncodedSample]:
+        """The samples of a source shard and, of train, their flipped views."""
+        where = str(self.data.shards / shard.name)
+        wanted = flips(self.data) if shard.split == "train" else []
+        triples = read_shard(self.data.shards, shard)
+        frames = chain.from_iterable(views(triple, self.data.image_size_px, wanted, where) for triple in triples)
+        for triples_together in _batched(frames, self.batch_size):
+            yield from self._encoded(triples_together)
+
+    def _encoded(self, triples: list[Triple]) -> Iterator[EncodedSample]:
+        nerve_masks = [triple.nerve_mask for triple in triples]
+        positive = self.prompts.encode([triple.meta.prompt for triple in triples], nerve_masks)
+        negative = self.prompts.encode([NEGATIVE_PROMPT] * len(triples), nerve_masks)
+        images = self.codec.encode(np.stack([triple.image for triple in triples]))
+        masks = self.codec.encode(np.stack(nerve_masks).astype(np.uint8) * 255)
+        for triple, *tensors in zip(triples, positive, negative, images, masks, strict=True):
+            yield EncodedSample(triple.key, triple.meta.clinical_group, triple.meta.subject, *tensors)
+
+
+def _batched(triples: Iterator[Triple], size: int) -> Iterator[list[Triple]]:
+    while some := list(islice(triples, size)):
+        yield some

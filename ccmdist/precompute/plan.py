@@ -1,0 +1,32 @@
+"""Which shards a worker has to encode, and where to; imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ccmdist.config.data import PrecomputeConfig
+from ccmdist.data.cache_index import cache_folder, fingerprint, is_committed
+from ccmdist.data.manifest import ShardEntry, read_manifest
+from ccmdist.models.model_folder import ModelFolder
+
+
+@dataclass(frozen=True)
+class FillPlan:
+    """What one worker has to do."""
+
+    folder: Path
+    """Of the cache."""
+    fingerprint: dict[str, Any]
+    shards: tuple[ShardEntry, ...]
+    """The source shards of this worker, done or not."""
+    open_shards: tuple[ShardEntry, ...]
+    """Those that are not committed yet."""
+
+
+def fill_plan(config: PrecomputeConfig, model: ModelFolder, worker_index: int = 0, num_workers: int = 1) -> FillPlan:
+    """The plan of worker ``worker_index``, who takes the shards ``worker_index::num_workers``; writes nothing."""
+    manifest = read_manifest(config.data.shards)
+    wanted = fingerprint(config.data, manifest.digest, model.encoder_identity())
+    folder = cache_folder(config.data, wanted)
+    shards = tuple(shard for split in config.splits for shard in manifest.of_split(split))[worker_index::num_workers]
+    return FillPlan(folder, wanted, shards, tuple(shard for shard in shards if not is_committed(folder, shard.name)))

@@ -1,0 +1,164 @@
+"""DeepSpeed ZeRO-3 around a model: forward, backward, step, and the trainable state as slices of each rank.
+
+* The DeepSpeed configuration is derived here from ours; there is no second file.
+* ``bf16.enabled`` is never set: it would round the fp32 adapter to bf16 in the forward, where a magnitude never moves.
+* The trainable state is world-size free: every parameter is a flat fp32 vector of which each rank holds a slice.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ccmdist.cluster.process_group import ProcessGroup
+from ccmdist.config.train import TrainConfig
+from ccmdist.train.optim import SetwiseAdamW, update_average
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class LocalParameter:
+    """This rank's slice of one trainable parameter and of what the optimizer knows of it.
+
+    Attributes:
+        shape: Shape of the whole parameter.
+        start: Where the slice begins in the flattened parameter.
+        values: "weight", "exp_avg", "exp_avg_sq" and, if there is one, "average": 1-D fp32 tensors of equal length
+            that share memory with the optimizer's state.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+    values: dict[str, torch.Tensor]
+
+
+# (parameter name, quantity, start, stop) -> that stretch of the flattened quantity
+ReadStretch = Callable[[str, str, int, int], torch.Tensor]
+
+
+def zero_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration that ``config`` implies for ``world_size`` ranks."""
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": config.global_batch_size // (config.micro_batch_size * world_size),
+        "gradient_clipping": config.optim.max_grad_norm,
+        # A persistent parameter keeps a gathered copy that a resume would leave stale.
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+class Engine:
+    """A model under ZeRO-3 with the optimizer of its named parameter sets."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        parameter_sets: dict[str, dict[str, torch.nn.Parameter]],
+        config: TrainConfig,
+        group: ProcessGroup,
+    ) -> None:
+        """Partition ``model`` over the ranks. Collective.
+
+        Args:
+            model: Possibly built under zero.Init; only the parameters in the sets are trained.
+            parameter_sets: Name of set -> parameter name -> parameter.
+            config: Settings of the run.
+            group: The ranks.
+        """
+        import deepspeed
+
+        quiet_libraries()
+        self.parameter_sets = parameter_sets
+        self.optimizer = SetwiseAdamW({name: list(s.values()) for name, s in parameter_sets.items()}, config.optim)
+        self.module, self._zero, *_ = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=zero_config(config, group.ranks.world_size)
+        )
+        self._ema_decay = config.optim.ema_decay
+        self.local = self._local_parameters()
+
+    def backward(self, loss_: torch.Tensor) -> None:
+        """Accumulate gradients of ``loss_``, divided by the number of accumulations. Collective."""
+        self.module.backward(loss_)
+
+    def step(self, active_sets: frozenset[str] | None = None, lr: float = 0.0) -> float:
+        """End one micro-step; at the last of an optimizer step clip, update, and return the gradient norm.
+
+        Collective. Every micro-step ends with this call. When the norm of all ranks' gradients is not finite,
+        no rank updates anything and the norm is infinite.
+        """
+        if active_sets is not None:
+            self.optimizer.active = active_sets
+            self.optimizer.set_lr(lr)
+        self.module.step()
+        norm = self.module.get_global_grad_norm()
+        return float(norm) if norm is not None else 0.0
+
+    @property
+    def is_last_accumulation(self) -> bool:
+        """Whether the next :meth:`step` updates the parameters."""
+        return self.module.is_gradient_accumulation_boundary()
+
+    def update_average(self) -> None:
+        """Let the moving average follow the parameters by one step."""
+        if self._ema_decay is not None:
+            for parameter in self.local.values():
+                update_average([parameter.values["average"]], [parameter.values["weight"]], self._ema_decay)
+
+    def adam_steps(self) -> dict[str, int]:
+        """How often each parameter set has been updated."""
+        return {name: int(self.optimizer.state[flat]["step"]) for name, flat in self._flat_by_set().items()}
+
+    @torch.no_grad()
+    def load(self, read: ReadStretch, adam_steps: dict[str, int]) -> None:
+        """Take over a state that any number of ranks has written. Local: every rank reads its own stretches."""
+        for name, parameter in self._named_parameters():
+            local = self.local[name]
+            for quantity, values in local.values.items():
+                values.copy_(read(name, quantity, local.start, local.start + len(values)))
+            # Three copies must agree: what forward gathers, the fp32 master, and the moments.
+            parameter.ds_tensor.data[: len(local.values["weight"])].copy_(local.values["weight"])
+        for name, flat in self._flat_by_set().items():
+            self.optimizer.state[flat]["step"].fill_(float(adam_steps[name]))
+
+    def _named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [item for parameters in self.parameter_sets.values() for item in parameters.items()]
+
+    def _flat_by_set(self) -> dict[str, torch.Tensor]:
+        flats = self._zero.fp32_partitioned_groups_flat
+        ids = [self._zero.sub_group_to_group_id[i] for i in range(len(flats))]
+        return {self.optimizer.param_groups[group]["name"]: flat for group, flat in zip(ids, flats, strict=True)}
+
+    @torch.no_grad()
+    def _local_parameters(self) -> dict[str, LocalParameter]:
+        """Views into the optimizer's flat tensors; Adam's lazy state is created first."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        for flat in self._flat_by_set().values():
+            state = {"step": torch.tensor(0.0), **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
+            self.optimizer.state[flat] = state
+        local = {}
+        for name, parameter in self._named_parameters():
+            length = parameter.ds_tensor.ds_numel
+            start = min(parameter.ds_zero_partition_rank * length, parameter.ds_numel)
+            stop = min(start + length, parameter.ds_numel)  # the last slices are padded
+            values = {"weight": safe_get_local_fp32_param(parameter)}
+            values |= {moment: safe_get_local_optimizer_state(parameter, moment) for moment in MOMENTS}
+            values = {quantity: tensor.detach()[: stop - start] for quantity, tensor in values.items()}
+            if self._ema_decay is not None:
+                values["average"] = values["weight"].clone()
+            local[name] = LocalParameter(tuple(parameter.ds_shape), start, values)
+        return local
+
+
+def quiet_libraries() -> None:
+    """Keep DeepSpeed's banners and torch's notices about DeepSpeed's calls out of the log."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed|torch.distributed")
+    warnings.filterwarnings("ignore", category=UserWarning, module="deepspeed|torch")

@@ -1,0 +1,205 @@
+"""The training loop: the only one, for every objective, on one process or a thousand.
+
+All that a step does is a function of its number and of the parameters, so a resumed run repeats exactly what an
+uninterrupted one does. Once per step, after it, the ranks agree on whether to stop and whether the loss was finite.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ccmdist.cluster.faults import fault_point
+from ccmdist.cluster.preemption import StopFlag
+from ccmdist.cluster.process_group import ProcessGroup
+from ccmdist.cluster.run_directory import Outcome, RunDirectory
+from ccmdist.config.loading import digest
+from ccmdist.config.train import TrainConfig
+from ccmdist.console import log
+from ccmdist.errors import CheckpointError, RunError
+from ccmdist.train.checkpoint import Checkpoint, CheckpointStore
+from ccmdist.train.engine import Engine, zero_config
+from ccmdist.train.monitor import Monitor, StepReport
+from ccmdist.train.objectives.objective import Batch, Objective
+from ccmdist.train.optim import learning_rate
+
+
+def train(config: TrainConfig, objective: Objective, group: ProcessGroup, run: RunDirectory, stop: StopFlag) -> Outcome:
+    """Train until the last step or a stop signal; how it ended. Collective.
+
+    Raises:
+        RunError: If the loss is not finite too often in a row, or state cannot be saved.
+        CheckpointError: If the run's checkpoints belong to other weights or data.
+    """
+    engine = Engine(objective.build(zero_config(config, group.ranks.world_size)), objective.parameter_sets(), config, group)
+    attempt = group.from_first(len(run.attempts()))
+    store = CheckpointStore(run.checkpoints, group, config.checkpoint.keep, attempt)
+    start = _resume(engine, objective, store)
+    if group.ranks.is_first:
+        run.start_attempt(start)
+    loop = _Loop(config, objective, group, engine, store, stop, Monitor(config, group, run, start))
+    return loop.run(start)
+
+
+def _resume(engine: Engine, objective: Objective, store: CheckpointStore) -> int:
+    """Take over the newest valid checkpoint; the step to go on from."""
+    checkpoint = store.newest()
+    if checkpoint is not None:
+        _check_lineage(checkpoint, objective)
+        engine.load(checkpoint.read, checkpoint.manifest["adam_steps"])
+        log.info("resumed from %s", checkpoint.path)
+    objective.after_step()
+    return checkpoint.step if checkpoint else 0
+
+
+def _check_lineage(checkpoint: Checkpoint, objective: Objective) -> None:
+    for what, expected in (("base_digest", objective.base_digest), ("data_digest", objective.data_digest)):
+        if (found := checkpoint.manifest[what]) != expected:
+            noun = "base weights" if what == "base_digest" else "training data"
+            raise CheckpointError(
+                f"{checkpoint.path}: was trained on {noun} {found[:12]}, this run has {expected[:12]}",
+                f"restore the {noun}, or choose another run folder",
+            )
+
+
+class _Loop:
+    """One attempt at a run; holds what its steps share."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        objective: Objective,
+        group: ProcessGroup,
+        engine: Engine,
+        store: CheckpointStore,
+        stop: StopFlag,
+        monitor: Monitor,
+    ) -> None:
+        self.config, self.objective, self.group, self.engine = config, objective, group, engine
+        self.store, self.stop, self.monitor = store, stop, monitor
+        self.nonfinite_in_a_row = 0
+        self.failed_saves = 0
+
+    def run(self, start: int) -> Outcome:
+        """Train from ``start`` on."""
+        config = self.config
+        self.monitor.start(self.objective)
+        if start == 0:
+            self._look(0)
+        batches = iter(self.objective.batches(start))
+        for step in range(start, config.num_steps):
+            report = self._step(step, batches)
+            done = step + 1
+            stop_signal, is_nonfinite = self._agree(report)
+            self._count_nonfinite(is_nonfinite, report, done)
+            self.monitor.after_step(done, report, self.objective, self.nonfinite_in_a_row)
+            self._look(done)
+            last = done == config.num_steps
+            if stop_signal or last or done % config.checkpoint.every_steps == 0:
+                self._save(done)
+            if stop_signal and not last:
+                return self._end(Outcome("requeue", f"stopped by {self.stop.reason or 'another rank'}", done))
+        return self._end(Outcome("done", f"all {config.num_steps} steps are done", config.num_steps))
+
+    def _step(self, step: int, batches: Iterator[Batch]) -> StepReport:
+        """One optimizer step: all its micro-batches forward and backward, then the update."""
+        fault_point("step", self.group.ranks.global_rank, step)
+        lr = learning_rate(step, self.config.num_steps, self.config.optim)
+        active = self.objective.sets_of_step(step)
+        losses, keys, wait_s, start = [], [], 0.0, time.monotonic()
+        is_last = False
+        while not is_last:
+            waited = time.monotonic()
+            batch = next(batches)
+            wait_s += time.monotonic() - waited
+            loss = self.objective.loss(self.engine.module, batch)
+            losses.append(float(loss.detach()))
+            keys += batch["keys"]
+            if not math.isfinite(losses[-1]):
+                # DeepSpeed skips an update on all ranks when the common gradient norm is not finite; make sure it is not.
+                loss = loss * math.nan
+            is_last = self.engine.is_last_accumulation
+            self.engine.backward(loss)
+            grad_norm = self.engine.step(active, lr)
+        self.engine.update_average()
+        self.objective.after_step()
+        loss_mean = sum(losses) / len(losses)
+        return StepReport(loss_mean, grad_norm, lr, wait_s, time.monotonic() - start, tuple(keys))
+
+    def _agree(self, report: StepReport) -> tuple[bool, bool]:
+        """Whether any rank was told to stop, and whether the step was lost on any rank. Collective."""
+        is_nonfinite = not (math.isfinite(report.loss) and math.isfinite(report.grad_norm))
+        stop_signal, nonfinite = self.group.maximum([self.stop.signal_number, is_nonfinite])
+        return bool(stop_signal), bool(nonfinite)
+
+    def _count_nonfinite(self, is_nonfinite: bool, report: StepReport, done: int) -> None:
+        """Count steps that no rank could take; name their samples; give up after too many in a row."""
+        if not is_nonfinite:
+            self.nonfinite_in_a_row = 0
+            return
+        self.nonfinite_in_a_row += 1
+        keys = report.keys if not math.isfinite(report.loss) else ()
+        named = ", ".join(key for some in self.group.gathered(keys) for key in some) or "no single sample"
+        message = f"step {done}: the loss is not finite (samples: {named})"
+        if self.nonfinite_in_a_row >= self.config.max_nonfinite_in_a_row:
+            raise RunError(
+                f"{message}; {self.nonfinite_in_a_row} such steps in a row",
+                "look at these samples with `ccmdist shards verify`, lower optim.lr, and run the same command again",
+            )
+        log.warning("%s; all ranks skipped the update", message)
+
+    def _look(self, done: int) -> None:
+        """Held-out losses and sampled images, when they are due. Collective."""
+        config = self.config
+        last = done == config.num_steps
+        if last or done % config.validation.every_steps == 0:
+            with torch.no_grad():
+                self.monitor.add_losses(done, self.objective.validate(self.engine.module))
+        if config.monitor.images_every_steps and (last or done % config.monitor.images_every_steps == 0):
+            with torch.no_grad():
+                self.monitor.add_images(done, self.objective.images(self.engine.module))
+
+    def _save(self, done: int) -> None:
+        """Commit the state; a failure is borne until it has happened too often in a row. Collective."""
+        start = time.monotonic()
+        problem = self.store.save(done, self.engine.local, self._facts(done))
+        if not problem:
+            self.failed_saves = 0
+            self.monitor.saved(done, time.monotonic() - start)
+            return
+        self.failed_saves += 1
+        if self.failed_saves >= self.config.checkpoint.max_failed_saves or done == self.config.num_steps:
+            raise CheckpointError(
+                f"step {done} could not be saved: {problem} ({self.failed_saves} failed saves in a row)",
+                "free space or choose a run folder that can be written; older checkpoints are intact, "
+                "and the same command continues from them",
+            )
+        log.warning("step %d could not be saved: %s; older checkpoints are intact, the next save tries again", done, problem)
+
+    def _facts(self, done: int) -> dict[str, Any]:
+        return {
+            "samples_seen": done * self.config.global_batch_size,
+            "config_digest": digest(self.config),
+            "base_digest": self.objective.base_digest,
+            "data_digest": self.objective.data_digest,
+            "adam_steps": self.engine.adam_steps(),
+            "has_average": self.config.optim.ema_decay is not None,
+            "world_size": self.group.ranks.world_size,
+        }
+
+    def _end(self, outcome: Outcome) -> Outcome:
+        self.monitor.close()
+        self.group.barrier()
+        return outcome
+
+
+def adapter_parameters(checkpoint_path: Path) -> dict[str, torch.Tensor]:
+    """Whole trained parameters of a committed checkpoint; their moving average where the run kept one."""
+    from ccmdist.train.checkpoint import verified
+
+    checkpoint = verified(checkpoint_path)
+    quantity = "average" if checkpoint.manifest.get("has_average") else "weight"
+    return {name: checkpoint.whole(name, quantity) for name in checkpoint.manifest["parameters"]}

@@ -1,0 +1,150 @@
+"""What a run tells while it trains: plain lines in the log, scalars and pictures for TensorBoard.
+
+On a resume the event file is opened with ``purge_step``, so TensorBoard hides what a lost attempt had written
+after the checkpoint and curves never overlap. A failing event writer never ends a training run.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from ccmdist.cluster.process_group import ProcessGroup
+from ccmdist.cluster.run_directory import RunDirectory
+from ccmdist.config.train import TrainConfig
+from ccmdist.console import log
+from ccmdist.train.objectives.objective import Objective
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one rank saw of one optimizer step.
+
+    Attributes:
+        loss: Mean over this rank's micro-batches.
+        grad_norm: Norm of the gradient over all ranks before clipping.
+        lr: Learning rate.
+        wait_s: Seconds spent waiting for data.
+        step_s: Seconds of the whole step.
+        keys: Keys of this rank's samples.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    wait_s: float
+    step_s: float
+    keys: tuple[str, ...]
+
+
+class Monitor:
+    """Scalars, pictures and log lines of one attempt. Methods are collective unless they say otherwise."""
+
+    def __init__(self, config: TrainConfig, group: ProcessGroup, run: RunDirectory, first_step: int) -> None:
+        self.config, self.group, self.first_step = config, group, first_step
+        self._writer = None
+        if group.ranks.is_first:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1 if first_step else None)
+        self._start = time.monotonic()
+        self._sums = [0.0] * 4
+        self._largest_loss = -math.inf
+
+    def start(self, objective: Objective) -> None:
+        """Log what is trained; at the first step also show what the model will see. Local."""
+        sets = objective.parameter_sets()
+        count = {name: sum(_numel(p) for p in parameters.values()) for name, parameters in sets.items()}
+        sizes = ", ".join(f"{name}: {number:,} parameters" for name, number in count.items())
+        log.info("training %s on %d ranks from step %d", sizes, self.group.ranks.world_size, self.first_step)
+        if self._writer and self.first_step == 0 and self.config.monitor.images_every_steps:
+            picture = objective.first_batch_image()
+            self._writer.add_image("first_batch/mask_target_input", picture, 0, dataformats="HW")
+
+    def after_step(self, done: int, report: StepReport, objective: Objective, nonfinite_in_a_row: int) -> None:
+        """Gather a step's figures and, every so many steps, write them."""
+        for index, value in enumerate((report.loss, report.wait_s, report.step_s, 1.0)):
+            self._sums[index] += value
+        self._largest_loss = max(self._largest_loss, report.loss)
+        if done % self.config.monitor.log_every_steps and done != self.config.num_steps:
+            return
+        loss, wait_s, step_s, count = self.group.total(self._sums)
+        largest, memory = self.group.maximum([self._largest_loss, _memory_gib()])
+        self._sums, self._largest_loss = [0.0] * 4, -math.inf
+        scalars = {
+            "loss/mean": loss / count,
+            "loss/max": largest,
+            "optim/lr": report.lr,
+            "optim/grad_norm": report.grad_norm,
+            "optim/nonfinite_in_a_row": nonfinite_in_a_row,
+            "time/step_s": step_s / count,
+            "time/data_wait_share": wait_s / max(step_s, 1e-9),
+            "time/images_per_s": self.config.global_batch_size * count / max(step_s, 1e-9),
+            "memory/max_gib": memory,
+        }
+        self._log(done, scalars)
+        if self._writer:
+            self._add_scalars(done, scalars | objective.describe())
+            self._writer.add_histogram("sigma", objective.drawn_sigmas(), done)
+
+    def add_losses(self, done: int, losses: dict[str, float]) -> None:
+        """Write held-out losses. Local."""
+        if losses:
+            log.info("step %d held out: %s", done, "  ".join(f"{name} {value:.4f}" for name, value in losses.items()))
+        if self._writer:
+            self._add_scalars(done, {f"held_out/{name}": value for name, value in losses.items()})
+
+    def add_images(self, done: int, grid: torch.Tensor | None) -> None:
+        """Write a grid of sampled images. Local."""
+        if self._writer and grid is not None:
+            self._writer.add_image("samples/mask_real_sampled", grid, done, dataformats="HW")
+            self._writer.flush()
+
+    def saved(self, done: int, seconds: float) -> None:
+        """Note that a checkpoint was committed. Local."""
+        log.info("step %d: checkpoint committed in %.2f s", done, seconds)
+        if self._writer:
+            self._add_scalars(done, {"time/save_s": seconds})
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close the event file. Local."""
+        if self._writer:
+            self._writer.close()
+
+    def _log(self, done: int, scalars: dict[str, float]) -> None:
+        elapsed = time.monotonic() - self._start
+        left = elapsed / (done - self.first_step) * (self.config.num_steps - done)
+        log.info(
+            "step %d/%d  loss %.4f (max %.4f)  grad norm %.3f  lr %.2e  %.2f images/s  data wait %.0f %%  %.0f s left",
+            done,
+            self.config.num_steps,
+            scalars["loss/mean"],
+            scalars["loss/max"],
+            scalars["optim/grad_norm"],
+            scalars["optim/lr"],
+            scalars["time/images_per_s"],
+            100 * scalars["time/data_wait_share"],
+            left,
+        )
+
+    def _add_scalars(self, done: int, scalars: dict[str, float]) -> None:
+        assert self._writer is not None
+        try:
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, done)
+        except OSError as error:
+            log.warning("TensorBoard events could not be written (%s); training goes on", error)
+
+
+def _memory_gib() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def _numel(parameter: torch.nn.Parameter) -> int:
+    """Number of elements, also of a parameter that ZeRO-3 has partitioned."""
+    return getattr(parameter, "ds_numel", parameter.numel())

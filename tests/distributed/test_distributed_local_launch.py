@@ -1,0 +1,74 @@
+"""Exit codes, deaths and signals of local ranks reach whoever started them."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+PROGRAM = """
+import os, signal, sys, time
+from ccmdist.cluster.local_launch import launch
+from ccmdist.cluster.preemption import StopFlag
+
+def rank_main(job, ranks, rendezvous):
+    if job == "die" and ranks.global_rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if job == "refuse":
+        return 78 if ranks.global_rank == 1 else time.sleep(60) or 0
+    if job == "stop":
+        with StopFlag(60) as stop:
+            print("ready", flush=True)
+            while not stop:
+                time.sleep(0.01)
+        print("stopped by", stop.reason, flush=True)
+    if job == "die":
+        time.sleep(60)
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(launch("ccmdist.errors", rank_main, sys.argv[1], 2))
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    script = tmp_path / "launching.py"
+    script.write_text(textwrap.dedent(PROGRAM))
+
+    def run(job):
+        return subprocess.Popen(
+            [sys.executable, str(script), job],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+
+    return run
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("job", "code"), [("fine", 0), ("refuse", 78), ("die", 70)])
+def test_the_exit_code_of_a_rank_is_that_of_the_launcher(start, job, code):
+    begin = time.monotonic()
+    process = start(job)
+    _, stderr = process.communicate(timeout=50)
+    assert process.returncode == code
+    assert time.monotonic() - begin < 45, "a rank that waits for a dead one was not ended"
+    if job == "die":
+        assert "rank 1 was killed by SIGKILL; run the same command again" in stderr
+
+
+@pytest.mark.distributed
+def test_a_signal_to_the_launcher_reaches_every_rank(start):
+    process = start("stop")
+    assert process.stdout.readline() == "ready\n"
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR2)
+    stdout, _ = process.communicate(timeout=30)
+    assert stdout.count("stopped by SIGUSR2") == 2
+    assert process.returncode == 0

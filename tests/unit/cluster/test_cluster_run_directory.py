@@ -1,0 +1,93 @@
+"""A run has one holder, one set of settings, and says how it ended."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ccmdist.cluster.run_directory import Outcome, RunDirectory
+from ccmdist.config.loading import load
+from ccmdist.config.train import TrainConfig
+from ccmdist.errors import RunError
+
+
+def settings(*overrides):
+    return load(TrainConfig, [], ["run=runs/a", "data.shards=s", "data.model=m", *overrides])
+
+
+def test_a_run_in_use_is_refused_and_its_holder_named(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from ccmdist.cluster.run_directory import RunDirectory\n"
+        "run = RunDirectory(Path(sys.argv[1])); run.hold(); print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(RunError, match=f"is in use by process {holder.pid} on .*; wait for it to end"):
+        RunDirectory(tmp_path).hold()
+    holder.kill()
+    holder.wait()
+    RunDirectory(tmp_path).hold()  # a killed holder leaves no lock behind
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="choose a run folder that you may write to"):
+        RunDirectory(tmp_path / "file" / "run").hold()
+
+
+def test_a_changed_setting_is_refused_with_both_values_unless_allowed(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.accept(settings("optim.lr=1e-4"))
+    with pytest.raises(RunError, match=r"optim\.lr: 0\.0001 -> 0\.0002") as problem:
+        run.accept(settings("optim.lr=2e-4"))
+    assert "--allow-change optim.lr" in str(problem.value)
+    run.accept(settings("optim.lr=1e-4", "processes=8"))
+    run.accept(settings("optim.lr=2e-4"), frozenset({"optim.lr"}))
+    assert json.loads(run.config.read_text())["settings"]["optim"]["lr"] == 2e-4
+
+
+@pytest.mark.parametrize(("state", "code"), [("done", 0), ("requeue", 75), ("refused", 78)])
+def test_an_outcome_becomes_the_exit_code_of_the_contract(tmp_path, state, code):
+    run = RunDirectory(tmp_path)
+    run.start_attempt(0)
+    run.end_attempt(Outcome(state, "why", 5))
+    assert run.exit_code() == code
+    assert run.attempts() == [{"first_step": 0, "last_step": 5}]
+
+
+def test_a_killed_attempt_leaves_no_outcome_of_an_earlier_one(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.start_attempt(0)
+    run.end_attempt(Outcome("requeue", "why", 5))
+    run.hold()
+    assert run.outcome() is None
+    assert run.exit_code() == 70
+
+
+def test_three_attempts_without_a_step_stop_asking(tmp_path):
+    run = RunDirectory(tmp_path)
+    states = []
+    for first, last in ((0, 4), (4, 4), (4, 4), (4, 4)):
+        run.start_attempt(first)
+        states.append(run.end_attempt(Outcome("requeue", "stopped by SIGUSR2", last)).state)
+    assert states == ["requeue", "requeue", "requeue", "refused"]
+    assert "3 attempts in a row ended at step 4" in run.outcome().reason
+
+
+def test_only_the_first_refusal_is_told(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.start_attempt(3)
+    assert run.refuse("first")
+    assert not run.refuse("second")
+    assert run.outcome() == Outcome("refused", "first", 3)
+    assert not list(Path(tmp_path).glob(".*tmp*"))
+
+
+def test_paths_are_inside_the_run(tmp_path):
+    run = RunDirectory(tmp_path)
+    assert all(os.path.commonpath([tmp_path, p]) == str(tmp_path) for p in (run.checkpoints, run.tensorboard, run.adapter))
