@@ -1,7 +1,8 @@
 """The command line: one command per stage, ``ccmdist STAGE FILE.yaml ... key=value ... [--dry-run]``, later wins.
 
 Imports no torch, so help and dry runs answer at once. Problems that the user can mend are one message without a
-traceback; the exit code is 0 done, 75 committed but not finished (run the same command again), 78 refused, 70 an error of ours.
+traceback; the exit code is 0 done, 75 committed but not finished (run the same command again), 78 refused, 70 an
+error of ours.
 """
 
 import importlib
@@ -26,8 +27,15 @@ from ccmdist.config.train import TrainConfig
 from ccmdist.console import start_logging
 from ccmdist.errors import EXIT_INTERNAL, EXIT_REFUSED, EXIT_REQUEUE, CcmdistError, Preempted
 
-SETTINGS = {"rich_markup_mode": None, "add_completion": False, "no_args_is_help": True, "pretty_exceptions_enable": False}
-app = typer.Typer(help="Fine-tune Qwen-Image-Edit on corneal confocal microscopy, on a cluster or on a laptop.", **SETTINGS)
+SETTINGS = {
+    "rich_markup_mode": None,
+    "add_completion": False,
+    "no_args_is_help": True,
+    "pretty_exceptions_enable": False,
+}
+app = typer.Typer(
+    help="Fine-tune Qwen-Image-Edit on corneal confocal microscopy, on a cluster or on a laptop.", **SETTINGS
+)
 shards = typer.Typer(help="Make and check shard sets: images, nerve masks and prompts in WebDataset tars.", **SETTINGS)
 model = typer.Typer(help="Make model folders that need no download.", **SETTINGS)
 adapter = typer.Typer(help="Export, merge, verify and show trained adapters.", **SETTINGS)
@@ -44,7 +52,9 @@ def _load(kind: type[Settings], arguments: list[str] | None) -> Any:
     return load(kind, files, [a for a in arguments or [] if "=" in a])
 
 
-def _stage(kind: type[Settings], module: str, arguments: list[str] | None, dry_run: bool, function: str = "run") -> None:
+def _stage(
+    kind: type[Settings], module: str, arguments: list[str] | None, dry_run: bool, function: str = "run"
+) -> None:
     """Read the settings of a stage and hand them to its job, or show them."""
     config = _load(kind, arguments)
     job = f"ccmdist.jobs.{module}"
@@ -95,7 +105,8 @@ def precompute(arguments: Arguments = None, dry_run: DryRun = False) -> None:
 
 
 AllowChange = Annotated[
-    list[str] | None, typer.Option("--allow-change", help="Setting that may differ from the run's first start; repeatable.")
+    list[str] | None,
+    typer.Option("--allow-change", help="Setting that may differ from the run's first start; repeatable."),
 ]
 
 
@@ -134,7 +145,9 @@ def make(
     size: Size = "tiny",
     version: Version = "2509",
     seed: int = 0,
-    fitted: Annotated[bool, typer.Option("--fitted", help="Use the small fitted weights that come along (tiny).")] = False,
+    fitted: Annotated[
+        bool, typer.Option("--fitted", help="Use the small fitted weights that come along (tiny).")
+    ] = False,
 ) -> None:
     """Write a complete checkpoint folder with random weights, in the layout of a real download."""
     importlib.import_module("ccmdist.jobs.model").make(size, version, out, seed, fitted)
@@ -202,14 +215,19 @@ def exit_code(arguments: list[str]) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         if error.filename and error.errno:
-            return _told(f"{where}{error.strerror}; see that the path exists, can be written and has space left", EXIT_REFUSED)
+            return _told(
+                f"{where}{error.strerror}; see that the path exists, can be written and has space left",
+                EXIT_REFUSED,
+            )
         traceback.print_exc()
         return EXIT_INTERNAL
     except (typer.Abort, KeyboardInterrupt):
         return _told("stopped by ctrl-C; run the same command again to go on", EXIT_REQUEUE)
     except Exception:
         traceback.print_exc()
-        return _told("this is an error of ours, not of your input; please report it with the lines above", EXIT_INTERNAL)
+        return _told(
+            "this is an error of ours, not of your input; please report it with the lines above", EXIT_INTERNAL
+        )
 
 
 def _told(message: str, code: int) -> int:

@@ -56,4 +56,11 @@ def _with_lines(items: Iterable[T], what: str, total: int) -> Iterator[T]:
         if done + 1 == total or now - said >= SECONDS_BETWEEN_LINES:
             said = now
             rate = (done + 1) / max(now - start, 1e-9)
-            log.info("%s: %d of %d, %.3g per second, %.0f s left", what, done + 1, total, rate, (total - done - 1) / rate)
+            log.info(
+                "%s: %d of %d, %.3g per second, %.0f s left",
+                what,
+                done + 1,
+                total,
+                rate,
+                (total - done - 1) / rate,
+            )

@@ -19,7 +19,13 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
-PRELOADED = ["torch", "deepspeed", "diffusers.models.transformers.transformer_qwenimage", "transformers", "ccmdist.jobs.train"]
+PRELOADED = [
+    "torch",
+    "deepspeed",
+    "diffusers.models.transformers.transformer_qwenimage",
+    "transformers",
+    "ccmdist.jobs.train",
+]
 
 
 @pytest.fixture(scope="session")

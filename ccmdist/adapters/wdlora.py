@@ -95,9 +95,7 @@ class RowState:
 
     @classmethod
     @torch.no_grad()
-    def evaluate(
-        cls, W: Tensor, A: Tensor, B: Tensor, m: Tensor, base_squares: Tensor, scale: float
-    ) -> "RowState":
+    def evaluate(cls, W: Tensor, A: Tensor, B: Tensor, m: Tensor, base_squares: Tensor, scale: float) -> "RowState":
         """The state of a layer with these weights; ``m`` is copied, for ZeRO-3 takes it away again."""
         along = scale * (product_with_rows(W, A) * B).sum(1)
         update_squares = scale**2 * ((B @ (A @ A.T)) * B).sum(1)

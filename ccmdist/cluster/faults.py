@@ -12,7 +12,9 @@ import signal
 from ccmdist.errors import RunError
 
 VARIABLE = "CCMDIST_FAULT"
-FORM = re.compile(r"(?P<action>sigkill|sigusr2|sigterm|enospc)@(?P<point>[a-z_.]+):rank=(?P<rank>\d+),step=(?P<step>\d+)")
+FORM = re.compile(
+    r"(?P<action>sigkill|sigusr2|sigterm|enospc)@(?P<point>[a-z_.]+):rank=(?P<rank>\d+),step=(?P<step>\d+)"
+)
 
 
 def fault_point(name: str, global_rank: int, step: int) -> None:

@@ -22,7 +22,7 @@ SECONDS_FOR_THE_OTHERS = 5.0
 
 
 def launch(module: str, function: RankMain, config_path: str, processes: int) -> int:
-    """Run ``function(config_path, ranks, rendezvous)`` in ``processes`` processes; the exit code of the first that failed.
+    """Run ``function(config_path, ranks, rendezvous)`` in several processes; the exit code of the first that failed.
 
     Args:
         module: Name of the module that the fork server imports beforehand.
@@ -54,7 +54,7 @@ def launch(module: str, function: RankMain, config_path: str, processes: int) ->
 
 
 def _rank(function: RankMain, config_path: str, ranks: Ranks, rendezvous: str) -> None:
-    # A terminal sends ctrl-C to the whole process group; a group of its own lets the launcher be the one who passes it on.
+    # A terminal sends ctrl-C to a whole process group; in a group of its own, a rank gets it from the launcher alone.
     os.setpgid(0, 0)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     sys.exit(function(config_path, ranks, rendezvous))
@@ -72,7 +72,9 @@ def _wait(children: list[BaseProcess]) -> int:
             return EXIT_DONE
         time.sleep(0.05)
     _give_time(children)
-    failed = [(rank, child.exitcode or 0) for rank, child in enumerate(children) if child.exitcode not in (None, EXIT_DONE)]
+    failed = [
+        (rank, child.exitcode or 0) for rank, child in enumerate(children) if child.exitcode not in (None, EXIT_DONE)
+    ]
     for rank, code in failed:
         if code < 0:
             sys.stderr.write(

@@ -47,7 +47,9 @@ class StopFlag:
         threading.Thread(target=self._watch, daemon=True, name="stop-watch").start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._finished.set()
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
@@ -64,7 +66,9 @@ class StopFlag:
             if data[0] in STOP_SIGNALS:
                 self.signal_number = self.signal_number or data[0]
                 if not self._finished.wait(self.forced_exit_s):
-                    sys.stderr.write(f"forced exit: {self.reason} came {self.forced_exit_s:.0f} s ago and a step still hangs\n")
+                    sys.stderr.write(
+                        f"forced exit: {self.reason} came {self.forced_exit_s:.0f} s ago and a step still hangs\n"
+                    )
                     faulthandler.dump_traceback(all_threads=True)
                     os._exit(EXIT_INTERNAL)
                 break

@@ -24,7 +24,7 @@ class ProcessGroup:
 
         Args:
             ranks: The place of this process.
-            timeout_min: After this long without an answer a collective fails. Libraries' defaults change; ours does not.
+            timeout_min: After this long without an answer a collective fails; libraries' defaults differ.
             rendezvous: "env://" (MASTER_ADDR, MASTER_PORT) or "file://..." for processes of one machine.
         """
         import deepspeed  # seconds of import that help and dry runs must not pay
@@ -34,7 +34,11 @@ class ProcessGroup:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         # DeepSpeed's zero.Init asks the environment, not the process group.
-        for name, value in (("RANK", ranks.global_rank), ("LOCAL_RANK", ranks.local_rank), ("WORLD_SIZE", ranks.world_size)):
+        for name, value in (
+            ("RANK", ranks.global_rank),
+            ("LOCAL_RANK", ranks.local_rank),
+            ("WORLD_SIZE", ranks.world_size),
+        ):
             os.environ[name] = str(value)
         disable_shm_op()
         timeout = datetime.timedelta(minutes=timeout_min)

@@ -53,7 +53,9 @@ def _complete(names: tuple[str, str, str], environment: Mapping[str, str], remed
     except ValueError:
         raise RunError(f"environment: {values} are not whole numbers", remedy) from None
     if not 0 <= ranks.global_rank < ranks.world_size:
-        raise RunError(f"environment: {names[0]} {ranks.global_rank} is not below {names[2]} {ranks.world_size}", remedy)
+        raise RunError(
+            f"environment: {names[0]} {ranks.global_rank} is not below {names[2]} {ranks.world_size}", remedy
+        )
     return ranks
 
 

@@ -65,7 +65,8 @@ class RunDirectory:
             self._lock.acquire()
         except filelock.Timeout:
             raise RunError(
-                f"{self.path}: is in use by {self._owner()}", "wait for it to end, stop it, or choose another run folder"
+                f"{self.path}: is in use by {self._owner()}",
+                "wait for it to end, stop it, or choose another run folder",
             ) from None
         except OSError as error:
             raise RunError(f"{self.path}: {error.strerror}", "choose a run folder that you may write to") from None
@@ -128,7 +129,9 @@ class RunDirectory:
                 "give the job more time, or a signal that comes later"
             )
             outcome = Outcome("refused", reason, outcome.step)
-        commit_json(self.path / "outcome.json", {"state": outcome.state, "reason": outcome.reason, "step": outcome.step})
+        commit_json(
+            self.path / "outcome.json", {"state": outcome.state, "reason": outcome.reason, "step": outcome.step}
+        )
         return outcome
 
     def refuse(self, reason: str) -> bool:

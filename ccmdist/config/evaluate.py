@@ -8,7 +8,16 @@ from pydantic import Field, model_validator
 from ccmdist.config.data import Split
 from ccmdist.config.settings import Settings
 
-DEFAULT_MARGINS = {"cnfd": 0.10, "cnbd": 0.20, "cnfl": 0.06, "ctbd": 0.20, "cnfa": 0.10, "cnfw": 0.10, "cnfrd": 0.03, "tortuosity": 0.10}
+DEFAULT_MARGINS = {
+    "cnfd": 0.10,
+    "cnbd": 0.20,
+    "cnfl": 0.06,
+    "ctbd": 0.20,
+    "cnfa": 0.10,
+    "cnfw": 0.10,
+    "cnfrd": 0.03,
+    "tortuosity": 0.10,
+}
 
 
 class MinimumCounts(Settings):

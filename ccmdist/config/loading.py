@@ -97,7 +97,9 @@ def _read(file: Path) -> DictConfig:
             raise ConfigError(f"{file}: {file.stat().st_size} bytes is too large for a config file")
         loaded = OmegaConf.load(file)
     except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}", "name an existing YAML file, or write overrides as key=value") from None
+        raise ConfigError(
+            f"{file}: {error.strerror}", "name an existing YAML file, or write overrides as key=value"
+        ) from None
     except UnicodeDecodeError:
         raise ConfigError(f"{file}: is not text", "config files are YAML in UTF-8") from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:

@@ -114,7 +114,8 @@ class TrainConfig(Settings):
     def _batch_divides(self) -> Self:
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
-                f"global_batch_size {self.global_batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
+                f"global_batch_size {self.global_batch_size} must be a multiple of "
+                f"micro_batch_size {self.micro_batch_size}"
             )
         if any(not 0 < sigma < 1 for sigma in self.validation.sigmas):
             raise ValueError(f"validation.sigmas {list(self.validation.sigmas)} must lie between 0 and 1")

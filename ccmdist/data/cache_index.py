@@ -186,7 +186,8 @@ def command(data: DataSettings) -> str:
     words = [
         f"{name}={_as_yaml(value)}"
         for name, value in values.items()
-        if name.startswith("data.") and getattr(data, name.removeprefix("data.")) != defaults[name.removeprefix("data.")]
+        if name.startswith("data.")
+        and getattr(data, name.removeprefix("data.")) != defaults[name.removeprefix("data.")]
     ]
     return shlex.join(["ccmdist", "precompute", *words])
 

@@ -132,8 +132,8 @@ class LatentCache:
                     self.read(entry)
                     self.read_negative(entry)
                 raise self._damaged(index.shard, "differs from its index between the samples")
-        num_samples = sum(len(index.entries) for index in found)
-        return f"{self.folder}: {len(found)} shards, {num_samples} samples, {sum(i.num_bytes for i in found)} bytes, all intact"
+        num_samples, num_bytes = sum(len(index.entries) for index in found), sum(index.num_bytes for index in found)
+        return f"{self.folder}: {len(found)} shards, {num_samples} samples, {num_bytes} bytes, all intact"
 
     def _tensors(self, entry: CacheEntry, ending: str, member: Member) -> dict[str, Tensor]:
         name = f"member {entry.key}{ending}"
@@ -150,7 +150,9 @@ class LatentCache:
 
     def _damaged(self, shard: str, problem: str) -> CacheError:
         path = self.folder / shard
-        return CacheError(f"{path}: {problem}", f"remove {index_path(self.folder, shard)} and run `{command(self.data)}`")
+        return CacheError(
+            f"{path}: {problem}", f"remove {index_path(self.folder, shard)} and run `{command(self.data)}`"
+        )
 
 
 def write_cache_shard(folder: Path, shard: str, samples: Iterable[EncodedSample]) -> None:
@@ -169,10 +171,16 @@ def write_cache_shard(folder: Path, shard: str, samples: Iterable[EncodedSample]
         keys: set[str] = set()
         for sample in samples:
             if sample.key in keys:
-                raise CacheError(f"{path}: two samples have the key {sample.key}", "give one of them another key in the source")
+                raise CacheError(
+                    f"{path}: two samples have the key {sample.key}", "give one of them another key in the source"
+                )
             keys.add(sample.key)
             _add(tar, f"{sample.key}{SAMPLE}", _sample_bytes(sample))
-            _add(tar, f"{sample.key}{NEGATIVE}", safetensors.torch.save({"prompt_embeds": _stored(sample.negative_prompt_embeds)}))
+            _add(
+                tar,
+                f"{sample.key}{NEGATIVE}",
+                safetensors.torch.save({"prompt_embeds": _stored(sample.negative_prompt_embeds)}),
+            )
     _commit_index(path)
 
 
@@ -201,7 +209,11 @@ def _index_of(tar: BinaryIO, shard: str) -> dict[str, Any]:
             about = json.loads(header["__metadata__"]["sample"])
             num_text_tokens = header["prompt_embeds"]["shape"][0]
             negative = contents[key + NEGATIVE][0]
-            entries.append(asdict(CacheEntry(key, shard, **about, num_text_tokens=num_text_tokens, sample=member, negative=negative)))
+            entries.append(
+                asdict(
+                    CacheEntry(key, shard, **about, num_text_tokens=num_text_tokens, sample=member, negative=negative)
+                )
+            )
     tar.seek(0)
     sha256 = hashlib.file_digest(tar, "sha256").hexdigest()
     return {"shard": shard, "num_bytes": tar.tell(), "sha256": sha256, "entries": entries}
@@ -230,4 +242,3 @@ def _read_range(path: Path, member: Member) -> bytes:
         return os.pread(descriptor, member.size, member.offset)
     finally:
         os.close(descriptor)
-

@@ -133,8 +133,9 @@ class Order:
         if self.num_samples < global_batch_size:
             raise ConfigError(
                 f"global_batch_size {global_batch_size}: there are only {self.num_samples} training samples",
-                f"use global_batch_size {fitting}" if (fitting := self.num_samples // size * size) else
-                f"use micro_batch_size and global_batch_size of at most {self.num_samples}",
+                f"use global_batch_size {fitting}"
+                if (fitting := self.num_samples // size * size)
+                else f"use micro_batch_size and global_batch_size of at most {self.num_samples}",
             )
         if global_batch_size % size:
             raise ConfigError(

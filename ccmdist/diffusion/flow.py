@@ -1,6 +1,7 @@
 """Rectified flow in diffusers' convention: sigma 1 is noise, target = noise - x; and the noise levels that are used.
 
-Shape suffixes: B samples, S packed latent tokens, C channels (of latents, or 4 times as many when packed), h w latent rows, columns.
+Shape suffixes: B samples, S packed latent tokens, C channels (of latents, 4 times as many when packed),
+h w latent rows and columns.
 
 Source: Esser et al. 2024 (arXiv:2403.03206), rectified flow with a resolution-dependent shift of the noise levels.
 """

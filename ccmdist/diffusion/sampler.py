@@ -30,7 +30,7 @@ def sample(velocity: Velocity, noise_BSC: Tensor, sigmas: Tensor, guidance_scale
         sigmas: Descending noise levels that end with 0, from :func:`ccmdist.diffusion.flow.sampling_sigmas`.
         guidance_scale: 1 for no second pass.
 
-    Source: diffusers' QwenImageEditPlusPipeline (guidance that keeps the norm of the conditional prediction, per token).
+    Source: diffusers' QwenImageEditPlusPipeline; its guidance keeps the norm of the conditional prediction, per token.
     """
     latents_BSC = noise_BSC.float()
     passes = 0

@@ -10,7 +10,7 @@ from ccmdist.models.model_folder import ModelFolder
 from ccmdist.precompute.plan import fill_plan
 
 FORCED_EXIT_S = 3600.0
-"""A shard is encoded to its end before a stop signal is obeyed; after this long without that, the process ends itself."""
+"""A shard is encoded to its end before a stop signal is obeyed; after this long, the process ends itself."""
 
 
 def run(config_path: str) -> None:

@@ -13,9 +13,7 @@ from transformers.processing_utils import ProcessorMixin
 class ImageTextProcessor(Qwen2VLProcessor):
     """Images and text to inputs of the encoder. Stock diffusers takes an instance as ``processor=``."""
 
-    def __init__(
-        self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **_: Any
-    ) -> None:
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **_: Any) -> None:
         self.image_token = getattr(tokenizer, "image_token", "<|image_pad|>")
         self.video_token = getattr(tokenizer, "video_token", "<|video_pad|>")
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)

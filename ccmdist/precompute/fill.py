@@ -53,7 +53,8 @@ def fill_cache(
         for done, shard in enumerate(tracked(plan.open_shards, "shards", num_open)):
             if should_stop():
                 raise Preempted(
-                    f"precompute: stopped with {done} of {num_open} shards encoded and committed", "run the same command again"
+                    f"precompute: stopped with {done} of {num_open} shards encoded and committed",
+                    "run the same command again",
                 )
             write_cache_shard(plan.folder, shard.name, encoders.encoded(shard))
     return plan.folder

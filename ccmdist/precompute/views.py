@@ -47,7 +47,9 @@ def views(triple: Triple, size_px: int, flips: Sequence[Flip], where: str) -> It
     """
     height, width = triple.image.shape
     if height != width:
-        raise ShardError(f"{where}: sample {triple.key} is {height}x{width} px, expected a square", "crop it before packing")
+        raise ShardError(
+            f"{where}: sample {triple.key} is {height}x{width} px, expected a square", "crop it before packing"
+        )
     image, nerve_mask = resized_image(triple.image, size_px), resized_mask(triple.nerve_mask, size_px)
     yield replace(triple, image=image, nerve_mask=nerve_mask)
     for flip in flips:

@@ -34,7 +34,9 @@ def train(config: TrainConfig, objective: Objective, group: ProcessGroup, run: R
         RunError: If the loss is not finite too often in a row, or state cannot be saved.
         CheckpointError: If the run's checkpoints belong to other weights or data.
     """
-    engine = Engine(objective.build(zero_config(config, group.ranks.world_size)), objective.parameter_sets(), config, group)
+    engine = Engine(
+        objective.build(zero_config(config, group.ranks.world_size)), objective.parameter_sets(), config, group
+    )
     attempt = group.from_first(len(run.attempts()))
     store = CheckpointStore(run.checkpoints, group, config.checkpoint.keep, attempt)
     start = _resume(engine, objective, store)
@@ -119,7 +121,7 @@ class _Loop:
             losses.append(float(loss.detach()))
             keys += batch["keys"]
             if not math.isfinite(losses[-1]):
-                # DeepSpeed skips an update on all ranks when the common gradient norm is not finite; make sure it is not.
+                # DeepSpeed skips an update on all ranks when the common gradient norm is not finite: let it be so.
                 loss = loss * math.nan
             is_last = self.engine.is_last_accumulation
             self.engine.backward(loss)
@@ -177,7 +179,11 @@ class _Loop:
                 "free space or choose a run folder that can be written; older checkpoints are intact, "
                 "and the same command continues from them",
             )
-        log.warning("step %d could not be saved: %s; older checkpoints are intact, the next save tries again", done, problem)
+        log.warning(
+            "step %d could not be saved: %s; older checkpoints are intact, the next save tries again",
+            done,
+            problem,
+        )
 
     def _facts(self, done: int) -> dict[str, Any]:
         return {

@@ -85,8 +85,9 @@ class Monitor:
             "memory/max_gib": memory,
         }
         self._log(done, scalars)
+        scalars |= objective.describe()
         if self._writer:
-            self._add_scalars(done, scalars | objective.describe())
+            self._add_scalars(done, scalars)
             self._writer.add_histogram("sigma", objective.drawn_sigmas(), done)
 
     def add_losses(self, done: int, losses: dict[str, float]) -> None:

@@ -15,14 +15,22 @@ IMAGE_SIZE_PX = 64
 
 def _make_world(folder):
     """Runs in a process forked from the preloaded server."""
-    from ccmdist.config.data import PhantomShardsConfig, PrecomputeConfig
     from ccmdist.data.phantom_shards import write_phantom_set
+
+    from ccmdist.config.data import PhantomShardsConfig, PrecomputeConfig
     from ccmdist.models.make import make_model
     from ccmdist.precompute.fill import fill_cache
 
     folder = Path(folder)
-    overrides = [f"out={folder}/shards", "subjects_per_group=3", "frames_per_subject=2", f"size_px={IMAGE_SIZE_PX}"]
-    write_phantom_set(load(PhantomShardsConfig, [], [*overrides, "val_fraction=0.3", "test_fraction=0.3", "samples_per_shard=4"]))
+    overrides = [
+        f"out={folder}/shards",
+        "subjects_per_group=3",
+        "frames_per_subject=2",
+        f"size_px={IMAGE_SIZE_PX}",
+    ]
+    write_phantom_set(
+        load(PhantomShardsConfig, [], [*overrides, "val_fraction=0.3", "test_fraction=0.3", "samples_per_shard=4"])
+    )
     make_model("tiny", "2509", folder / "model", seed=0)
     fill_cache(load(PrecomputeConfig, [], data_overrides(folder)), 0, 1)
 
@@ -78,7 +86,9 @@ def train_ranks(forkserver, world, tmp_path):
         rendezvous = tmp_path / f"rendezvous-{name}"
         rendezvous.unlink(missing_ok=True)
         children = [
-            forkserver.Process(target=_train_rank, args=(str(job), rank, world_size, f"file://{rendezvous}", fault, patch))
+            forkserver.Process(
+                target=_train_rank, args=(str(job), rank, world_size, f"file://{rendezvous}", fault, patch)
+            )
             for rank in range(world_size)
         ]
         for child in children:

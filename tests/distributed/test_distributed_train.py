@@ -71,7 +71,7 @@ def record_keys(rank):
 
 def sample_order(folder, name):
     lines = [line for path in folder.glob(f"keys-{name}-*") for line in path.read_text().splitlines()]
-    return sorted(((int(line.split()[0]), line.split()[1]) for line in lines))
+    return sorted((int(line.split()[0]), line.split()[1]) for line in lines)
 
 
 def test_other_numbers_of_ranks_follow_the_same_samples_and_the_same_curve(train_ranks):
@@ -88,7 +88,10 @@ def test_other_numbers_of_ranks_follow_the_same_samples_and_the_same_curve(train
 def test_a_full_disk_costs_one_save_and_too_many_stop_the_run(train_ranks):
     folder = train_ranks.folder
     assert train_ranks("once", 2, fault="enospc@checkpoint.write:rank=1,step=4") == [0, 0]
-    assert [path.name for path in committed_paths(folder / "once" / "checkpoints")] == ["step-00000002", "step-00000006"]
+    assert [path.name for path in committed_paths(folder / "once" / "checkpoints")] == [
+        "step-00000002",
+        "step-00000006",
+    ]
     faults = ";".join(f"enospc@checkpoint.write:rank=1,step={step}" for step in (2, 4))
     codes = train_ranks("twice", 2, "checkpoint.max_failed_saves=2", fault=faults)
     assert codes == [78, 78]

@@ -23,7 +23,9 @@ def entries_of(rows):
 rows = st.tuples(st.integers(0, 4), st.sampled_from(GROUPS), st.integers(20, 23))
 sets = st.lists(rows, min_size=1, max_size=40).map(entries_of)
 natural = st.tuples(sets, st.integers(0, 9), st.integers(1, 7), st.just("natural"), st.sampled_from([1, 5, 100]))
-balanced = st.tuples(sets, st.integers(0, 9), st.integers(1, 7), st.just("clinical_groups"), st.sampled_from([1, 5, 100]))
+balanced = st.tuples(
+    sets, st.integers(0, 9), st.integers(1, 7), st.just("clinical_groups"), st.sampled_from([1, 5, 100])
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -96,7 +98,9 @@ one_length = st.lists(st.tuples(st.integers(0, 4), st.sampled_from(GROUPS), st.j
 
 
 @settings(max_examples=60, deadline=None)
-@given(one_length.map(entries_of), st.integers(0, 9), st.sampled_from([1, 5, 100]), st.integers(0, 90), st.integers(1, 60))
+@given(
+    one_length.map(entries_of), st.integers(0, 9), st.sampled_from([1, 5, 100]), st.integers(0, 90), st.integers(1, 60)
+)
 def test_every_stretch_of_an_epoch_holds_the_groups_in_equal_parts(entries, seed, window, start, length):
     order = Order(entries, seed, 1, "clinical_groups", window)
     groups = {entry.clinical_group for entry in entries}

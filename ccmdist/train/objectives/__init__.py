@@ -1,1 +1,1 @@
-"""What can be learnt. An objective builds a model, names its parameter sets and computes losses; the loop does the rest."""
+"""What can be learnt. An objective builds a model, names its parameter sets and computes losses."""

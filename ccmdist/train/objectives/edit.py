@@ -1,14 +1,13 @@
-"""Mask and prompt to image: an adapter on the frozen Qwen-Image-Edit MMDiT, trained by rectified flow on cached latents.
+"""Mask and prompt to image: an adapter on the frozen MMDiT, trained by rectified flow on cached latents.
 
 Shape suffixes: B samples, S packed latent tokens, C channels, L text tokens, D text width, h w latent rows and columns.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from ccmdist.adapters.injection import AdaptedLinears, RowSquares, inject
 from ccmdist.cluster.preemption import ignore_stop_signals
@@ -16,16 +15,19 @@ from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.latent_cache import CacheEntry, LatentCache
 from ccmdist.data.order import Order
-from ccmdist.data.stream import SampleStream
+from ccmdist.data.stream import SampleStream, batches
 from ccmdist.diffusion import flow
 from ccmdist.diffusion.sampler import sample
 from ccmdist.diffusion.seeding import generator
+from ccmdist.errors import RunError
 from ccmdist.models import mmdit
 from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.train.objectives.objective import Batch
 
 ADAPTER_SET = "adapter"
+MIN_UPDATES_TO_JUDGE = 10
+"""Updates after which a magnitude that has not moved at all counts as frozen."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -54,6 +56,7 @@ class EditObjective:
         self.grid = flow.training_sigmas(self.shift)
         self.dtype = DTYPES[config.base_dtype]
         self._drawn: list[float] = []
+        self._num_updates = -1  # the first call of after_step only says that the state was loaded
 
     def build(self, zero_config: dict[str, Any]) -> torch.nn.Module:
         """The MMDiT with its base partitioned over the ranks and the adapter injected. Collective."""
@@ -61,9 +64,7 @@ class EditObjective:
         row_squares = RowSquares(names)
         model = mmdit.build(self.folder, self.dtype, zero_config, row_squares.on_rows)
         model.requires_grad_(False)
-        self.adapted: AdaptedLinears = inject(
-            model, names, self.config.adapter, row_squares.reduce(), self.config.seed
-        )
+        self.adapted: AdaptedLinears = inject(model, names, self.config.adapter, row_squares.reduce(), self.config.seed)
         model.train()
         if self.config.activation_checkpointing:
             model.enable_gradient_checkpointing()
@@ -82,10 +83,15 @@ class EditObjective:
         """This rank's micro-batches from ``first_step`` on."""
         ranks = self.group.ranks
         stream = SampleStream(
-            self.cache, self.entries, self.order, self.config.global_batch_size, ranks.global_rank, ranks.world_size, first_step
+            self.cache,
+            self.entries,
+            self.order,
+            self.config.global_batch_size,
+            ranks.global_rank,
+            ranks.world_size,
+            first_step,
         )
-        workers = self.config.num_loader_workers
-        return DataLoader(stream, batch_size=None, num_workers=workers, worker_init_fn=ignore_stop_signals)
+        return batches(stream, self.config.num_loader_workers, ignore_stop_signals)
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Mean squared error of the predicted velocity over the target tokens of a micro-batch."""
@@ -97,6 +103,7 @@ class EditObjective:
     def after_step(self) -> None:
         """Let every adapted linear compute its norms anew, once."""
         self.adapted.advance()
+        self._num_updates += 1
 
     def validate(self, model: torch.nn.Module) -> dict[str, float]:
         """Held-out loss at each fixed noise level and their mean; noise is fixed per sample. Collective."""
@@ -107,7 +114,9 @@ class EditObjective:
         sums = [0.0] * len(sigmas_Q)
         # Every rank runs equally many forwards, for each of them is a collective; what is one too many weighs nothing.
         ranks = self.group.ranks
-        for index in range(ranks.global_rank, -(-len(entries) // ranks.world_size) * ranks.world_size, ranks.world_size):
+        for index in range(
+            ranks.global_rank, -(-len(entries) // ranks.world_size) * ranks.world_size, ranks.world_size
+        ):
             losses_Q = self._held_out_losses(model, entries[index % len(entries)], sigmas_Q)
             if index < len(entries):
                 sums = [total + float(loss) for total, loss in zip(sums, losses_Q, strict=True)]
@@ -116,7 +125,16 @@ class EditObjective:
         return {"mean": sum(losses) / len(losses)} | named
 
     def describe(self) -> dict[str, float]:
-        """How far magnitudes and directions have moved, per group of blocks."""
+        """How far magnitudes and directions have moved, per group of blocks.
+
+        Raises:
+            RunError: If no magnitude has moved at all: what is called WDLoRA would then be a LoRA of fixed norms.
+        """
+        if self._num_updates >= MIN_UPDATES_TO_JUDGE and self.adapted.has_frozen_magnitudes():
+            raise RunError(
+                f"not one magnitude has moved in {self._num_updates} updates: they are smaller than its last bit",
+                "raise optim.lr, or train kind: lora, which has no magnitude",
+            )
         return {f"moved/{name}": value for name, value in self.adapted.movement().items()}
 
     def images(self, model: torch.nn.Module) -> torch.Tensor | None:
@@ -126,14 +144,19 @@ class EditObjective:
         for entry in entries:
             batch = self._collated([entry])
             noise_BSC = torch.randn(
-                (1, self.token_hw[0] * self.token_hw[1], 64), generator=generator(self.config.seed, "images", entry.key)
+                (1, self.token_hw[0] * self.token_hw[1], 64),
+                generator=generator(self.config.seed, "images", entry.key),
             )
             sigmas = flow.sampling_sigmas(self.config.monitor.denoise_steps, self.shift, self.noise_schedule)
 
-            def velocity(latents_BSC: torch.Tensor, sigma_B: torch.Tensor, conditional: bool, batch: Batch = batch) -> Any:
+            def velocity(
+                latents_BSC: torch.Tensor, sigma_B: torch.Tensor, conditional: bool, batch: Batch = batch
+            ) -> Any:
                 return self._velocity(model, batch, latents_BSC, sigma_B)
 
-            sampled = flow.unpack_latents(sample(velocity, noise_BSC.to(self.group.device), sigmas, 1.0), *self.latent_hw)
+            sampled = flow.unpack_latents(
+                sample(velocity, noise_BSC.to(self.group.device), sigmas, 1.0), *self.latent_hw
+            )
             rows.append((batch["mask_latents"], batch["image_latents"], sampled))
         return self._decoded_grid(rows) if self.group.ranks.is_first else None
 
@@ -166,7 +189,12 @@ class EditObjective:
         return self._flow_loss_B(model, batch, x_BSC, noise.expand_as(x_BSC), sigmas_Q)
 
     def _flow_loss_B(
-        self, model: torch.nn.Module, batch: Batch, x_BSC: torch.Tensor, noise_BSC: torch.Tensor, sigma_B: torch.Tensor
+        self,
+        model: torch.nn.Module,
+        batch: Batch,
+        x_BSC: torch.Tensor,
+        noise_BSC: torch.Tensor,
+        sigma_B: torch.Tensor,
     ) -> torch.Tensor:
         device = self.group.device
         x_BSC, noise_BSC, sigma_B = x_BSC.to(device), noise_BSC.to(device), sigma_B.to(device)
@@ -201,12 +229,3 @@ class EditObjective:
         codec = LatentCodec.load(self.folder, torch.float32, self.group.device)
         pictures = [[codec.decode(latents.float().to(self.group.device))[0] for latents in row] for row in rows]
         return torch.from_numpy(np.vstack([np.hstack(row) for row in pictures]))
-
-
-def cells(objective: EditObjective, first_step: int, num_steps: int) -> Iterator[tuple[str, ...]]:
-    """Keys of the samples of each step over all ranks, for tests and for looking at an order."""
-    config = objective.config
-    per_step = config.global_batch_size // config.micro_batch_size
-    for step in range(first_step, first_step + num_steps):
-        indices = [i for cell in range(step * per_step, (step + 1) * per_step) for i in objective.order.cell(cell)]
-        yield tuple(objective.entries[i].key for i in indices)

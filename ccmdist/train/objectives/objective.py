@@ -46,7 +46,11 @@ class Objective(Protocol):
         ...
 
     def describe(self) -> dict[str, float]:
-        """Figures about the trained parameters for TensorBoard, such as how far they have moved."""
+        """Figures about the trained parameters for TensorBoard, such as how far they have moved; equal on all ranks.
+
+        Raises:
+            RunError: If they show that nothing is learnt.
+        """
         ...
 
     def images(self, model: torch.nn.Module) -> torch.Tensor | None:

@@ -36,9 +36,7 @@ def test_another_process_makes_the_same_bytes():
         "print(hashlib.sha256(parts + repr(p.labels).encode()).hexdigest())\n"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == digest("T1DPN", 7, 96)
 
 

@@ -43,9 +43,7 @@ def test_codes_of_one_field_have_prompts_of_equal_length():
 
 
 def test_the_order_of_the_fields_does_not_matter():
-    assert prompt("T1DPN", {"eye": "OD", "layer": "subbasal"}) == prompt(
-        "T1DPN", {"layer": "subbasal", "eye": "OD"}
-    )
+    assert prompt("T1DPN", {"eye": "OD", "layer": "subbasal"}) == prompt("T1DPN", {"layer": "subbasal", "eye": "OD"})
 
 
 @pytest.mark.parametrize(

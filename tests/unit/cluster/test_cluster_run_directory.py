@@ -90,4 +90,6 @@ def test_only_the_first_refusal_is_told(tmp_path):
 
 def test_paths_are_inside_the_run(tmp_path):
     run = RunDirectory(tmp_path)
-    assert all(os.path.commonpath([tmp_path, p]) == str(tmp_path) for p in (run.checkpoints, run.tensorboard, run.adapter))
+    assert all(
+        os.path.commonpath([tmp_path, p]) == str(tmp_path) for p in (run.checkpoints, run.tensorboard, run.adapter)
+    )

@@ -23,14 +23,20 @@ def test_later_files_and_overrides_win(tmp_path):
     ("overrides", "message"),
     [
         (["optim.warmup_step=5"], "optim.warmup_step: no such field; did you mean 'warmup_steps'?"),
-        (["adapter.kind=wdlora", "adapter.lora_rnk=8"], "adapter.wdlora.lora_rnk: no such field; did you mean 'lora_rank'?"),
+        (
+            ["adapter.kind=wdlora", "adapter.lora_rnk=8"],
+            "adapter.wdlora.lora_rnk: no such field; did you mean 'lora_rank'?",
+        ),
         (["adapter.kind=dora"], "adapter.kind: must be one of 'wdlora', 'lora'"),
         (["optim.lr=fast"], "optim.lr: should be a valid number, unable to parse string as a number (got 'fast')"),
         (["optim.lr=0"], "optim.lr: should be greater than 0 (got 0)"),
         (["micro_batch_size=7"], "global_batch_size 16 must be a multiple of micro_batch_size 7"),
         (["validation.sigmas=[0.5,1.0]"], "validation.sigmas [0.5, 1.0] must lie between 0 and 1"),
         (["data.image_size_px=100"], "data.image_size_px: should be a multiple of 16 (got 100)"),
-        (["run=${oc.env:HOME}"], "run: interpolation '${oc.env:HOME}' is not allowed in a config; write the value itself"),
+        (
+            ["run=${oc.env:HOME}"],
+            "run: interpolation '${oc.env:HOME}' is not allowed in a config; write the value itself",
+        ),
         (["run=${seed}"], "run: interpolation '${seed}' is not allowed in a config"),
         (["num_steps"], "'num_steps' is neither a YAML file nor an override; write overrides as key=value"),
     ],
@@ -100,7 +106,13 @@ def test_every_shipped_config_loads():
     assert files
     for file in files:
         first_line = file.read_text().splitlines()[0]
-        assert first_line.startswith(f"# ccmdist {file.parent.name} "), f"{file} does not begin with the command that uses it"
+        assert first_line.startswith(f"# ccmdist {file.parent.name} "), (
+            f"{file} does not begin with the command that uses it"
+        )
         words = first_line.split()[3:]
         assert str(file.relative_to(root)) in words
-        load(kinds[file.parent.name], [root / word for word in words if "=" not in word], [w for w in words if "=" in w])
+        load(
+            kinds[file.parent.name],
+            [root / word for word in words if "=" not in word],
+            [w for w in words if "=" in w],
+        )

@@ -116,7 +116,10 @@ def test_ranks_take_the_cells_of_a_step_in_turn():
             "use 1, 2, 4 ranks, or global_batch_size 12 or 24",
         ),
         ({"global_batch_size": 18}, "global_batch_size 18 is not a multiple of micro_batch_size 4; use 16 or 20"),
-        ({"global_batch_size": 32}, "global_batch_size 32: there are only 30 training samples; use global_batch_size 28"),
+        (
+            {"global_batch_size": 32},
+            "global_batch_size 32: there are only 30 training samples; use global_batch_size 28",
+        ),
         (
             {"global_batch_size": 4, "num_samples": 3},
             "global_batch_size 4: there are only 3 training samples; "
@@ -134,7 +137,9 @@ def test_a_batch_that_does_not_fit_is_told_with_what_would(settings, message):
 def test_unlabelled_samples_are_drawn_by_nature_and_refused_by_balance():
     entries = [entry(0), entry(1, clinical_group=None), entry(2, clinical_group=None)]
     assert sorted(drawn(Order(entries, 0, 1, "natural", 9), 3)) == [0, 1, 2]
-    with pytest.raises(ConfigError, match="sample k1 of subject s1 has no clinical group, nor have 1 other samples of 3"):
+    with pytest.raises(
+        ConfigError, match="sample k1 of subject s1 has no clinical group, nor have 1 other samples of 3"
+    ):
         Order(entries, 0, 1, "clinical_groups", 9)
 
 
