@@ -24,7 +24,7 @@ check: install
 
 # Kills and stops at every point of the commit protocol, many steps, many seeds: longer than a test may take.
 drill: install
-	$(RUN) pytest -m drill --override-ini addopts="-q --strict-markers -p no:cacheprovider"
+	$(RUN) pytest -m drill
 
 bench: install
 	$(RUN) sh -c 'for script in benchmarks/*.py; do python "$$script" || exit 1; done'

@@ -122,7 +122,8 @@ class RunDirectory:
             attempts[-1]["last_step"] = outcome.step
             commit_json(self.path / "attempts.json", attempts)
         last = attempts[-MAX_ATTEMPTS_WITHOUT_PROGRESS:]
-        stuck = len(last) == MAX_ATTEMPTS_WITHOUT_PROGRESS and all(a["first_step"] == a["last_step"] for a in last)
+        # A killed attempt writes no last step; what it committed shows in where the next one begins.
+        stuck = len(last) == MAX_ATTEMPTS_WITHOUT_PROGRESS and {a["first_step"] for a in last} == {outcome.step}
         if outcome.state == "requeue" and stuck:
             reason = (
                 f"{outcome.reason}: {len(last)} attempts in a row ended at step {outcome.step} without a new one; "

@@ -79,6 +79,13 @@ def test_three_attempts_without_a_step_stop_asking(tmp_path):
     assert "3 attempts in a row ended at step 4" in run.outcome().reason
 
 
+def test_killed_attempts_that_committed_something_count_as_progress(tmp_path):
+    run = RunDirectory(tmp_path)
+    for first in (0, 4, 8):
+        run.start_attempt(first)
+    assert run.end_attempt(Outcome("requeue", "stopped by SIGUSR2", 8)).state == "requeue"
+
+
 def test_only_the_first_refusal_is_told(tmp_path):
     run = RunDirectory(tmp_path)
     run.start_attempt(3)
