@@ -1,0 +1,239 @@
+"""A sample of a shard: image, nerve mask and what is known about them. The one place that knows a shard's members.
+
+* ``KEY.image.png``: 8-bit grey. A synthetic image carries a machine-readable mark (XMP in an iTXt chunk).
+* ``KEY.mask.png``: 8-bit grey, 0 or 255 only, of the same size.
+* ``KEY.json``: the fields of :class:`TripleMeta`.
+"""
+
+import io
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Final, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from ccmdist.ccm.groups import CLINICAL_GROUPS, ClinicalGroup
+from ccmdist.ccm.prompts import prompt
+from ccmdist.errors import ShardError
+
+Eye = Literal["OD", "OS"]
+Source = Literal["phantom", "folders", "synthetic"]
+
+EYES: Final[tuple[Eye, ...]] = get_args(Eye)
+IMAGE, MASK, META = "image.png", "mask.png", "json"
+MEMBERS: Final = (IMAGE, MASK, META)
+"""Endings of a sample's members, in the order in which they stand in a tar."""
+
+MAX_KEY_LENGTH: Final = 64
+MAX_IMAGE_PIXELS: Final = 1 << 24
+DECODING_ERRORS: Final = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises about bytes that are not the image they should be."""
+
+_KEY = re.compile(r"[a-z0-9_-]+")
+_MARK = "rainedAlgorithmicMedia"
+_XMP = (
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType='
+    '"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/></rdf:RDF></x:xmpmeta>'
+)
+
+
+@dataclass(frozen=True)
+class TripleMeta:
+    """What is known about a frame. Nothing in it is free text, and nothing names a person."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    prompt: str
+    """As :func:`prompt_for` words it; of a synthetic sample, the prompt it was drawn with, whatever its group."""
+    clinical_group: ClinicalGroup | None
+    """None if it is not known."""
+    subject: str
+    """Pseudonym of the person, ``[a-z0-9_-]+``; splits are made by subject."""
+    eye: Eye | None
+    um_per_px: float
+    source: Source
+    fields: dict[str, str] = field(default_factory=dict)
+    """Closed codes of :data:`~ccmdist.ccm.prompts.FIELD_WORDS` other than the eye."""
+    labels: dict[str, float] = field(default_factory=dict)
+    """Constructed biomarkers of a phantom; empty for every other frame."""
+    provenance: dict[str, Any] | None = None
+    """How a synthetic sample was made; None for every other frame."""
+
+
+@dataclass(frozen=True, eq=False)
+class Triple:
+    """One sample."""
+
+    key: str
+    """``[a-z0-9_-]+``, unique in its set."""
+    image: NDArray[np.uint8]
+    """(H, W), grey."""
+    nerve_mask: NDArray[np.bool_]
+    """(H, W), True on nerves."""
+    meta: TripleMeta
+
+
+_META: TypeAdapter[TripleMeta] = TypeAdapter(TripleMeta)
+
+
+def prompt_for(clinical_group: ClinicalGroup | None, eye: Eye | None, fields: Mapping[str, str]) -> str:
+    """The prompt of a frame with these codes.
+
+    Raises:
+        ShardError: If one of them is outside the closed vocabularies.
+    """
+    return prompt(clinical_group, {"eye": eye, **fields} if eye else fields)
+
+
+def members_of(triple: Triple) -> dict[str, bytes]:
+    """The members of a sample by their endings, in the order in which a tar holds them. Equal samples give equal bytes.
+
+    Raises:
+        ShardError: If the sample could not be read back: its key, shapes, types or fields are not what they should be.
+    """
+    where = f"sample {triple.key}"
+    check_key(triple.key, where)
+    image, nerve_mask = triple.image, triple.nerve_mask
+    if image.dtype != np.uint8 or nerve_mask.dtype != np.bool_ or image.ndim != 2 or image.shape != nerve_mask.shape:
+        raise ShardError(
+            f"{where}: image {image.dtype} {image.shape} and nerve_mask {nerve_mask.dtype} {nerve_mask.shape}, "
+            "expected uint8 and bool of one shape (H, W)"
+        )
+    values = {name: value for name, value in asdict(triple.meta).items() if name != "provenance" or value is not None}
+    try:
+        text = json.dumps(values, sort_keys=True, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ShardError(f"{where}: its fields cannot be written as JSON ({error})") from None
+    _meta_of(text.encode(), where)
+    is_synthetic = triple.meta.provenance is not None
+    return {IMAGE: _png(image, is_synthetic), MASK: _png(nerve_mask.astype(np.uint8) * 255, False), META: text.encode()}
+
+
+def triple_of(key: str, members: Mapping[str, bytes], where: str) -> Triple:
+    """The sample that ``members`` hold.
+
+    Args:
+        key: Of the sample.
+        members: Their contents by their endings.
+        where: Path of the shard, for messages.
+
+    Raises:
+        ShardError: If a member is missing, unknown or not what it should be; names the sample.
+    """
+    check_key(key, where)
+    where = f"{where}: sample {key}"
+    if missing := [ending for ending in MEMBERS if ending not in members]:
+        raise ShardError(f"{where}: {' and '.join(missing)} is missing", "make or copy the shard anew")
+    if unknown := [ending for ending in members if ending not in MEMBERS]:
+        raise ShardError(
+            f"{where}: unknown member {unknown[0]!r}, expected only {', '.join(MEMBERS)}", "remove it from the set"
+        )
+    meta = _meta_of(members[META], where)
+    image, mask = _pixels(members[IMAGE], f"{where}: {IMAGE}"), _pixels(members[MASK], f"{where}: {MASK}")
+    if image.shape != mask.shape:
+        raise ShardError(f"{where}: {IMAGE} is {_size(image)} and {MASK} {_size(mask)}, expected one size")
+    if not np.isin(mask, (0, 255)).all():
+        raise ShardError(
+            f"{where}: {MASK} holds other values than 0 and 255", "make it two-valued and pack the set again"
+        )
+    if is_marked_synthetic(members[IMAGE]) != (meta.provenance is not None):
+        raise ShardError(
+            f"{where}: {IMAGE} and {META} disagree on whether it is synthetic", "make or copy the shard anew"
+        )
+    return Triple(key, image, mask == 255, meta)
+
+
+def check_key(key: str, where: str) -> None:
+    """Refuse a key that could be mistaken for a path, or that says more than a pseudonym does.
+
+    Raises:
+        ShardError: If it is not made of ``a-z 0-9 _ -``, or longer than 64 characters.
+    """
+    if not _KEY.fullmatch(key) or len(key) > MAX_KEY_LENGTH:
+        shown = ascii(key if len(key) <= MAX_KEY_LENGTH else key[:MAX_KEY_LENGTH] + "...")
+        raise ShardError(
+            f"{where}: {shown} is not a key, expected at most {MAX_KEY_LENGTH} of a-z 0-9 _ -", "pack the set again"
+        )
+
+
+def is_marked_synthetic(data: bytes) -> bool:
+    """Whether an image file says that a model made it, or parts of it: IPTC's digital source type, in any chunk.
+
+    Args:
+        data: Contents of a file; what is no image carries no mark.
+    """
+    if _MARK.encode() in data:
+        return True
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as png:
+            if png.width * png.height > MAX_IMAGE_PIXELS:
+                return False
+            texts = getattr(png, "text", {})  # compressed chunks, which the search above does not see
+    except DECODING_ERRORS:
+        return False
+    return any(_MARK in str(text) for text in texts.values())
+
+
+def _png(pixels: NDArray[np.uint8], is_synthetic: bool) -> bytes:
+    info = PngInfo()
+    if is_synthetic:
+        info.add_itxt("XML:com.adobe.xmp", _XMP)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def _pixels(data: bytes, where: str) -> NDArray[np.uint8]:
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as png:
+            if png.width * png.height > MAX_IMAGE_PIXELS:
+                raise ShardError(f"{where} has {png.width * png.height} pixels, expected at most {MAX_IMAGE_PIXELS}")
+            if png.mode != "L":
+                raise ShardError(
+                    f"{where} is of mode {png.mode}, expected 8-bit grey (L)", "make or copy the shard anew"
+                )
+            return np.array(png)
+    except DECODING_ERRORS:
+        raise ShardError(f"{where} is not a PNG that can be read", "make or copy the shard anew") from None
+
+
+def _meta_of(data: bytes, where: str) -> TripleMeta:
+    try:
+        meta = _META.validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        name = ".".join(map(str, first["loc"])) or "as a whole"
+        raise ShardError(f"{where}: {META}, {name}: {first['msg']}", "make or copy the shard anew") from None
+    check_key(meta.subject, f"{where}: {META}, subject")
+    if not (math.isfinite(meta.um_per_px) and meta.um_per_px > 0):
+        raise ShardError(f"{where}: {META}, um_per_px: {meta.um_per_px} is not a length")
+    if (meta.provenance is None) == (meta.source == "synthetic"):
+        raise ShardError(f"{where}: {META}, provenance: stands in synthetic samples, in each of them and in no other")
+    _check_prompt(meta, where)
+    return meta
+
+
+def _check_prompt(meta: TripleMeta, where: str) -> None:
+    groups = (*CLINICAL_GROUPS, None) if meta.source == "synthetic" else (meta.clinical_group,)
+    try:
+        known = [prompt_for(clinical_group, meta.eye, meta.fields) for clinical_group in groups]
+    except ShardError as error:
+        raise ShardError(f"{where}: {META}, {error.message}", error.remedy) from None
+    if meta.prompt not in known:
+        raise ShardError(
+            f"{where}: {META}, prompt: is not the wording for its codes, '{known[0]}'", "pack the set again"
+        )
+
+
+def _size(pixels: NDArray[np.uint8]) -> str:
+    height, width = pixels.shape
+    return f"{height}x{width} px"
