@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,12 @@ def committed_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        if temporary.stat().st_mode != mode:
+            # safetensors makes files that only their owner may read; a model or a cache is often shared by a group.
+            temporary.chmod(stat.S_IMODE(mode))
         sync_file(temporary)
         temporary.replace(path)
         sync_folder(path.parent)

@@ -39,7 +39,7 @@ def load_weights(model: torch.nn.Module, weight_files: dict[str, Path], on_rows:
 
     Args:
         model: Plain, or built under deepspeed.zero.Init.
-        weight_files: Tensor name -> file, from ``ModelFolder.weight_files``.
+        weight_files: Tensor name -> file, from ``ModelFolder.weight_files``; not empty.
         on_rows: Told the rows on the way, so that they need not be read again.
 
     Returns:

@@ -125,13 +125,15 @@ def write_parts(folder: Path, stem: str, parts: Iterable[dict[str, torch.Tensor]
         num_parts: How many files there will be.
     """
     places: dict[str, str] = {}
-    num_bytes = 0
-    for index, tensors in enumerate(parts, 1):
+    num_bytes = index = 0
+    for tensors in parts:
+        index += 1  # noqa: SIM113  `enumerate` would keep the tensors of the file before
         file = f"{stem}{f'-{index:05d}-of-{num_parts:05d}' if num_parts > 1 else ''}.safetensors"
         with committed_file(folder / file) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, file)
         num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        del tensors  # before the next ones are made
     if num_parts > 1:
         weight_map = {"metadata": {"total_size": num_bytes}, "weight_map": places}
         commit_json(folder / f"{stem}.safetensors.index.json", weight_map)

@@ -87,7 +87,9 @@ class ModelFolder:
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         if single.is_file() or not index.is_file():
             return dict.fromkeys(self._tensor_names(single), single)
-        places = _json(self.path, str(index.relative_to(self.path)), self.version).get("weight_map", {})
+        places = _json(self.path, str(index.relative_to(self.path)), self.version).get("weight_map")
+        if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+            raise ModelError(f"{index}: its weight_map does not say which file holds which tensor", self._advice)
         held = {file: self._tensor_names(folder / file) for file in sorted(set(places.values()))}
         for name, file in places.items():
             if name not in held[file]:
@@ -102,7 +104,7 @@ class ModelFolder:
             "num_dropped_tokens": NUM_DROPPED_TOKENS,
             "condition_edge_px": CONDITION_EDGE_PX[self.version],
             "processor": _digest((self.path / "processor").glob("*processor_config.json")),
-            "tokenizer": _digest(file for file in (self.path / "tokenizer").iterdir() if file.is_file()),
+            "tokenizer": _digest(f for f in (self.path / "tokenizer").iterdir() if f.suffix in (".json", ".txt")),
         }
         for component in ("vae", "text_encoder"):
             identity[f"{component}_config"] = digest_of(self.config(component))
@@ -123,7 +125,7 @@ class ModelFolder:
                 header = json.loads(stream.read(length)) if 0 < length < MAX_HEADER_BYTES else None
             except ValueError:
                 header = None
-        if not isinstance(header, dict):
+        if not isinstance(header, dict) or not header.keys() - {"__metadata__"}:
             raise ModelError(f"{file}: is not a complete safetensors file", self._advice)
         header.pop("__metadata__", None)
         expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
