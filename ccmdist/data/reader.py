@@ -35,8 +35,14 @@ class SetReport:
 
     folder: Path
     manifest: Manifest
-    group_counts: dict[str, int]
-    """Samples of each clinical group, ``unlabelled`` included."""
+
+    @property
+    def group_counts(self) -> dict[str, int]:
+        """Samples of each clinical group that occurs, ``unlabelled`` included."""
+        counts: Counter[str] = Counter()
+        for shard in self.manifest.shards:
+            counts.update(shard.group_counts)
+        return dict(sorted(counts.items()))
 
     def __str__(self) -> str:
         shards = self.manifest.shards
@@ -47,10 +53,10 @@ class SetReport:
             for split, found in splits
             if found
         ]
-        groups = ", ".join(f"{name} {count}" for name, count in sorted(self.group_counts.items()))
+        groups = ", ".join(f"{name} {count}" for name, count in self.group_counts.items())
         return (
             f"{self.folder}: {self.manifest.kind} set, {len(shards)} shards, {self.manifest.num_samples} samples, "
-            f"{sum(shard.num_bytes for shard in shards)} bytes, all as the manifest says; {', '.join(told)}; {groups}"
+            f"{sum(shard.num_bytes for shard in shards)} bytes; {', '.join(told)}; {groups}"
         )
 
 
@@ -104,19 +110,17 @@ def verify_set(folder: Path) -> SetReport:
         if path.name not in names
     ]
     keys: dict[str, str] = {}
-    group_counts: Counter[str] = Counter()
     for shard in manifest.shards:
         try:
             for triple in read_shard(folder, shard):
                 _check_in_set(triple, shard, folder, manifest.kind, keys)
-                group_counts[triple.meta.clinical_group or UNLABELLED] += 1
         except ShardError as error:
             problems.append(str(error))
     if problems:
         more = [f"... and {len(problems) - _NUM_NAMED} more"] if len(problems) > _NUM_NAMED else []
         head = f"{folder}: {len(problems)} problems\n  " if len(problems) > 1 else ""
         raise ShardError(head + "\n  ".join([*problems[:_NUM_NAMED], *more]))
-    return SetReport(folder, manifest, dict(group_counts))
+    return SetReport(folder, manifest)
 
 
 def _check_in_set(triple: Triple, shard: ShardEntry, folder: Path, kind: Kind, keys: dict[str, str]) -> None:
