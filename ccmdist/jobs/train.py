@@ -20,6 +20,7 @@ from ccmdist.config.loading import resolved, validate
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import log, start_logging
 from ccmdist.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_REFUSED, CcmdistError
+from ccmdist.jobs.adapter import adapter_of
 from ccmdist.train.checkpoint import newest_valid
 from ccmdist.train.loop import train
 from ccmdist.train.objectives.edit import EditObjective

@@ -7,7 +7,6 @@ uninterrupted one does. Once per step, after it, the ranks agree on whether to s
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -200,12 +199,3 @@ class _Loop:
         self.monitor.close()
         self.group.barrier()
         return outcome
-
-
-def adapter_parameters(checkpoint_path: Path) -> dict[str, torch.Tensor]:
-    """Whole trained parameters of a committed checkpoint; their moving average where the run kept one."""
-    from ccmdist.train.checkpoint import verified
-
-    checkpoint = verified(checkpoint_path)
-    quantity = "average" if checkpoint.manifest.get("has_average") else "weight"
-    return {name: checkpoint.whole(name, quantity) for name in checkpoint.manifest["parameters"]}

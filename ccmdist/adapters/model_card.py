@@ -1,0 +1,97 @@
+"""The README.md of an exported adapter: what it is, what it was made from, how it is loaded, what it is not for."""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from ccmdist.config.train import AdapterSettings
+
+FORMULAS: Final = {
+    "wdlora": "WDLoRA (DoRA with a constant norm in the backward pass): `W' = m (W + s B A) / ||W + s B A||`",
+    "lora": "LoRA: `W' = W + s B A`",
+}
+
+CARD: Final = """---
+{base_model}library_name: diffusers
+pipeline_tag: image-to-image
+license: other
+license_name: to-be-chosen-by-whoever-publishes-this
+tags:
+- lora
+- {kind}
+- corneal-confocal-microscopy
+---
+
+# Adapter for Qwen-Image-Edit: corneal confocal microscopy images from nerve masks
+
+**Not for diagnosis.** It draws synthetic images for research. They must not be used to judge the health of any
+person, and must not be passed off as recordings of one.
+
+{formula}
+
+```python
+import torch
+from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained("{load_from}", torch_dtype=torch.bfloat16)
+pipe.load_lora_weights("THIS_FOLDER", weight_name="{weights_file}")
+```
+
+The base has to be the one named below. What to know of stock loaders and pipelines:
+
+- On a bfloat16 base the loader rounds magnitudes and norms to bfloat16 too, some tenths of a per cent off.
+  `ccmdist adapter merge` computes them in float32 and rounds once.
+- The pipeline enlarges the mask to about one megapixel, and under transformers 5 encodes it without its positions in
+  the image (diffusers issue 14194). `ccmdist synthesize` conditions as in training.
+- Where there is a `comfyui.safetensors`, it is the same adapter for ComfyUI's LoRA loader, at strength 1.
+
+| | |
+|---|---|
+| base | {base} |
+| kind | {kind} |
+| lora_rank r, scale s = alpha / r | {lora_rank}, {scale:g} |
+| adapted linears, trained numbers | {num_linears:,}, {num_parameters:,} |
+| targets | {targets} |
+{facts}
+
+## Licence
+
+The base model is published under Apache-2.0. Which licence this adapter may carry depends on the images it
+was trained on and on the consent of the people they show: fill in `license` above, or do not publish it.
+"""
+
+
+def model_card(
+    settings: AdapterSettings,
+    scale: float,
+    linears: Sequence[str],
+    num_parameters: int,
+    facts: Mapping[str, str],
+    weights_file: str,
+) -> str:
+    """The card as Markdown with the header that model hubs read.
+
+    Args:
+        settings: Of the adapter.
+        scale: s.
+        linears: Names of what is adapted.
+        num_parameters: Trained numbers.
+        facts: Of the adapter's origin; "base_model" is the repository of a published base, "pipeline" the class
+            that loads it.
+        weights_file: Name of the file to load.
+    """
+    repository = facts.get("base_model", "")
+    return CARD.format(
+        base_model=f"base_model: {repository}\n" if repository else "",
+        load_from=repository or "FOLDER_OF_THE_BASE",
+        base=repository or "not a published model, see base_digest",
+        pipeline=facts.get("pipeline", "QwenImageEditPlusPipeline"),
+        kind=settings.kind,
+        formula=FORMULAS[settings.kind],
+        weights_file=weights_file,
+        lora_rank=settings.lora_rank,
+        scale=scale,
+        num_linears=len(linears),
+        num_parameters=num_parameters,
+        targets=", ".join(f"`{target}`" for target in settings.targets),
+        facts="\n".join(f"| {name} | {value} |" for name, value in sorted(facts.items()) if name != "movement"),
+    )

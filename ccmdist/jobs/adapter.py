@@ -1,0 +1,271 @@
+"""What `ccmdist adapter` does: find an adapter wherever it lies, export it, merge it, verify it, show it."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+from torch import Tensor
+
+from ccmdist.adapters.comfyui import COMFYUI_FILE, write_comfyui
+from ccmdist.adapters.injection import KINDS, layer_group
+from ccmdist.adapters.merge import merged_rows, row_slices
+from ccmdist.adapters.state import WEIGHTS_FILE, AdapterState, read_adapter, write_adapter
+from ccmdist.adapters.wdlora import RowState
+from ccmdist.cluster.run_directory import RunDirectory
+from ccmdist.commit import commit_bytes, committed_file, sync_folder, temporary_name
+from ccmdist.config.loading import validate
+from ccmdist.config.train import TrainConfig
+from ccmdist.console import log, tracked
+from ccmdist.errors import AdapterError, ModelError
+from ccmdist.jobs.adapter_check import compare, linear_shapes
+from ccmdist.models.model_folder import REPOSITORIES, ModelFolder
+from ccmdist.models.sizes import PIPELINES
+from ccmdist.train.checkpoint import COMMITTED, Checkpoint, newest_valid, verified
+
+PUBLISHED_WIDTH = {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128}
+"""Of the published transformers, which are what their class builds by default."""
+
+
+def find(path: Path) -> AdapterState:
+    """The adapter in a folder: an exported one, that of a run's newest checkpoint, or that of one checkpoint.
+
+    Raises:
+        AdapterError: If there is none, or it cannot be read.
+        CheckpointError: If the checkpoint asked for is broken.
+    """
+    if (path / WEIGHTS_FILE).is_file():
+        return read_adapter(path)
+    if COMMITTED.fullmatch(path.name) and path.is_dir():
+        return adapter_of(verified(path), _config_of(RunDirectory(path.resolve().parent.parent)))
+    run = RunDirectory(path)
+    if (checkpoint := newest_valid(run.checkpoints)) is not None:
+        return adapter_of(checkpoint, _config_of(run))
+    if (run.adapter / WEIGHTS_FILE).is_file():
+        return read_adapter(run.adapter)
+    raise AdapterError(
+        f"{path}: holds neither {WEIGHTS_FILE} nor a checkpoint that is whole",
+        "give the folder of an exported adapter, of a run, or of a checkpoint (runs/NAME/checkpoints/step-00001000)",
+    )
+
+
+def adapter_of(checkpoint: Checkpoint, config: TrainConfig) -> AdapterState:
+    """The adapter in a training checkpoint; its moving average where the run kept one.
+
+    Raises:
+        AdapterError: If the checkpoint does not hold the adapter that ``config`` describes.
+    """
+    manifest = checkpoint.manifest
+    quantity = "average" if manifest["has_average"] else "weight"
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for parameter in manifest["parameters"]:
+        name, _, kind = parameter.rpartition(".")
+        if kind not in KINDS:
+            raise AdapterError(
+                f"{checkpoint.path}: {parameter} is not a parameter of an adapter", "give another checkpoint"
+            )
+        tensors.setdefault(name, {})[kind] = checkpoint.whole(parameter, quantity)
+    state = AdapterState(config.adapter, tensors, _facts(checkpoint, config, quantity))
+    state.check(checkpoint.path)
+    return state
+
+
+def export(source: Path, model: Path, out: Path) -> None:
+    """Write an adapter for diffusers, PEFT and ComfyUI; it appears in ``out`` once stock diffusers has agreed with us.
+
+    Raises:
+        AdapterError: If it belongs to another base, does not load without loss, or ``out`` is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise AdapterError(f"{out}: already exists", "choose another folder")
+    folder = ModelFolder.open(model)
+    state = _on_base(find(source), folder)
+    rows = rows_of(state, folder)
+    state = replace(state, facts={**state.facts, **_base_facts(folder), "movement": json.dumps(movement(rows))})
+    temporary = temporary_name(out)
+    try:
+        write_adapter(temporary, state)
+        write_comfyui(temporary, state, rows)
+        log.info("%s", compare(folder, temporary))
+        temporary.replace(out)
+        sync_folder(out.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    log.info("%s: adapter for diffusers and PEFT, and %s", out, COMFYUI_FILE)
+
+
+def verify(source: Path, model: Path) -> None:
+    """Load an adapter with stock diffusers and compare it with ours.
+
+    Raises:
+        AdapterError: If it belongs to another base, or anything differs.
+    """
+    folder = ModelFolder.open(model)
+    state = _on_base(find(source), folder)
+    with tempfile.TemporaryDirectory(prefix="ccmdist-") as temporary:
+        exported = source
+        if not (source / WEIGHTS_FILE).is_file():
+            exported = Path(temporary)
+            write_adapter(exported, state)
+        log.info("%s: %s", source, compare(folder, exported))
+
+
+def merge(source: Path, model: Path, out: Path) -> None:
+    """Write the base's transformer with the adapter merged: same files, names and dtypes, nothing else changed.
+
+    Needs the memory of one tensor. When interrupted, the same command writes the folder anew.
+
+    Raises:
+        AdapterError: If the adapter belongs to another base, or ``out`` already holds a model.
+    """
+    if (out / "config.json").exists():
+        raise AdapterError(f"{out}: already holds a model", "choose another folder")
+    folder = ModelFolder.open(model)
+    state = _on_base(find(source), folder)
+    files = folder.weight_files("transformer")
+    names_of_file: dict[Path, list[str]] = {file: [] for file in files.values()}
+    for name in state.tensors:
+        names_of_file[files[f"{name}.weight"]].append(name)
+    for file, names in tracked(names_of_file.items(), "weight files", len(names_of_file)):
+        with committed_file(out / file.name) as temporary:
+            shutil.copyfile(file, temporary)
+            _merge_into_file(temporary, file, names, state)
+    transformer = folder.path / "transformer"
+    # The config last, for it makes the folder a model.
+    for path in (*sorted(transformer.glob("*.index.json")), transformer / "config.json"):
+        commit_bytes(out / path.name, path.read_bytes())
+    log.info("%s: load it with QwenImageTransformer2DModel.from_pretrained, or put it in place of the base's", out)
+
+
+def show(source: Path) -> None:
+    """Print what an adapter adapts, how large it is and how far it has moved."""
+    state = find(source)
+    moved = json.loads(state.facts["movement"]) if "movement" in state.facts else _movement_in_run(source, state)
+    table = Table("layers", "linears", "parameters", "magnitude moved", "direction moved")
+    for group, names in _by_group(state).items():
+        parameters = sum(tensor.numel() for name in names for tensor in state.tensors[name].values())
+        magnitude, angle = moved.get(f"magnitude/{group}"), moved.get(f"direction_rad/{group}")
+        told = "-" if magnitude is None else f"{magnitude:.2%}", "-" if angle is None else f"{angle:.4f} rad"
+        table.add_row(group, str(len(names)), f"{parameters:,}", *told)
+    console = Console()
+    console.print(
+        f"{source}: {state.settings.kind}, rank {state.settings.lora_rank}, alpha {state.alpha:g}", highlight=False
+    )
+    console.print(table)
+    for name, value in sorted(state.facts.items()):
+        if name != "movement":
+            console.print(f"{name:14} {value}", highlight=False, soft_wrap=True)
+    if not moved and state.settings.kind == "wdlora":
+        console.print("how far it has moved is known once it is exported, for that takes the base")
+
+
+def rows_of(state: AdapterState, folder: ModelFolder) -> dict[str, RowState]:
+    """Name of linear -> what its rows are on the base, read weight by weight; empty for plain LoRA."""
+    if state.settings.kind != "wdlora":
+        return {}
+    files, rows = folder.weight_files("transformer"), {}
+    for name, tensors in tracked(state.tensors.items(), "linears", len(state.tensors)):
+        with safe_open(files[f"{name}.weight"], "pt") as stored:
+            W = stored.get_tensor(f"{name}.weight")
+        squares = torch.cat([W[some].float().square().sum(1) for some in row_slices(len(W))])
+        A, B, m = (tensors[kind] for kind in KINDS)
+        rows[name] = RowState.evaluate(W, A, B, m, squares, state.scale)
+    return rows
+
+
+def movement(rows: Mapping[str, RowState]) -> dict[str, float]:
+    """Mean movement of magnitudes and directions per group of layers, named as in the training log."""
+    found: dict[str, list[Tensor]] = {}
+    for name, row_state in rows.items():
+        moved = row_state.movement()
+        found.setdefault(f"magnitude/{layer_group(name)}", []).append(moved.magnitude)
+        found.setdefault(f"direction_rad/{layer_group(name)}", []).append(moved.angle)
+    return {name: float(torch.stack(values).mean()) for name, values in sorted(found.items())}
+
+
+def _movement_in_run(source: Path, state: AdapterState) -> dict[str, float]:
+    """Movement on the base that the run was trained on; empty where that is not at hand."""
+    run = RunDirectory(source.resolve().parent.parent if COMMITTED.fullmatch(source.name) else source)
+    if not run.config.is_file():
+        return {}
+    try:
+        return movement(rows_of(state, _on_base_of(state, _config_of(run))))
+    except (ModelError, AdapterError) as error:
+        log.warning("%s", error)
+        return {}
+
+
+def _on_base_of(state: AdapterState, config: TrainConfig) -> ModelFolder:
+    folder = ModelFolder.open(config.data.model)
+    _on_base(state, folder)
+    return folder
+
+
+def _on_base(state: AdapterState, folder: ModelFolder) -> AdapterState:
+    """The state, after a check that ``folder`` is what it was trained on."""
+    trained_on, found = state.facts.get("base_digest", ""), folder.transformer_digest()
+    if trained_on != found:
+        raise AdapterError(
+            f"{folder.path}: its transformer is {found[:12]}, the adapter was trained on {trained_on[:12] or '?'}",
+            "give the model folder of the training with --model",
+        )
+    state.check_fits(linear_shapes(folder), folder.path)
+    return state
+
+
+def _config_of(run: RunDirectory) -> TrainConfig:
+    try:
+        values = json.loads(run.config.read_text())["settings"]
+    except (OSError, ValueError, KeyError):
+        raise AdapterError(
+            f"{run.config}: is missing or cannot be read, so rank and alpha of the adapter are not known",
+            "keep checkpoints in the folder of their run",
+        ) from None
+    return validate(TrainConfig, values, source=str(run.config))
+
+
+def _facts(checkpoint: Checkpoint, config: TrainConfig, quantity: str) -> dict[str, str]:
+    names = ("base_digest", "data_digest", "config_digest", "step", "samples_seen")
+    facts = {name: str(checkpoint.manifest[name]) for name in names}
+    facts |= {
+        "image_size_px": str(config.data.image_size_px),
+        "weights": "moving average" if quantity == "average" else "last",
+    }
+    try:
+        return facts | _base_facts(ModelFolder.open(config.data.model))
+    except ModelError:
+        return facts | {"model_version": "unknown"}
+
+
+def _base_facts(folder: ModelFolder) -> dict[str, str]:
+    config = folder.config("transformer")
+    is_published = all(config.get(name, value) == value for name, value in PUBLISHED_WIDTH.items())
+    facts = {"model_version": folder.version, "pipeline": PIPELINES[folder.version]}
+    return facts | ({"base_model": REPOSITORIES[folder.version]} if is_published else {})
+
+
+def _by_group(state: AdapterState) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in state.tensors:
+        groups.setdefault(layer_group(name), []).append(name)
+    return dict(sorted(groups.items()))
+
+
+def _merge_into_file(copy: Path, base: Path, names: list[str], state: AdapterState) -> None:
+    """Overwrite the weights of some linears in a copy of a safetensors file, a few rows at a time."""
+    with copy.open("r+b") as stream, safe_open(base, "pt") as stored:
+        header_length = int.from_bytes(stream.read(8), "little")
+        header: dict[str, Any] = json.loads(stream.read(header_length))
+        for name in names:
+            part = stored.get_slice(f"{name}.weight")
+            stream.seek(8 + header_length + header[f"{name}.weight"]["data_offsets"][0])
+            for rows in row_slices(part.get_shape()[0]):
+                merged = merged_rows(part[rows], state.tensors[name], rows, state.scale)
+                stream.write(merged.contiguous().view(torch.uint8).numpy().tobytes())

@@ -1,0 +1,190 @@
+"""Does stock diffusers make of an exported adapter what was trained? Nothing that fails here is published.
+
+Compared on fixed random inputs, in fp32 on the CPU. What the stock loader has put into the model must be our tensors
+bit for bit, at our linears and no others, with our scale. The outputs can then only differ by rounding, for PEFT adds
+the same terms in another order.
+
+Of a large model only the first and the last block are compared (3 GB instead of 80 GB): all blocks are of one class,
+their adapters are written by one rule, and names and shapes are checked in all of them.
+"""
+
+import logging
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from diffusers import QwenImageTransformer2DModel
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ccmdist.adapters.injection import inject, row_squares_of
+from ccmdist.adapters.merge import merge_into
+from ccmdist.adapters.state import WEIGHTS_FILE, AdapterState, read_adapter, write_adapter
+from ccmdist.errors import AdapterError
+from ccmdist.models import mmdit
+from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.sizes import PIPELINES
+
+LARGE_BYTES: Final = 4 << 30
+"""Size of weight files above which only two blocks are compared."""
+
+MAX_RELATIVE_DIFFERENCE: Final = 1e-5
+"""Of outputs, against the largest output."""
+
+TOKENS_HW, NUM_TEXT_TOKENS = (4, 4), 7
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well stock diffusers and the merged weights agree with the adapted model, relative to its largest output."""
+
+    stock: float
+    merged: float
+    blocks: tuple[int, ...]
+    num_blocks: int
+
+    def __str__(self) -> str:
+        which = "all blocks" if len(self.blocks) == self.num_blocks else f"blocks {', '.join(map(str, self.blocks))}"
+        return (
+            f"stock diffusers loads the same tensors, bit for bit; its output differs by {self.stock:.1e}, "
+            f"that of merged weights by {self.merged:.1e} (relative, {which} of {self.num_blocks})"
+        )
+
+
+def compare(folder: ModelFolder, adapter: Path) -> Agreement:
+    """Compare an adapter loaded by stock diffusers, the same applied by us, and the same merged.
+
+    Args:
+        folder: The base.
+        adapter: Folder of the exported adapter.
+
+    Raises:
+        AdapterError: If the loaded tensors, the scale or the adapted linears differ, or outputs by more than rounding.
+    """
+    state = read_adapter(adapter)
+    state.check_fits(linear_shapes(folder), folder.path)
+    num_blocks = len(mmdit.skeleton(folder).transformer_blocks)
+    is_large = sum(file.stat().st_size for file in set(folder.weight_files("transformer").values())) > LARGE_BYTES
+    blocks = (0, num_blocks - 1) if is_large else tuple(range(num_blocks))
+    with tempfile.TemporaryDirectory(prefix="ccmdist-") as temporary:
+        if len(blocks) < num_blocks:
+            state, adapter = part_of(state, blocks), Path(temporary)
+            write_adapter(adapter, state)
+        stock = _stock_output(base_blocks(folder, blocks), folder, adapter, state)
+    ours, merged = _our_output(base_blocks(folder, blocks), state), _merged_output(base_blocks(folder, blocks), state)
+    agreement = Agreement(_difference(stock, ours), _difference(merged, ours), blocks, num_blocks)
+    for what, difference in (("stock diffusers", agreement.stock), ("the merged model", agreement.merged)):
+        # Written so that a NaN is refused.
+        if not difference <= MAX_RELATIVE_DIFFERENCE:
+            raise _mismatch(
+                f"the output of {what} differs by {difference:.1e}, expected at most {MAX_RELATIVE_DIFFERENCE}"
+            )
+    return agreement
+
+
+def linear_shapes(folder: ModelFolder) -> dict[str, tuple[int, ...]]:
+    """Name of every linear of a folder's transformer -> (out, in)."""
+    modules = mmdit.skeleton(folder).named_modules()
+    return {name: tuple(module.weight.shape) for name, module in modules if isinstance(module, nn.Linear)}
+
+
+def base_blocks(folder: ModelFolder, blocks: tuple[int, ...]) -> QwenImageTransformer2DModel:
+    """The model of a folder in fp32 with only some of its blocks, numbered anew."""
+    with init_empty_weights():
+        model = QwenImageTransformer2DModel.from_config(folder.config("transformer") | {"num_layers": len(blocks)})
+    model = nn.Module.to(model, torch.float32).to_empty(device="cpu")
+    files = folder.weight_files("transformer")
+    for name, tensor in model.state_dict().items():
+        stored_name = renumbered(name, dict(enumerate(blocks)))
+        with safe_open(files[stored_name], "pt") as stored:
+            tensor.copy_(stored.get_tensor(stored_name))
+    return model.requires_grad_(False).eval()
+
+
+def part_of(state: AdapterState, blocks: tuple[int, ...]) -> AdapterState:
+    """The adapter of some blocks, numbered anew as in :func:`base_blocks`."""
+    places = {block: index for index, block in enumerate(blocks)}
+    kept = {name: tensors for name, tensors in state.tensors.items() if int(name.split(".")[1]) in places}
+    return replace(state, tensors={renumbered(name, places): tensors for name, tensors in kept.items()})
+
+
+def renumbered(name: str, places: dict[int, int]) -> str:
+    """The name of a block's part with the block's number replaced; other names as they are."""
+    stem, _, rest = name.partition(".")
+    if stem != "transformer_blocks":
+        return name
+    number, _, rest = rest.partition(".")
+    return f"{stem}.{places[int(number)]}.{rest}"
+
+
+def _stock_output(model: nn.Module, folder: ModelFolder, adapter: Path, state: AdapterState) -> Tensor:
+    absent = dict.fromkeys(("vae", "text_encoder", "tokenizer", "processor"))
+    schedule = diffusers.FlowMatchEulerDiscreteScheduler(**_public(folder.noise_schedule()))
+    for library in ("diffusers", "bitsandbytes"):  # they warn of what is not there, and not needed here
+        logging.getLogger(library).setLevel(logging.ERROR)
+    pipe = getattr(diffusers, PIPELINES[folder.version])(transformer=model, scheduler=schedule, **absent)
+    pipe.load_lora_weights(str(adapter), weight_name=WEIGHTS_FILE)
+    _check_loaded(model, state)
+    return _output(model)
+
+
+def _check_loaded(model: nn.Module, state: AdapterState) -> None:
+    """Compare bit for bit what PEFT holds with what was trained."""
+    from peft.tuners.lora import LoraLayer  # seconds of import that training must not pay
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if different := sorted(layers.keys() ^ state.tensors.keys()):
+        raise _mismatch(f"{different[0]} is adapted by only one of the two ({len(different)} such linears)")
+    for name, layer in layers.items():
+        (loaded_as,) = layer.lora_A.keys()
+        held = {"lora_A": layer.lora_A[loaded_as].weight, "lora_B": layer.lora_B[loaded_as].weight}
+        if layer.use_dora.get(loaded_as, False):
+            held["magnitude"] = layer.lora_magnitude_vector[loaded_as].weight
+        if layer.scaling[loaded_as] != state.scale:
+            raise _mismatch(f"{name} has scale {layer.scaling[loaded_as]} there, {state.scale} here")
+        if held.keys() != state.tensors[name].keys():
+            raise _mismatch(f"{name} has {', '.join(held)} there, {', '.join(state.tensors[name])} here")
+        for kind, tensor in held.items():
+            if not torch.equal(tensor, state.tensors[name][kind]):
+                raise _mismatch(f"{kind} of {name} differs")
+
+
+def _our_output(model: QwenImageTransformer2DModel, state: AdapterState) -> Tensor:
+    names = list(state.tensors)
+    inject(model, names, state.settings, row_squares_of(model, names), seed=0).load(state.tensors)
+    return _output(model)
+
+
+def _merged_output(model: QwenImageTransformer2DModel, state: AdapterState) -> Tensor:
+    merge_into(model, state)
+    return _output(model)
+
+
+@torch.no_grad()
+def _output(model: Any) -> Tensor:
+    """What the model predicts on inputs that are always the same."""
+    source = torch.Generator().manual_seed(0)
+    num_tokens = TOKENS_HW[0] * TOKENS_HW[1]
+    latents = torch.randn(2, 1, num_tokens, model.config.in_channels, generator=source)
+    prompt_embeds = torch.randn(1, NUM_TEXT_TOKENS, model.config.joint_attention_dim, generator=source)
+    return mmdit.velocity(model, latents[0], latents[1], prompt_embeds, torch.tensor([0.5]), TOKENS_HW, TOKENS_HW)
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _public(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _mismatch(what: str) -> AdapterError:
+    return AdapterError(
+        f"stock diffusers does not make of this adapter what was trained: {what}",
+        "do not use it with that loader; `ccmdist adapter merge` needs none. Please report it with the versions of "
+        "diffusers and peft",
+    )
