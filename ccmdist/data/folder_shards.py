@@ -15,7 +15,7 @@ from ccmdist.config.data import FolderShardsConfig
 from ccmdist.config.loading import resolved
 from ccmdist.console import log, tracked
 from ccmdist.data.images import Decoded, read_frame, read_mask
-from ccmdist.data.manifest import Manifest
+from ccmdist.data.manifest import SPLITS, Manifest
 from ccmdist.data.pseudonyms import Pseudonyms
 from ccmdist.data.source_table import Row, read_table
 from ccmdist.data.splits import Subject, assigned_splits
@@ -83,7 +83,7 @@ def describe_folder_set(config: FolderShardsConfig) -> str:
     splits = assigned_splits(_subjects(rows), config.val_fraction, config.test_fraction, config.seed)
     frames = Counter(splits[row.subject] for row in rows)
     subjects = Counter(splits.values())
-    told = ", ".join(f"{split} {frames[split]} of {subjects[split]} subjects" for split in subjects)
+    told = ", ".join(f"{split} {frames[split]} of {subjects[split]} subjects" for split in SPLITS if subjects[split])
     return f"{path}: {len(rows)} frames; {told}; {', '.join(f'{name} {groups[name]}' for name in sorted(groups))}"
 
 

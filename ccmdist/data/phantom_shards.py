@@ -11,7 +11,7 @@ from ccmdist.ccm.units import UM_PER_PX_HRT3
 from ccmdist.config.data import PhantomShardsConfig, Split
 from ccmdist.config.loading import resolved
 from ccmdist.console import tracked
-from ccmdist.data.manifest import Manifest
+from ccmdist.data.manifest import SPLITS, Manifest
 from ccmdist.data.splits import Subject, assigned_splits
 from ccmdist.data.triple import EYES, Triple, TripleMeta, prompt_for
 from ccmdist.data.writer import existing_set, write_set
@@ -52,7 +52,9 @@ def phantom_splits(config: PhantomShardsConfig) -> dict[str, Split]:
 def describe_phantom_set(config: PhantomShardsConfig) -> str:
     """What the set would hold."""
     counts = Counter(phantom_splits(config).values())
-    told = ", ".join(f"{split} {num * config.frames_per_subject} of {num} subjects" for split, num in counts.items())
+    told = ", ".join(
+        f"{split} {num * config.frames_per_subject} of {num} subjects" for split in SPLITS if (num := counts[split])
+    )
     return f"{config.out}: {counts.total() * config.frames_per_subject} phantoms of {config.size_px} px; {told}"
 
 
