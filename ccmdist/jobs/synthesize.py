@@ -1,0 +1,69 @@
+"""Drawing a synthetic set as one process of a machine or of a Slurm array, and checking one."""
+
+from pathlib import Path
+
+from ccmdist.cluster.preemption import StopFlag
+from ccmdist.cluster.ranks import ranks_from_environment, worker_from_environment
+from ccmdist.config.loading import read_resolved
+from ccmdist.config.synthesize import SynthesizeConfig
+from ccmdist.console import log
+from ccmdist.models.model_folder import ModelFolder
+from ccmdist.synthesis.output import SyntheticSet
+from ccmdist.synthesis.plan import PLAN, UNTUNED, make_plan, read_plan, refuse_other_set
+from ccmdist.synthesis.verify import verify_against_plan
+
+FORCED_EXIT_S = 3600.0
+"""A batch is drawn to its end before a stop signal is obeyed; after this long without that, the process ends itself."""
+
+
+def run(config_path: str) -> None:
+    """Draw this worker's batches.
+
+    Raises:
+        Preempted: If a stop signal came while there was work left.
+    """
+    import torch
+
+    from ccmdist.jobs.adapter import find
+    from ccmdist.synthesis.generate import synthesize
+
+    config = read_resolved(SynthesizeConfig, Path(config_path))
+    if torch.cuda.is_available():
+        ranks = ranks_from_environment()
+        # Where Slurm gives each task one GPU, a task sees one device whatever its local rank is.
+        torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count() if ranks else 0)
+    adapter = find(config.adapter) if config.adapter else None
+    with StopFlag(FORCED_EXIT_S) as stop:
+        synthesize(config, adapter, *worker_from_environment(), should_stop=lambda: bool(stop))
+
+
+def describe(config: SynthesizeConfig) -> str:
+    """What the command would do: images, batches, and what is committed of them. Does not look into the adapter.
+
+    Raises:
+        CcmdistError: If model, shards or cache are not there or do not fit, or the folder holds another set.
+    """
+    model = ModelFolder.open(config.data.model)
+    adapter_digest = UNTUNED
+    if config.adapter is not None:
+        # Taken as the one that the set was begun with: to know it would need torch.
+        begun = (config.out / PLAN).exists()
+        adapter_digest = read_plan(config.out).settings.adapter_digest if begun else "(not read)"
+    plan = make_plan(config, model, model.encoder_identity(), adapter_digest)
+    refuse_other_set(config.out, plan)
+    return (
+        f"{config.out}: {plan.num_images} images of {plan.num_images // config.images_per_mask} masks in "
+        f"{len(plan.batches)} batches and {plan.num_shards} shards; "
+        f"{SyntheticSet(config.out, plan).num_committed()} batches are committed\n"
+        f"model: Qwen-Image-Edit {model.version} at {config.data.model}, adapter {config.adapter or 'none'}, "
+        f"{config.denoise_steps} denoise steps, guidance {config.guidance_scale:g}"
+    )
+
+
+def verify(folder: Path) -> None:
+    """Compare a synthetic set with its plan, and tell what was found to be right.
+
+    Raises:
+        ShardError: Naming samples that are missing, twice, foreign, or not as the plan asked for.
+    """
+    log.info("%s", verify_against_plan(folder))

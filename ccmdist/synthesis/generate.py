@@ -1,0 +1,228 @@
+"""Draw the batches of a plan: mask and prompt, from the cache, to image.
+
+Shape suffixes: B samples, S packed latent tokens, C channels, L text tokens, D text width, h w latent rows and columns.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ccmdist.adapters.merge import merge_into
+from ccmdist.adapters.state import AdapterState
+from ccmdist.config.synthesize import SynthesizeConfig
+from ccmdist.console import log, tracked
+from ccmdist.data.cache_index import CacheEntry
+from ccmdist.data.latent_cache import LatentCache
+from ccmdist.data.manifest import read_manifest
+from ccmdist.data.reader import read_shard
+from ccmdist.data.triple import Triple
+from ccmdist.diffusion import flow
+from ccmdist.diffusion.sampler import sample
+from ccmdist.diffusion.seeding import generator
+from ccmdist.errors import AdapterError, Preempted, RunError
+from ccmdist.models import mmdit
+from ccmdist.models.encoders import LatentCodec
+from ccmdist.models.model_folder import ModelFolder
+from ccmdist.precompute.fill import DTYPES
+from ccmdist.precompute.views import views
+from ccmdist.synthesis.output import SyntheticSet
+from ccmdist.synthesis.plan import UNTUNED, Plan, Request, make_plan, mask_sha256
+
+NUM_SHARDS_REMEMBERED = 2
+S_PER_HOUR = 3600
+
+
+def synthesize(
+    config: SynthesizeConfig,
+    adapter: AdapterState | None,
+    worker_index: int = 0,
+    num_workers: int = 1,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Draw every batch of this worker that is not committed yet; whether the set is complete with that.
+
+    Args:
+        config: Which masks, how many images, which sampler.
+        adapter: What is merged into the model; None for the untuned model.
+        worker_index: This worker takes the batches ``worker_index::num_workers`` of the plan.
+        num_workers: Workers that share the batches without talking to each other.
+        should_stop: Asked between batches.
+
+    Raises:
+        Preempted: If ``should_stop`` said so while there was work left; what was drawn is committed.
+        AdapterError: If the adapter was trained on another base.
+        RunError: If the folder holds a set with another plan, or an image is not finite.
+    """
+    model = ModelFolder.open(config.data.model)
+    encoders = model.encoder_identity()
+    plan = make_plan(config, model, encoders, adapter_digest(adapter) if adapter else UNTUNED)
+    if adapter is not None:
+        # Before the plan is written: one with an adapter that does not fit would stand in the way of the right one.
+        _refuse_another_base(adapter, plan, config)
+    output = SyntheticSet(config.out, plan)
+    output.accept()
+    mine = output.open_batches(worker_index, num_workers)
+    log.info("%s: %d of %d batches are this worker's and to be drawn", config.out, len(mine), len(plan.batches))
+    if mine:
+        cache = LatentCache.open(config.data, encoders, (config.split,))
+        _draw_all(config, output, ImageSampler(plan, model, cache, adapter), Sources(config, cache), mine, should_stop)
+    return _told(output, output.finish())
+
+
+def adapter_digest(adapter: AdapterState) -> str:
+    """Identity of what an adapter does to its base, wherever it lies: its kind, its scale and its tensors."""
+    digest = hashlib.sha256(f"{adapter.settings.kind}/{adapter.scale!r}".encode())
+    for name, tensors in sorted(adapter.tensors.items()):
+        for kind, tensor in sorted(tensors.items()):
+            digest.update(f"{name}.{kind}/{tuple(tensor.shape)}".encode())
+            digest.update(tensor.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Sources:
+    """Masks and prompts of the source set, as the encoders saw them; remembers the shards that were read last."""
+
+    def __init__(self, config: SynthesizeConfig, cache: LatentCache) -> None:
+        """Read nothing but the manifest yet."""
+        self._data, self._split = config.data, config.split
+        self._places = {entry.key: entry.shard for entry in cache.entries(config.split)}
+        self._shards = {shard.name: shard for shard in read_manifest(config.data.shards).of_split(config.split)}
+        self._of_shard = lru_cache(maxsize=NUM_SHARDS_REMEMBERED)(self._read)
+
+    def triple(self, key: str) -> Triple:
+        """A sample, or flipped view of one, at the size of the run."""
+        return self._of_shard(self._places[key])[key]
+
+    def _read(self, name: str) -> dict[str, Triple]:
+        folder, size_px = self._data.shards, self._data.image_size_px
+        flips = self._data.flips if self._split == "train" else ()
+        found: dict[str, Triple] = {}
+        for triple in read_shard(folder, self._shards[name]):
+            um_per_px = triple.meta.um_per_px * triple.image.shape[0] / size_px
+            scaled = replace(triple, meta=replace(triple.meta, um_per_px=um_per_px))
+            found |= {view.key: view for view in views(scaled, size_px, flips, str(folder / name))}
+        return found
+
+
+class ImageSampler:
+    """The model with its adapter merged, and how the requests of a batch go through it."""
+
+    def __init__(self, plan: Plan, model: ModelFolder, cache: LatentCache, adapter: AdapterState | None) -> None:
+        """Load the MMDiT and the VAE, whole, onto this process's device. Encoders of prompts are not needed."""
+        settings = plan.settings
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = DTYPES[settings.dtype]
+        self.model = mmdit.build(model, self.dtype, None, device=self.device)
+        if adapter is not None:
+            merge_into(self.model, adapter)
+        self.codec = LatentCodec.load(model, self.dtype, self.device)
+        self.cache = cache
+        self.entries: dict[str, CacheEntry] = {entry.key: entry for entry in cache.entries(settings.split)}
+        self.seed, self.guidance_scale = settings.seed, settings.guidance_scale
+        self.token_hw = (settings.image_size_px // 16, settings.image_size_px // 16)
+        noise_schedule = model.noise_schedule()
+        shift = flow.resolution_shift(self.token_hw[0] * self.token_hw[1], noise_schedule)
+        self.sigmas = flow.sampling_sigmas(settings.denoise_steps, shift, noise_schedule)
+
+    def draw(self, requests: Sequence[Request]) -> NDArray[np.uint8]:
+        """Grey images, uint8 (B, H, W), of requests with one text length.
+
+        Raises:
+            RunError: If an image is not finite; names the request.
+            CacheError: If a cached sample is damaged.
+        """
+        entries = [self.entries[request.source_key] for request in requests]
+        samples = [self.cache.read(entry) for entry in entries]
+        mask_latents_BSC = self._placed(flow.pack_latents(torch.stack([s["mask_latents"] for s in samples])))
+        embeds = {True: self._placed(torch.stack([s["prompt_embeds"] for s in samples]))}
+        if self.guidance_scale > 1:
+            embeds[False] = self._placed(torch.stack([self.cache.read_negative(entry) for entry in entries]))
+
+        def velocity(latents_BSC: Tensor, sigma_B: Tensor, conditional: bool) -> Tensor:
+            inputs = (self._placed(latents_BSC), mask_latents_BSC, embeds[conditional])
+            return mmdit.velocity(self.model, *inputs, sigma_B, self.token_hw, self.token_hw)
+
+        noise_BSC = torch.stack([self._noise(request, mask_latents_BSC.shape[1:]) for request in requests])
+        latents_BSC = sample(velocity, noise_BSC.to(self.device), self.sigmas, self.guidance_scale)
+        _refuse_non_finite(latents_BSC, requests)
+        latents_hw = (2 * self.token_hw[0], 2 * self.token_hw[1])
+        return self.codec.decode(flow.unpack_latents(latents_BSC, *latents_hw))
+
+    def _noise(self, request: Request, shape: torch.Size) -> Tensor:
+        """The same for a request whatever batch it is in, and for every adapter: sets can be compared in pairs."""
+        return torch.randn(shape, generator=generator(self.seed, "synthesis", request.source_key, request.image_number))
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype)
+
+
+def _draw_all(
+    config: SynthesizeConfig,
+    output: SyntheticSet,
+    sampler: ImageSampler,
+    sources: Sources,
+    mine: list[int],
+    should_stop: Callable[[], bool],
+) -> None:
+    start, num_images = time.monotonic(), 0
+    for done, batch in enumerate(tracked(mine, "batches", len(mine))):
+        if should_stop():
+            raise Preempted(
+                f"synthesize: stopped with {done} of {len(mine)} batches drawn and committed",
+                "run the same command again",
+            )
+        requests = output.plan.batches[batch].requests
+        output.commit_batch(batch, _triples(output.plan, batch, sampler.draw(requests), sources))
+        num_images += len(requests)
+        if (done + 1) % config.log_every_batches == 0:
+            per_hour = num_images * S_PER_HOUR / max(time.monotonic() - start, 1e-9)
+            log.info("batch %d: %d images drawn, %.0f per hour", batch, num_images, per_hour)
+
+
+def _triples(plan: Plan, batch: int, images_BHW: NDArray[np.uint8], sources: Sources) -> Iterator[Triple]:
+    """The samples of a batch, with all that is known about their origin."""
+    for request, image in zip(plan.batches[batch].requests, images_BHW, strict=True):
+        source = sources.triple(request.source_key)
+        about: dict[str, Any] = plan.provenance(batch, request, mask_sha256(source.nerve_mask))
+        # What a phantom was constructed with does not hold for what a model draws.
+        meta = replace(source.meta, source="synthetic", labels={}, provenance=about)
+        yield replace(source, key=request.key, image=image, meta=meta)
+
+
+def _refuse_another_base(adapter: AdapterState, plan: Plan, config: SynthesizeConfig) -> None:
+    trained_on, base = adapter.facts.get("base_digest", "(not known)"), plan.settings.base_digest
+    if trained_on != base:
+        raise AdapterError(
+            f"{config.adapter}: was trained on the base {trained_on[:12]}, {config.data.model} holds {base[:12]}",
+            "set data.model to the model that the adapter was trained on",
+        )
+
+
+def _refuse_non_finite(latents_BSC: Tensor, requests: Sequence[Request]) -> None:
+    finite = latents_BSC.isfinite().flatten(1).all(dim=1).tolist()
+    if bad := [request.key for request, is_finite in zip(requests, finite, strict=True) if not is_finite]:
+        raise RunError(
+            f"{len(bad)} of {len(requests)} images of a batch are not finite (first: {bad[0]})",
+            "check the adapter with `ccmdist adapter verify`; lower guidance_scale, or use data.dtype=fp32",
+        )
+
+
+def _told(output: SyntheticSet, is_complete: bool) -> bool:
+    if is_complete:
+        log.info("%s: complete, %d images in %d shards", output.folder, output.plan.num_images, output.plan.num_shards)
+    else:
+        log.info(
+            "%s: %d of %d batches are committed; other workers draw the rest, or the same command run again",
+            output.folder,
+            output.num_committed(),
+            len(output.plan.batches),
+        )
+    return is_complete

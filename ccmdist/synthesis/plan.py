@@ -1,0 +1,280 @@
+"""What is to be drawn: one request per image, in fixed batches of one text length; imports no torch.
+
+The batch is the unit of work, and its members never change: worker i of n draws ``batches[i::n]``, whatever n is.
+The plan's digest covers all that decides the bytes of an image, and every image carries it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ccmdist.ccm.groups import ClinicalGroup
+from ccmdist.commit import commit_json, digest_of
+from ccmdist.config.data import Dtype, Split
+from ccmdist.config.synthesize import SynthesizeConfig
+from ccmdist.console import log
+from ccmdist.data.cache_index import CacheEntry, cache_folder, fingerprint, indexes, no_cache, read_fingerprint
+from ccmdist.data.manifest import MANIFEST, ShardEntry, read_manifest
+from ccmdist.data.triple import MAX_KEY_LENGTH
+from ccmdist.data.writer import shards_in
+from ccmdist.errors import ConfigError, RunError, ShardError
+from ccmdist.models.model_folder import ModelFolder
+
+CONTENT_VERSION: Final = 1
+"""Raised when the same plan gives other images: another sampler, another place of the noise, other members."""
+PLAN: Final = "plan.json"
+UNTUNED: Final = "untuned"
+"""Stands for the digest of an adapter where there is none."""
+MAX_BATCHES: Final = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One image that is to be drawn."""
+
+    key: str
+    """Of the synthetic sample: the source's key and the image number."""
+    source_key: str
+    """Sample of the source set, or flipped view of one, whose mask and prompt are used."""
+    image_number: int
+    """Counts the images of one mask; with the plan's seed and the source's key it decides the noise."""
+    subject: str
+    clinical_group: ClinicalGroup | None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Images that are sampled together."""
+
+    num_text_tokens: int
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """All that decides the bytes of the images, besides the list of requests."""
+
+    source_set_digest: str
+    """Of the manifest whose masks and prompts are used."""
+    cache_digest: str
+    """Of the cache's fingerprint: encoders, VAE, template, sizes."""
+    base_digest: str
+    """Of the MMDiT's config and weights."""
+    adapter_digest: str
+    """Of the adapter's settings and tensors, or "untuned"."""
+    noise_schedule_digest: str
+    split: Split
+    image_size_px: int
+    dtype: Dtype
+    images_per_mask: int
+    batch_size: int
+    batches_per_shard: int
+    denoise_steps: int
+    guidance_scale: float
+    seed: int
+    content_version: int = CONTENT_VERSION
+
+
+class Plan(BaseModel):
+    """The images of a synthetic set, in the order in which its shards hold them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ignored_types=(cached_property,))
+
+    settings: PlanSettings
+    batches: tuple[Batch, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the set: equal plans give equal images."""
+        return digest_of(self.values())
+
+    @property
+    def num_images(self) -> int:
+        """Of all batches."""
+        return sum(len(batch.requests) for batch in self.batches)
+
+    @property
+    def num_shards(self) -> int:
+        """Tars of the finished set."""
+        return -(-len(self.batches) // self.settings.batches_per_shard)
+
+    def batches_of_shard(self, shard: int) -> range:
+        """Indices of the batches whose images one shard holds."""
+        first = shard * self.settings.batches_per_shard
+        return range(first, min(first + self.settings.batches_per_shard, len(self.batches)))
+
+    def provenance(self, batch: int, request: Request, mask_sha256: str) -> dict[str, Any]:
+        """What a synthetic sample says of its origin: enough to draw it again."""
+        settings = self.settings
+        return {
+            "source_key": request.source_key,
+            "source_set_digest": settings.source_set_digest,
+            "image_number": request.image_number,
+            "mask_sha256": mask_sha256,
+            "seed": settings.seed,
+            "base_digest": settings.base_digest,
+            "adapter_digest": settings.adapter_digest,
+            "denoise_steps": settings.denoise_steps,
+            "guidance_scale": settings.guidance_scale,
+            "plan_digest": self.digest,
+            "batch": batch,
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """The settings, and one digest for all requests."""
+        return asdict(self.settings) | {"requests": digest_of(self.values()["batches"])}
+
+    def values(self) -> dict[str, Any]:
+        """All of it, as JSON types."""
+        return {"settings": asdict(self.settings), "batches": [asdict(batch) for batch in self.batches]}
+
+
+def make_plan(config: SynthesizeConfig, model: ModelFolder, encoders: dict[str, Any], adapter_digest: str) -> Plan:
+    """The plan of a config; writes nothing and draws nothing.
+
+    Args:
+        config: Masks, number of images, settings of the sampler.
+        model: The folder that ``config`` names.
+        encoders: Its ``encoder_identity()``, which reads weights.
+        adapter_digest: Of the adapter that will draw, or "untuned".
+
+    Raises:
+        CacheError: If no cache fits, or shards are missing in it.
+        ConfigError: If the split is empty, a key would become too long, or there are too many batches.
+    """
+    data = config.data
+    manifest = read_manifest(data.shards)
+    wanted = fingerprint(data, manifest.digest, encoders)
+    folder = cache_folder(data, wanted)
+    if read_fingerprint(folder) != wanted:
+        raise no_cache(data, wanted)
+    settings = PlanSettings(
+        source_set_digest=manifest.digest,
+        cache_digest=digest_of(wanted),
+        base_digest=model.transformer_digest(),
+        adapter_digest=adapter_digest,
+        noise_schedule_digest=digest_of(model.noise_schedule()),
+        split=config.split,
+        image_size_px=data.image_size_px,
+        dtype=data.dtype,
+        images_per_mask=config.images_per_mask,
+        batch_size=config.batch_size,
+        batches_per_shard=config.batches_per_shard,
+        denoise_steps=config.denoise_steps,
+        guidance_scale=config.guidance_scale,
+        seed=config.seed,
+    )
+    return Plan(settings=settings, batches=_batches(config, _entries(config, folder, manifest.of_split(config.split))))
+
+
+def mask_sha256(nerve_mask: NDArray[np.bool_]) -> str:
+    """Identity of a mask: SHA-256 of its pixels row by row, one byte each, 0 or 1."""
+    return hashlib.sha256(np.ascontiguousarray(nerve_mask).astype(np.uint8).tobytes()).hexdigest()
+
+
+def accept_plan(folder: Path, plan: Plan) -> None:
+    """Write the plan of a new set, or check that the set in ``folder`` has this very plan.
+
+    Raises:
+        RunError: If the folder holds something else; nothing is changed then.
+        ShardError: If the plan there cannot be read.
+    """
+    refuse_other_set(folder, plan)
+    if not (folder / PLAN).exists():
+        commit_json(folder / PLAN, {"digest": plan.digest, **plan.values()})
+        # Another worker may have written the plan of another config over it.
+        refuse_other_set(folder, plan)
+
+
+def refuse_other_set(folder: Path, plan: Plan) -> None:
+    """Check that ``folder`` is free for the plan, or holds a set with this very plan.
+
+    Raises:
+        RunError: If it holds a set with another plan, or shards that no synthesis has written.
+        ShardError: If the plan there cannot be read.
+    """
+    path = folder / PLAN
+    if path.exists():
+        _refuse_differences(path, read_plan(folder).summary(), plan.summary())
+    elif (folder / MANIFEST).exists() or shards_in(folder):
+        raise RunError(f"{folder}: holds shards that were not drawn", "choose another out")
+
+
+def read_plan(folder: Path) -> Plan:
+    """The plan of the synthetic set in ``folder``.
+
+    Raises:
+        ShardError: If there is none, or it was changed after it was written.
+    """
+    path = folder / PLAN
+    try:
+        values = json.loads(path.read_bytes())
+        digest = values.pop("digest")
+        plan = Plan.model_validate(values)
+    except OSError as error:
+        raise ShardError(
+            f"{path}: {error.strerror}", "name the folder of a set that `ccmdist synthesize` made"
+        ) from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "is not a plan"
+        raise ShardError(f"{path}: cannot be read ({problem})", "draw the set anew in another folder") from None
+    if plan.digest != digest:
+        raise ShardError(f"{path}: was changed after it was written", "draw the set anew in another folder")
+    return plan
+
+
+def _refuse_differences(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if names:
+        lines = "".join(f"\n  {name}: {_shown(before.get(name))} -> {_shown(now.get(name))}" for name in names)
+        raise RunError(
+            f"{path}: this set was begun with other settings:{lines}\nchoose another out, or restore the settings"
+        )
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) == hashlib.sha256().digest_size * 2 else text
+
+
+def _entries(config: SynthesizeConfig, folder: Path, shards: Sequence[ShardEntry]) -> list[CacheEntry]:
+    entries = [entry for index in indexes(folder, shards, config.data) for entry in index.entries]
+    if not entries:
+        raise ConfigError(f"split: {config.data.shards} has no samples in {config.split}", "choose another split")
+    if config.split == "train":
+        log.warning("split=train: images of training subjects' masks; `ccmdist release` refuses them by default")
+    return entries
+
+
+def _batches(config: SynthesizeConfig, entries: Sequence[CacheEntry]) -> tuple[Batch, ...]:
+    by_length = sorted(entries, key=lambda entry: entry.num_text_tokens)
+    batches = []
+    for num_text_tokens, alike in groupby(by_length, key=lambda entry: entry.num_text_tokens):
+        requests = list(_requests(config, alike))
+        for first in range(0, len(requests), config.batch_size):
+            batches.append(Batch(num_text_tokens, tuple(requests[first : first + config.batch_size])))
+    if len(batches) > MAX_BATCHES:
+        raise ConfigError(f"batch_size: makes {len(batches)} batches, expected at most {MAX_BATCHES}", "raise it")
+    return tuple(batches)
+
+
+def _requests(config: SynthesizeConfig, entries: Iterator[CacheEntry]) -> Iterator[Request]:
+    for entry in entries:
+        for number in range(config.images_per_mask):
+            # A fixed width: no two sources can give one key.
+            key = f"{entry.key}-{number:04d}"
+            if len(key) > MAX_KEY_LENGTH:
+                raise ConfigError(
+                    f"data.shards: key {entry.key} is too long, {key} has more than {MAX_KEY_LENGTH} characters",
+                    "pack the shards with shorter keys",
+                )
+            yield Request(key, entry.key, number, entry.subject, entry.clinical_group)
