@@ -189,17 +189,19 @@ def _triples(tar: BufferedReader, path: Path) -> Iterator[Triple]:
     key, members = "", dict[str, bytes]()
     for name, content in _members(tar, path):
         new_key, _, ending = name.partition(".")
-        if new_key != key or len(members) == len(MEMBERS):
-            if members:
-                yield triple_of(key, members, str(path))
-            key, members = new_key, {}
-        if ending in MEMBERS and ending != (expected := MEMBERS[len(members)]):
-            raise ShardError(f"{path}: sample {key}: {expected} is missing before {ending}", ANEW)
+        if new_key != key and members:
+            break
+        key = new_key
         if ending not in MEMBERS:
             raise ShardError(f"{path}: sample {key}: unknown member {name!a}, expected {', '.join(MEMBERS)}", ANEW)
+        if ending != (expected := MEMBERS[len(members)]):
+            raise ShardError(f"{path}: sample {key}: {expected} is missing before {ending}", ANEW)
         members[ending] = content
+        if len(members) == len(MEMBERS):
+            yield triple_of(key, members, str(path))
+            members = {}
     if members:
-        yield triple_of(key, members, str(path))
+        triple_of(key, members, str(path))  # says which member is missing
 
 
 def _members(tar: BufferedReader, path: Path) -> Iterator[tuple[str, bytes]]:
@@ -220,7 +222,7 @@ def _members(tar: BufferedReader, path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _header(block: bytes, where: str) -> tarfile.TarInfo:
-    if not block:
+    if len(block) < _BLOCK:
         raise ShardError(f"{where}: the tar ends without its end mark", ANEW)
     try:
         return tarfile.TarInfo.frombuf(block, "ascii", "strict")
