@@ -53,12 +53,12 @@ class PromptEncoder:
         """The encoder of a model folder; nothing is fetched.
 
         Raises:
-            ModelError: If the weights do not fit the config, which transformers would only warn of.
+            ModelError: If weights do not fit the config. Those that are missing transformers would draw at random.
         """
         logging.disable_progress_bar()
         path = folder.path / "text_encoder"
         encoder, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            str(path), dtype=dtype, local_files_only=True, output_loading_info=True
+            str(path), dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
         for problem in ("missing_keys", "mismatched_keys"):
             if loading[problem]:
