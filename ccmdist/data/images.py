@@ -25,6 +25,7 @@ MAX_BETWEEN_FRACTION: Final = 0.05
 MAX_CLASSES: Final = 8
 _MIN_TOP_OF_16_BIT: Final = 4096
 _ORIENTATION = 0x0112
+_JPEG = b"\xff\xd8"
 _DEPTHS = {"1": np.uint8, "L": np.uint8, "RGB": np.uint8, "I;16": np.uint16, "I;16L": np.uint16, "I;16B": np.uint16}
 _OPAQUE = {"LA": "L", "RGBA": "RGB", "La": "L", "RGBa": "RGB"}
 
@@ -73,8 +74,9 @@ def read_frame(data: bytes, where: str) -> Decoded:
 def read_mask(data: bytes, where: str) -> Decoded:
     """The nerve mask in ``data``; where it is True there is a nerve.
 
-    With two values the larger one is nerve, whether 1 or 255. With many, as JPEG or smooth edges make them, what
+    With two values the larger one is nerve, whether 1 or 255. With many, as smooth edges make them, or in a JPEG, what
     reaches half of the full range is nerve, if at most 5 % of the pixels lie between a quarter and three quarters.
+    From three to eight values are classes: which of them are nerves is not ours to guess.
 
     Args:
         data: Contents of an image file.
@@ -86,7 +88,7 @@ def read_mask(data: bytes, where: str) -> Decoded:
     grey, is_cropped = _cropped(_grey(data, where))
     values = np.unique(grey)
     if len(values) > 2 or (len(values) == 2 and values[0] != 0):
-        grey = _thresholded(grey, values, where)
+        grey = _thresholded(grey, values, data.startswith(_JPEG), where)
     nerve_mask = grey > 0
     if nerve_mask.mean() > MAX_NERVE_FRACTION:
         raise ShardError(
@@ -96,13 +98,12 @@ def read_mask(data: bytes, where: str) -> Decoded:
     return Decoded(nerve_mask, is_cropped, False)
 
 
-def _thresholded(grey: NDArray, values: NDArray, where: str) -> NDArray[np.bool_]:
+def _thresholded(grey: NDArray, values: NDArray, is_jpeg: bool, where: str) -> NDArray[np.bool_]:
     top = int(np.iinfo(grey.dtype).max)
     between = float(((grey > top // 4) & (grey < top - top // 4)).mean())
     is_two_toned = values[0] <= top // 4 and values[-1] >= top - top // 4
-    if is_two_toned and len(values) == 2:
-        return grey > top // 2
-    if is_two_toned and len(values) > MAX_CLASSES and between <= MAX_BETWEEN_FRACTION:
+    is_graded = is_jpeg or len(values) == 2 or len(values) > MAX_CLASSES
+    if is_two_toned and is_graded and between <= MAX_BETWEEN_FRACTION:
         return grey > top // 2
     shown = ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
     raise ShardError(
