@@ -45,7 +45,7 @@ def load(kind: type[S], files: Sequence[Path], overrides: Sequence[str] = ()) ->
     values = OmegaConf.to_container(merged, resolve=False)
     _refuse_interpolation(values, "")
     values = OmegaConf.to_container(merged, resolve=True)
-    return validate(kind, values, source=", ".join([*map(str, files), *overrides]) or "defaults")
+    return validate(kind, values, source=", ".join(map(str, files)) or "the command line")
 
 
 def validate(kind: type[S], values: Any, source: str) -> S:

@@ -1,9 +1,9 @@
 """Settings of a training run. What other values imply (world size, accumulation) is not a field."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from ccmdist.config.data import DataSettings, Dtype
 from ccmdist.config.settings import Settings, free
@@ -29,7 +29,15 @@ class LoRASettings(Settings):
     targets: tuple[str, ...] = ("attn", "mlp")
 
 
-AdapterSettings = Annotated[WDLoRASettings | LoRASettings, Field(discriminator="kind")]
+def _adapter_kind(values: Any) -> str:
+    """WDLoRA unless another kind is named, so that `adapter.lora_rank=8` alone is enough."""
+    kind = values.get("kind", "wdlora") if isinstance(values, dict) else getattr(values, "kind", "wdlora")
+    return str(kind)
+
+
+AdapterSettings = Annotated[
+    Annotated[WDLoRASettings, Tag("wdlora")] | Annotated[LoRASettings, Tag("lora")], Discriminator(_adapter_kind)
+]
 
 
 class OptimSettings(Settings):

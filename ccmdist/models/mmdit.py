@@ -54,7 +54,9 @@ def build(
     else:
         import deepspeed  # seconds of import that synthesis must not pay
 
-        with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=zero_config, dtype=dtype):
+        # Not by its argument `dtype`, which DeepSpeed 0.19 overrules with bf16 on hosts whose CPU has no fp16.
+        stored_as = zero_config | {"bf16": {"enabled": dtype == torch.bfloat16}}
+        with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=stored_as):
             model = QwenImageTransformer2DModel.from_config(folder.config("transformer"))
     load_weights(model, folder.weight_files("transformer"), on_rows)
     return model.eval()
@@ -91,6 +93,7 @@ def linear_names(model: QwenImageTransformer2DModel, targets: tuple[str, ...]) -
     return [name for name in linears if name in chosen - dead]
 
 
+@torch.enable_grad()
 def dead_in_last_block(model: QwenImageTransformer2DModel) -> list[str]:
     """Linears of the last block that reach only its text output, which nobody reads: they never get a gradient.
 

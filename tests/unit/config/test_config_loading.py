@@ -46,6 +46,11 @@ def test_a_wrong_setting_is_named_with_its_remedy(overrides, message):
         load(TrainConfig, [], [*REQUIRED, *overrides])
 
 
+def test_an_adapter_without_a_kind_is_wdlora():
+    config = load(TrainConfig, [], [*REQUIRED, "adapter.lora_rank=4"])
+    assert (config.adapter.kind, config.adapter.lora_rank) == ("wdlora", 4)
+
+
 def test_all_problems_are_told_at_once():
     with pytest.raises(ConfigError) as problem:
         load(TrainConfig, [], ["num_step=1", "optim.lr=2"])
