@@ -1,0 +1,83 @@
+"""Two ranks read half of the weights each, and together they are the model that one process reads whole."""
+
+import pytest
+import torch
+
+from ccmdist.adapters.injection import RowSquares, row_squares_of
+from ccmdist.models import mmdit
+from ccmdist.models.model_folder import ModelFolder
+
+pytestmark = pytest.mark.distributed
+
+ZERO = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+
+
+def forward(model, target_hw=(4, 4)):
+    source = torch.Generator().manual_seed(0)
+    latents, mask_latents = torch.randn(2, 1, 16, 64, generator=source)
+    embeds = torch.randn(1, 5, 64, generator=source)
+    with torch.no_grad():
+        return mmdit.velocity(model, latents, mask_latents, embeds, torch.tensor([0.6]), target_hw, target_hw)
+
+
+def load_partitioned(group, path):
+    """On one rank: the forward, the bytes that it read, the norms of rows and how often each row was told."""
+    import deepspeed
+
+    from ccmdist.models import checkpoint_io
+
+    folder, read, told = ModelFolder.open(path), [], {}
+    names = mmdit.linear_names(mmdit.skeleton(folder), ("attn", "mlp"))
+    squares = RowSquares(names)
+    original = checkpoint_io.load_weights
+
+    def counted(*arguments):
+        read.append(original(*arguments))
+        return read[-1]
+
+    def on_rows(name, first, rows, num_rows):
+        told.setdefault(name, torch.zeros(num_rows))[first : first + len(rows)] += 1
+        squares.on_rows(name, first, rows, num_rows)
+
+    mmdit.load_weights = counted
+    model = mmdit.build(folder, torch.float32, ZERO, on_rows)
+    mmdit.load_weights = original
+    kept = sum(parameter.ds_tensor.nbytes for parameter in model.parameters())
+    mmdit.make_blocks_leaves(model)
+    engine, *_ = deepspeed.initialize(model=model, config=ZERO)
+    counts = {name: told.get(name, torch.zeros(len(parameter_rows))) for name, parameter_rows in rows_of(path).items()}
+    return {
+        "velocity": forward(engine),
+        "read": torch.tensor(read),
+        "kept": kept,
+        "squares": squares.reduce(),
+        "told": counts,
+    }
+
+
+def rows_of(path):
+    return mmdit.build(ModelFolder.open(path), torch.float32, None).state_dict()
+
+
+def test_two_ranks_read_half_each_and_hold_the_same_model(run_ranks, tmp_path):
+    from ccmdist.models.make import make_model
+
+    make_model("tiny", "2511", tmp_path / "model")
+    folder = ModelFolder.open(tmp_path / "model")
+    plain = mmdit.build(folder, torch.float32, None)
+    ranks = run_ranks(load_partitioned, 2, tmp_path / "model")
+    whole_bytes = sum(2 * parameter.numel() for parameter in plain.parameters())
+    names = mmdit.linear_names(plain, ("attn", "mlp"))
+    expected = row_squares_of(plain, names)
+    for rank in ranks:
+        assert torch.equal(rank["velocity"], forward(plain))
+        assert 0 < int(rank["read"]) <= 1.05 * whole_bytes / 2
+        assert rank["kept"] <= 1.05 * whole_bytes, "fp32 in memory, half of the elements"
+        assert all(torch.equal(rank["squares"][name], expected[name]) for name in names)
+    for name in plain.state_dict():
+        assert (ranks[0]["told"][name] + ranks[1]["told"][name] == 1).all(), (
+            f"{name}: a row was told twice or not at all"
+        )
