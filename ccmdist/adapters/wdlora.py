@@ -200,7 +200,7 @@ class _WDLoRA(torch.autograd.Function):
         torch.addcmul(delta_TO, y_TO, rows.gain, out=y_TO)  # computed in the dtype of the gain, rounded once
         ctx.save_for_backward(x, W, b, A, B, h_TR, y_TO)
         ctx.rows, ctx.s = rows, s
-        return y_TO.view(*x.shape[:-1], -1)
+        return y_TO.view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

@@ -155,9 +155,8 @@ def show(source: Path) -> None:
         told = "-" if magnitude is None else f"{magnitude:.2%}", "-" if angle is None else f"{angle:.4f} rad"
         table.add_row(group, str(len(names)), f"{parameters:,}", *told)
     console = Console()
-    console.print(
-        f"{source}: {state.settings.kind}, rank {state.settings.lora_rank}, alpha {state.alpha:g}", highlight=False
-    )
+    kind, lora_rank = state.settings.kind, state.settings.lora_rank
+    console.print(f"{source}: {kind}, rank {lora_rank}, alpha {state.alpha:g}", highlight=False, soft_wrap=True)
     console.print(table)
     for name, value in sorted(state.facts.items()):
         if name != "movement":
