@@ -27,18 +27,39 @@ from ccmdist.config.train import TrainConfig
 from ccmdist.console import start_logging
 from ccmdist.errors import EXIT_INTERNAL, EXIT_REFUSED, EXIT_REQUEUE, CcmdistError, Preempted
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "rich_markup_mode": None,
     "add_completion": False,
     "no_args_is_help": True,
     "pretty_exceptions_enable": False,
 }
+
+
+def _example(command: str) -> str:
+    """How a help text ends: a command to copy, whose line is not broken at the terminal's width."""
+    return f"\b\nExample: {command}"
+
+
 app = typer.Typer(
-    help="Fine-tune Qwen-Image-Edit on corneal confocal microscopy, on a cluster or on a laptop.", **SETTINGS
+    help="Fine-tune Qwen-Image-Edit on corneal confocal microscopy, on a cluster or on a laptop.",
+    epilog=_example("ccmdist demo --out runs/demo"),
+    **SETTINGS,
 )
-shards = typer.Typer(help="Make and check shard sets: images, nerve masks and prompts in WebDataset tars.", **SETTINGS)
-model = typer.Typer(help="Make model folders that need no download.", **SETTINGS)
-adapter = typer.Typer(help="Export, merge, verify and show trained adapters.", **SETTINGS)
+shards = typer.Typer(
+    help="Make and check shard sets: images, nerve masks and prompts in WebDataset tars.",
+    epilog=_example("ccmdist shards phantom out=shards/phantom"),
+    **SETTINGS,
+)
+model = typer.Typer(
+    help="Make model folders that need no download.",
+    epilog=_example("ccmdist model make --size tiny --fitted --out models/tiny"),
+    **SETTINGS,
+)
+adapter = typer.Typer(
+    help="Export, merge, verify and show trained adapters.",
+    epilog=_example("ccmdist adapter show runs/tiny"),
+    **SETTINGS,
+)
 app.add_typer(shards, name="shards")
 app.add_typer(model, name="model")
 app.add_typer(adapter, name="adapter")
@@ -75,19 +96,19 @@ def _show(config: Settings, describe: Callable[[Any], str] | None) -> None:
     print("dry run: nothing was done")
 
 
-@shards.command(epilog="Example: ccmdist shards phantom out=shards/phantom subjects_per_group=8 size_px=384")
+@shards.command(epilog=_example("ccmdist shards phantom out=shards/phantom subjects_per_group=8 size_px=384"))
 def phantom(arguments: Arguments = None, dry_run: DryRun = False) -> None:
     """Make procedural image, mask and prompt triples for every clinical group."""
     _stage(PhantomShardsConfig, "shards", arguments, dry_run, "phantom")
 
 
-@shards.command(epilog="Example: ccmdist shards folders source=my_frames out=shards/ccm test_fraction=0.2")
+@shards.command(epilog=_example("ccmdist shards folders source=my_frames out=shards/ccm test_fraction=0.2"))
 def folders(arguments: Arguments = None, dry_run: DryRun = False) -> None:
     """Pack a folder of images, masks and a table.csv, as shards/README.md describes."""
     _stage(FolderShardsConfig, "shards", arguments, dry_run, "folders")
 
 
-@shards.command(epilog="Example: ccmdist shards verify shards/phantom")
+@shards.command(epilog=_example("ccmdist shards verify shards/phantom"))
 def verify(
     folder: Annotated[Path, typer.Argument(help="Folder of a shard set.")],
     plan: Annotated[bool, typer.Option("--plan", help="Also compare a synthetic set with its plan.")] = False,
@@ -98,7 +119,7 @@ def verify(
         importlib.import_module("ccmdist.jobs.synthesize").verify(folder)
 
 
-@app.command(epilog="Example: ccmdist precompute configs/precompute/tiny.yaml")
+@app.command(epilog=_example("ccmdist precompute configs/precompute/tiny.yaml"))
 def precompute(arguments: Arguments = None, dry_run: DryRun = False) -> None:
     """Encode masks, prompts and images once, into the cache that training and synthesis read."""
     _stage(PrecomputeConfig, "precompute", arguments, dry_run)
@@ -110,7 +131,7 @@ AllowChange = Annotated[
 ]
 
 
-@app.command(epilog="Example: ccmdist train configs/train/tiny.yaml processes=2 num_steps=40")
+@app.command(epilog=_example("ccmdist train configs/train/tiny.yaml processes=2 num_steps=40"))
 def train(arguments: Arguments = None, dry_run: DryRun = False, allow_change: AllowChange = None) -> None:
     """Fine-tune an adapter. Run the same command again to resume after a stop."""
     config = _load(TrainConfig, arguments)
@@ -121,13 +142,13 @@ def train(arguments: Arguments = None, dry_run: DryRun = False, allow_change: Al
     raise typer.Exit(job.start(config, frozenset(allow_change or ())))
 
 
-@app.command(epilog="Example: ccmdist synthesize configs/synthesize/tiny.yaml adapter=runs/tiny/adapter")
+@app.command(epilog=_example("ccmdist synthesize configs/synthesize/tiny.yaml adapter=runs/tiny/adapter"))
 def synthesize(arguments: Arguments = None, dry_run: DryRun = False) -> None:
     """Draw images for the masks of a shard set, into shards of the same format."""
     _stage(SynthesizeConfig, "synthesize", arguments, dry_run)
 
 
-@app.command(epilog="Example: ccmdist evaluate configs/evaluate/tiny.yaml")
+@app.command(epilog=_example("ccmdist evaluate configs/evaluate/tiny.yaml"))
 def evaluate(arguments: Arguments = None, dry_run: DryRun = False) -> None:
     """Compare synthetic sets with a real one: report.json and report.html."""
     _stage(EvaluateConfig, "evaluate", arguments, dry_run)
@@ -139,7 +160,7 @@ Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 Model = Annotated[Path, typer.Option("--model", help="Folder of the base model.")]
 
 
-@model.command(epilog="Example: ccmdist model make --size tiny --fitted --out models/tiny")
+@model.command(epilog=_example("ccmdist model make --size tiny --fitted --out models/tiny"))
 def make(
     out: Out,
     size: Size = "tiny",
@@ -153,7 +174,7 @@ def make(
     importlib.import_module("ccmdist.jobs.model").make(size, version, out, seed, fitted)
 
 
-@model.command(epilog="Example: ccmdist model fit --out models/tiny-fit")
+@model.command(epilog=_example("ccmdist model fit --out models/tiny-fit"))
 def fit(
     out: Out,
     seed: int = 0,
@@ -166,31 +187,31 @@ def fit(
 Source = Annotated[Path, typer.Argument(help="Folder of an adapter, a run or a checkpoint.")]
 
 
-@adapter.command(epilog="Example: ccmdist adapter export runs/tiny --model models/tiny --out adapters/tiny")
+@adapter.command(epilog=_example("ccmdist adapter export runs/tiny --model models/tiny --out adapters/tiny"))
 def export(source: Source, model_folder: Model, out: Out) -> None:
     """Write the adapter for diffusers and for ComfyUI, with a model card, and verify what was written."""
     importlib.import_module("ccmdist.jobs.adapter").export(source, model_folder, out)
 
 
-@adapter.command(epilog="Example: ccmdist adapter merge runs/tiny --model models/tiny --out models/tiny-merged")
+@adapter.command(epilog=_example("ccmdist adapter merge runs/tiny --model models/tiny --out models/tiny-merged"))
 def merge(source: Source, model_folder: Model, out: Out) -> None:
     """Write a transformer folder with the adapter merged into its weights."""
     importlib.import_module("ccmdist.jobs.adapter").merge(source, model_folder, out)
 
 
-@adapter.command("verify", epilog="Example: ccmdist adapter verify adapters/tiny --model models/tiny")
+@adapter.command("verify", epilog=_example("ccmdist adapter verify adapters/tiny --model models/tiny"))
 def verify_adapter(source: Source, model_folder: Model) -> None:
     """Load the adapter with stock diffusers and compare its output with ours."""
     importlib.import_module("ccmdist.jobs.adapter").verify(source, model_folder)
 
 
-@adapter.command(epilog="Example: ccmdist adapter show runs/tiny")
+@adapter.command(epilog=_example("ccmdist adapter show runs/tiny"))
 def show(source: Source) -> None:
     """Print what an adapter adapts, how large it is and how far it has moved."""
     importlib.import_module("ccmdist.jobs.adapter").show(source)
 
 
-@app.command(epilog="Example: ccmdist demo --out runs/demo")
+@app.command(epilog=_example("ccmdist demo --out runs/demo"))
 def demo(out: Out = Path("runs/demo")) -> None:
     """Run the whole chain on this machine: phantoms, training that is preempted and resumed, synthesis, report."""
     importlib.import_module("ccmdist.jobs.demo").run(out)
@@ -211,7 +232,7 @@ def exit_code(arguments: list[str]) -> int:
     except CcmdistError as error:
         return _told(str(error), error.exit_code)
     except TyperException as error:
-        return _told(getattr(error, "format_message", error.__str__)(), EXIT_REFUSED)
+        return _told(_usage(error), EXIT_REFUSED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         if error.filename and error.errno:
@@ -228,6 +249,13 @@ def exit_code(arguments: list[str]) -> int:
         return _told(
             "this is an error of ours, not of your input; please report it with the lines above", EXIT_INTERNAL
         )
+
+
+def _usage(error: TyperException) -> str:
+    message, context = error.format_message(), getattr(error, "ctx", None)
+    if context is None or message.startswith("Usage:"):  # a group without a command tells its whole help
+        return message
+    return f"{message} (see `{context.command_path} --help`)"
 
 
 def _told(message: str, code: int) -> int:
