@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +16,7 @@ from ccmdist.cluster.faults import VARIABLE
 from ccmdist.cluster.run_directory import RunDirectory
 from ccmdist.errors import EXIT_DONE, EXIT_REQUEUE, RunError
 
+CONFIG = Path("configs/train/tiny.yaml")
 IMAGE_SIZE_PX = 128
 NUM_STEPS = 120
 PREEMPTED_AT_STEP = 50
@@ -36,11 +38,22 @@ class Command:
 
 
 def chain(out: Path) -> list[Command]:
-    """The commands of the demo, in order."""
+    """The commands of the demo, in order.
+
+    Raises:
+        RunError: If there is no clone of the project in the working folder, whose configs are used.
+    """
+    if not CONFIG.is_file():
+        raise RunError(f"demo: there is no {CONFIG} here", "run it in a clone of the project")
     shards, model, cache, run = out / "shards", out / "model", out / "cache", out / "run"
-    data = (f"data.shards={shards}", f"data.model={model}", f"data.cache={cache}", f"data.image_size_px={IMAGE_SIZE_PX}")
-    data = (*data, "data.dtype=fp32")
-    train = ("train", "configs/train/tiny.yaml", f"run={run}", *data, f"num_steps={NUM_STEPS}", "processes=2")
+    data = (
+        f"data.shards={shards}",
+        f"data.model={model}",
+        f"data.cache={cache}",
+        f"data.image_size_px={IMAGE_SIZE_PX}",
+        "data.dtype=fp32",
+    )
+    train = ("train", str(CONFIG), f"run={run}", *data, f"num_steps={NUM_STEPS}", "processes=2")
     synthesize = ("synthesize", "configs/synthesize/tiny.yaml", *data)
     tuned, untuned = out / "synthetic" / "wdlora", out / "synthetic" / "untuned"
     return [
@@ -71,15 +84,64 @@ def run(out: Path) -> None:
     Raises:
         RunError: If a command ends with another exit code than it should.
     """
+    console = Console()
     for command in chain(out):
-        expected = EXIT_REQUEUE if command.fault else EXIT_DONE
+        # A run that was already beyond the step of the drill when the demo was stopped ends without one.
+        expected = (EXIT_REQUEUE, EXIT_DONE) if command.fault else (EXIT_DONE,)
         if command.done is not None and command.done.exists():
             continue
-        print(f"\n$ {'kill -USR2 one rank of: ' if command.fault else ''}ccmdist {shlex.join(command.words)}", flush=True)
+        drill = "kill -USR2 one rank of: " if command.fault else ""
+        console.print(f"\n$ {drill}ccmdist {shlex.join(command.words)}", markup=False, highlight=False, soft_wrap=True)
         code = _execute(command)
-        if code != expected:
+        if code not in expected:
             raise RunError(
-                f"demo: `ccmdist {shlex.join(command.words)}` ended with exit code {code}, expected {expected}",
+                f"demo: `ccmdist {shlex.join(command.words)}` ended with exit code {code}, expected {expected[0]}",
                 "read the lines above; the same command goes on from what is done",
             )
-    _summarise(out)
+    _summarise(out, console)
+
+
+def _execute(command: Command) -> int:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    if command.fault:
+        environment[VARIABLE] = command.fault
+    return subprocess.run([sys.executable, "-m", "ccmdist", *command.words], env=environment, check=False).returncode
+
+
+def _summarise(out: Path, console: Console) -> None:
+    """Print a short table of what was measured, and where everything lies."""
+    run = RunDirectory(out / "run")
+    console.print(_table(json.loads((out / "report" / "report.json").read_text())))
+    first, last = held_out_losses(run.tensorboard)
+    console.print(f"held-out loss: {first:.4f} untuned, {last:.4f} tuned ({last / first:.2f} x)")
+    steps = " -> ".join(f"{a['first_step']}..{a['last_step']}" for a in run.attempts())
+    console.print(
+        f"training attempts (steps): {steps}; phantoms are phantoms: no number here says anything of patients"
+    )
+    for what, path in {
+        "report": out / "report" / "report.html",
+        "adapter": run.adapter,
+        "shards": out / "synthetic" / "wdlora",
+    }.items():
+        console.print(f"{what + ':':<12}{path}", soft_wrap=True)
+    console.print(f"{'curves:':<12}tensorboard --logdir {run.tensorboard}", soft_wrap=True)
+
+
+def _table(report: dict[str, Any]) -> Table:
+    """Agreement of the nerves that are found in images with the masks, for the sets of the report."""
+    table = Table("", "real (phantom)", *report["synthetic"], title="nerves found in the images against their masks")
+    real, sets = report["segmenter_error"], report["synthetic"].values()
+    for label, name in (("images", "num_images"), ("clDice", "cldice"), ("Dice", "dice"), ("offset, px", "offset_px")):
+        values = [real[name], *(one["adherence"][name] for one in sets)]
+        table.add_row(label, *("-" if value is None else f"{value:.3g}" for value in values))
+    return table
+
+
+def held_out_losses(events: Path) -> tuple[float, float]:
+    """Held-out loss, mean over noise levels, before the first and after the last step of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(events))
+    reader.Reload()
+    losses = [event.value for event in reader.Scalars("held_out/mean")]
+    return losses[0], losses[-1]

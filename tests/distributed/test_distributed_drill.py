@@ -1,4 +1,4 @@
-"""Kills, stops and full disks at many points, steps and ranks: longer than a test may take. Run it with `make drill`."""
+"""Kills, stops and full disks at many points, steps and ranks: longer than a test may take; `make drill`."""
 
 import random
 

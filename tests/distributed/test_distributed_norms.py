@@ -1,4 +1,4 @@
-"""WDLoRA through the real engine: one norm evaluation per step, the base bit for bit at the start, no frozen magnitude."""
+"""WDLoRA through the real engine: one norm evaluation per step, the base bit for bit at the start, no frozen m."""
 
 import json
 from pathlib import Path
