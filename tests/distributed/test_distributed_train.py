@@ -30,7 +30,7 @@ def test_a_killed_run_resumes_to_bitwise_the_same_adapter(train_ranks):
     folder = train_ranks.folder
     assert train_ranks("killed", 2, fault="sigkill@step:rank=1,step=3")[1] == -9
     assert RunDirectory(folder / "killed").exit_code() == 70
-    assert train_ranks("killed", 2, fault="sigkill@checkpoint.before_manifest:rank=1,step=4")[1] == -9
+    assert train_ranks("killed", 2, fault="sigkill@checkpoint.write:rank=1,step=4")[1] == -9
     assert train_ranks("killed", 2, fault="sigkill@checkpoint.before_rename:rank=0,step=4")[0] == -9
     assert list((folder / "killed" / "checkpoints").glob("step-00000004.tmp-*")), "the drill did not hit a save"
     assert train_ranks("killed", 2) == [0, 0]
