@@ -235,8 +235,22 @@ def test_what_validation_has_evaluated_can_be_trained_on():
     adapted = layer(nn.Linear(16, 8))
     with torch.inference_mode():
         adapted(torch.randn(3, 16))
+    assert not adapted.rows.norm.is_inference()
     adapted(torch.randn(3, 16)).sum().backward()
     assert adapted.magnitude.grad.isfinite().all()
+
+
+def test_backward_reads_the_weight_that_is_there_then():
+    """ZeRO-3 takes W away after the forward pass and gathers it anew for the backward pass."""
+    torch.manual_seed(0)
+    adapted = layer(nn.Linear(16, 8, bias=False))
+    x = torch.randn(3, 16, requires_grad=True)
+    y = adapted(x)
+    gathered_again = 2 * adapted.weight.detach()
+    adapted.weight.data = torch.empty(0)
+    adapted.weight.data = gathered_again
+    y.backward(torch.ones_like(y))
+    torch.testing.assert_close(x.grad, torch.ones(3, 8) @ gathered_again)
 
 
 def test_movement_is_told_in_rows_and_radians():
