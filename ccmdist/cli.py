@@ -5,6 +5,7 @@ traceback; the exit code is 0 done, 75 committed but not finished (run the same 
 error of ours.
 """
 
+import errno
 import importlib
 import json
 import sys
@@ -26,6 +27,12 @@ from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import start_logging
 from ccmdist.errors import EXIT_INTERNAL, EXIT_REFUSED, EXIT_REQUEUE, CcmdistError, Preempted
+
+TYPER_CTRL_C = 130
+"""What typer makes of a KeyboardInterrupt."""
+
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a write, which name no file."""
 
 SETTINGS: dict[str, Any] = {
     "rich_markup_mode": None,
@@ -226,7 +233,7 @@ def main() -> None:
 def exit_code(arguments: list[str]) -> int:
     """Run one command; its exit code. What the user can mend is told in one message."""
     try:
-        return typer.main.get_command(app).main(arguments, prog_name="ccmdist", standalone_mode=False) or 0
+        code = typer.main.get_command(app).main(arguments, prog_name="ccmdist", standalone_mode=False) or 0
     except Preempted as stop:
         return _told(str(stop), EXIT_REQUEUE)
     except CcmdistError as error:
@@ -234,21 +241,18 @@ def exit_code(arguments: list[str]) -> int:
     except TyperException as error:
         return _told(_usage(error), EXIT_REFUSED)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        if error.filename and error.errno:
-            return _told(
-                f"{where}{error.strerror}; see that the path exists, can be written and has space left",
-                EXIT_REFUSED,
-            )
-        traceback.print_exc()
-        return EXIT_INTERNAL
+        if error.errno and (error.filename or error.errno in DISK_IS_FULL):
+            where = f"{error.filename}: " if error.filename else ""
+            remedy = "see that the path exists, can be written and has space left"
+            return _told(f"{where}{error.strerror}; {remedy}", EXIT_REFUSED)
+        return _ours()
     except (typer.Abort, KeyboardInterrupt):
-        return _told("stopped by ctrl-C; run the same command again to go on", EXIT_REQUEUE)
+        code = TYPER_CTRL_C
     except Exception:
-        traceback.print_exc()
-        return _told(
-            "this is an error of ours, not of your input; please report it with the lines above", EXIT_INTERNAL
-        )
+        return _ours()
+    if code == TYPER_CTRL_C:
+        return _told("stopped by ctrl-C; run the same command again to go on", EXIT_REQUEUE)
+    return code
 
 
 def _usage(error: TyperException) -> str:
@@ -256,6 +260,11 @@ def _usage(error: TyperException) -> str:
     if context is None or message.startswith("Usage:"):  # a group without a command tells its whole help
         return message
     return f"{message} (see `{context.command_path} --help`)"
+
+
+def _ours() -> int:
+    traceback.print_exc()
+    return _told("this is an error of ours, not of your input; please report it with the lines above", EXIT_INTERNAL)
 
 
 def _told(message: str, code: int) -> int:
