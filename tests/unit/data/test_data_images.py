@@ -184,6 +184,7 @@ def classes(*values):
         (saved(np.full((48, 48), 255, np.uint8)), "here calls 100% of the frame nerve"),
         (saved(colourful()), "here has colours"),
     ],
+    ids=["classes", "bright classes", "a frame", "two greys", "inverted", "white", "colour"],
 )
 def test_what_is_no_mask_is_refused(data, message):
     with pytest.raises(ShardError) as error:

@@ -39,6 +39,13 @@ def test_six_subjects_per_group_give_one_of_each_group_to_val_and_test():
     assert len(found) == 9
 
 
+def test_a_group_does_not_give_its_only_subject_while_another_can_spare_one():
+    subjects = cohort(1, 4)
+    for seed in range(10):
+        found = counts(subjects, assigned_splits(subjects, 0.3, 0, seed))
+        assert found == {("Control", "train"): 1, ("T1NoDPN", "train"): 2, ("T1NoDPN", "val"): 2}
+
+
 def test_the_split_is_a_function_of_the_subjects_and_the_seed_not_of_their_order():
     subjects = cohort(9, 7, 5, 3)
     backwards = dict(reversed(subjects.items()))
