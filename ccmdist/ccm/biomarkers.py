@@ -63,10 +63,10 @@ class Quantity:
 
 QUANTITIES: Final[Mapping[str, Quantity]] = MappingProxyType(
     {
-        "cnfd": Quantity("cnfd", "CNFD", "main nerves/mm²"),
-        "cnbd": Quantity("cnbd", "CNBD", "branch points/mm²"),
+        "cnfd": Quantity("cnfd", "CNFD", "no./mm²"),
+        "cnbd": Quantity("cnbd", "CNBD", "no./mm²"),
         "cnfl": Quantity("cnfl", "CNFL", "mm/mm²"),
-        "ctbd": Quantity("ctbd", "CTBD", "branch points/mm²"),
+        "ctbd": Quantity("ctbd", "CTBD", "no./mm²"),
         "cnfa": Quantity("cnfa", "CNFA", "mm²/mm²"),
         "cnfw": Quantity("cnfw_um", "CNFW", "µm"),
         "cnfrd": Quantity("cnfrd", "CNFrD", ""),

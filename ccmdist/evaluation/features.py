@@ -1,0 +1,130 @@
+"""All that is measured on single images, shard by shard and once: a second run reads what the first one wrote."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pandas as pd
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from ccmdist.ccm.biomarkers import BIOMARKERS_VERSION, QUANTITIES, biomarkers
+from ccmdist.ccm.segmenter import SEGMENTER_VERSION, segment
+from ccmdist.commit import commit_bytes, digest_of
+from ccmdist.data.manifest import ShardEntry
+from ccmdist.data.triple import Triple
+from ccmdist.evaluation.adherence import centreline_dice, dice, offset_px
+from ccmdist.evaluation.appearance import EXTRACTOR_SHA256, NUM_FEATURES, appearance, features, spectrum
+from ccmdist.evaluation.fidelity import psnr_db, ssim
+from ccmdist.evaluation.sets import ImageSet, SourceFrames
+
+MEASURES_VERSION: Final = 1
+"""Raised whenever a column changes its meaning; older files are then measured anew."""
+TEXT_COLUMNS: Final = ("key", "subject", "clinical_group", "source_key", "shard", "origin")
+ORIGIN: Final = ("base_digest", "adapter_digest", "denoise_steps", "guidance_scale", "seed", "source_set_digest")
+"""What of a provenance tells how a whole set was made; column ``origin`` holds it as JSON."""
+FOUND, GIVEN = "found_", "given_"
+"""Prefixes of biomarkers: of the nerves that the segmenter found in the image, and of the mask that came with it."""
+CHAIN_CODE: Final = "cnfl_chain_code"
+FEATURES: Final = [f"feature_{index:02d}" for index in range(NUM_FEATURES)]
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How images are measured.
+
+    Attributes:
+        folder: Where the files of measured shards lie.
+        shape: Height and width at which all sets are compared.
+        sources: Real frames for paired measures; None while the real set itself is measured.
+        paired_with: Identity of those frames.
+    """
+
+    folder: Path
+    shape: tuple[int, int]
+    sources: SourceFrames | None = None
+    paired_with: str = ""
+
+    def table(self, images: ImageSet, entry: ShardEntry) -> pd.DataFrame:
+        """One row per image of a shard, measured now or read from an earlier run.
+
+        Raises:
+            EvaluationError: If a synthetic sample cannot be evaluated.
+            ShardError: If the shard is damaged.
+        """
+        path = self.folder / f"{entry.name.removesuffix('.tar')}-{self._identity(entry)[:20]}.safetensors"
+        found = _read(path)
+        if found is None:
+            found = pd.DataFrame(list(self._rows(images, entry)))
+            commit_bytes(path, _packed(found))
+        return found
+
+    def _identity(self, entry: ShardEntry) -> str:
+        versions = [MEASURES_VERSION, SEGMENTER_VERSION, BIOMARKERS_VERSION, EXTRACTOR_SHA256]
+        return digest_of([versions, entry.sha256, self.shape, self.paired_with])
+
+    def _rows(self, images: ImageSet, entry: ShardEntry) -> Iterator[dict[str, str | float]]:
+        for triple in images.triples(entry, self.shape):
+            yield {**_described(triple, entry), **measured(triple), **self._paired(triple)}
+
+    def _paired(self, triple: Triple) -> dict[str, float]:
+        source_key = (triple.meta.provenance or {}).get("source_key")
+        source = self.sources.find(source_key) if self.sources and isinstance(source_key, str) else None
+        if source is None:
+            return {"ssim": float("nan"), "psnr_db": float("nan")}
+        return {"ssim": ssim(source.image, triple.image), "psnr_db": psnr_db(source.image, triple.image)}
+
+
+def _described(triple: Triple, entry: ShardEntry) -> dict[str, str]:
+    provenance = triple.meta.provenance or {}
+    return {
+        "key": triple.key,
+        "subject": triple.meta.subject,
+        "clinical_group": triple.meta.clinical_group or "",
+        "source_key": str(provenance.get("source_key", triple.key)),
+        "shard": entry.name,
+        "origin": json.dumps({name: provenance[name] for name in ORIGIN if name in provenance}),
+    }
+
+
+def measured(triple: Triple) -> dict[str, float]:
+    """Adherence, biomarkers, appearance and features of one image; by column."""
+    found = segment(triple.image)
+    um_per_px = triple.meta.um_per_px
+    offset = offset_px(found, triple.nerve_mask)
+    row = {
+        "dice": dice(found, triple.nerve_mask),
+        "cldice": centreline_dice(found, triple.nerve_mask),
+        "offset_px": float(np.hypot(*offset)),
+    }
+    for prefix, mask in ((FOUND, found), (GIVEN, triple.nerve_mask)):
+        values = biomarkers(mask, um_per_px)
+        row |= {f"{prefix}{name}": float(getattr(values, quantity.field)) for name, quantity in QUANTITIES.items()}
+        row[f"{prefix}{CHAIN_CODE}"] = values.cnfl_chain_code
+    row |= appearance(triple.image, found)
+    row |= {f"spectrum_{index:02d}": float(power) for index, power in enumerate(spectrum(triple.image))}
+    return row | dict(zip(FEATURES, features(triple.image).tolist(), strict=True))
+
+
+def _packed(table: pd.DataFrame) -> bytes:
+    texts = {name: table[name].tolist() for name in TEXT_COLUMNS}
+    numbers = table.drop(columns=list(TEXT_COLUMNS))
+    values = np.ascontiguousarray(numbers.to_numpy(np.float64))
+    # One entry: safetensors writes several in no fixed order.
+    return save({"values": values}, {"about": json.dumps({"texts": texts, "columns": list(numbers.columns)})})
+
+
+def _read(path: Path) -> pd.DataFrame | None:
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about, values = json.loads((file.metadata() or {})["about"]), file.get_tensor("values")
+        texts, numbers = pd.DataFrame(about["texts"]), pd.DataFrame(values, columns=about["columns"])
+    except (SafetensorError, KeyError, ValueError):
+        # Whatever lies there is not ours: it is measured again.
+        return None
+    return pd.concat([texts, numbers], axis=1)

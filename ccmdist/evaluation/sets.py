@@ -1,0 +1,185 @@
+"""The sets that are compared: what may stand on which side, and frames brought to one size."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from ccmdist.config.data import Split
+from ccmdist.config.evaluate import EvaluateConfig
+from ccmdist.data.manifest import MANIFEST, SPLITS, Manifest, ShardEntry, read_manifest
+from ccmdist.data.reader import read_shard
+from ccmdist.data.triple import Triple
+from ccmdist.errors import EvaluationError
+from ccmdist.precompute.views import FLIPS, resized_image, resized_mask
+
+PROVENANCE: Final = (
+    "source_key",
+    "source_set_digest",
+    "seed",
+    "adapter_digest",
+    "base_digest",
+    "denoise_steps",
+    "guidance_scale",
+)
+"""What a synthetic sample has to say about its origin to be evaluated."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """One split of a shard set, under the name that the report gives it."""
+
+    name: str
+    folder: Path
+    manifest: Manifest
+    split: Split
+
+    @property
+    def shards(self) -> tuple[ShardEntry, ...]:
+        """Of the split; at least one."""
+        return self.manifest.of_split(self.split)
+
+    def triples(self, entry: ShardEntry, shape: tuple[int, int]) -> Iterator[Triple]:
+        """The samples of one shard at the size that all sets are compared at.
+
+        Args:
+            entry: One of :attr:`shards`.
+            shape: Height and width; frames of a real set are scaled to it.
+
+        Raises:
+            EvaluationError: If a synthetic frame has another size or says too little about its origin, or a real
+                frame cannot be scaled.
+            ShardError: If the shard is damaged.
+        """
+        for triple in read_shard(self.folder, entry):
+            where = f"{self.folder / entry.name}: sample {triple.key}"
+            if self.manifest.kind == "synthetic":
+                _check_origin(triple, where)
+                if triple.image.shape != shape:
+                    raise EvaluationError(
+                        f"{where} is {_size(triple.image.shape)}, expected {_size(shape)} as other synthetic images",
+                        "evaluate sets of different sizes one by one",
+                    )
+            yield scaled(triple, shape, where)
+
+
+def real_set(config: EvaluateConfig) -> ImageSet:
+    """The reference: real frames, or phantoms.
+
+    Raises:
+        EvaluationError: If there is none, it is synthetic, or its split is empty.
+    """
+    found = _opened("real", config.real, config.split, "`ccmdist shards folders` or `ccmdist shards phantom` makes one")
+    if found.manifest.kind == "synthetic":
+        raise EvaluationError(
+            f"real: {config.real} is a synthetic set, expected real frames or phantoms",
+            "name the set that the synthetic one is to be compared with, such as the one its masks came from",
+        )
+    return found
+
+
+def synthetic_sets(config: EvaluateConfig) -> list[ImageSet]:
+    """What is compared with the reference.
+
+    Raises:
+        EvaluationError: If one is missing, is not synthetic, or has no images in the split.
+    """
+    found = []
+    for name, folder in config.synthetic.items():
+        one = _opened(f"synthetic.{name}", folder, config.split, "`ccmdist synthesize` makes one")
+        if one.manifest.kind != "synthetic":
+            raise EvaluationError(
+                f"synthetic.{name}: {folder} is a {one.manifest.kind} set, expected one drawn by a model",
+                "name the out folder of `ccmdist synthesize`; real frames and phantoms belong in `real`",
+            )
+        found.append(replace(one, name=name))
+    return found
+
+
+def common_shape(sets: list[ImageSet]) -> tuple[int, int]:
+    """Height and width of the synthetic frames, at which all sets are compared.
+
+    Raises:
+        EvaluationError: If two sets differ.
+    """
+    shapes = {}
+    for one in sets:
+        height, width = next(read_shard(one.folder, one.shards[0])).image.shape
+        shapes[one.name] = (height, width)
+    if len(set(shapes.values())) > 1:
+        told = ", ".join(f"{name} {_size(shape)}" for name, shape in shapes.items())
+        raise EvaluationError(f"synthetic sets differ in size: {told}", "evaluate them one by one")
+    return next(iter(shapes.values()))
+
+
+def scaled(triple: Triple, shape: tuple[int, int], where: str) -> Triple:
+    """The sample at another size, showing the same field of view; itself where it has that size already.
+
+    Raises:
+        EvaluationError: If either is not square.
+    """
+    height, width = triple.image.shape
+    if (height, width) == shape:
+        return triple
+    if height != width or shape[0] != shape[1]:
+        raise EvaluationError(
+            f"{where} is {_size((height, width))} and cannot be compared with images of {_size(shape)}",
+            "pack square frames, or synthesize at the size of the real ones",
+        )
+    size_px = shape[0]
+    return replace(
+        triple,
+        image=resized_image(triple.image, size_px),
+        nerve_mask=resized_mask(triple.nerve_mask, size_px),
+        meta=replace(triple.meta, um_per_px=triple.meta.um_per_px * height / size_px),
+    )
+
+
+class SourceFrames:
+    """The real frames by the key that a synthetic sample names as its source; flipped views are flipped again."""
+
+    def __init__(self, real: ImageSet, shape: tuple[int, int], shard_of: dict[str, str]) -> None:
+        """Read nothing yet; ``shard_of`` names the shard of each key."""
+        self._real, self._shape, self._shard_of = real, shape, shard_of
+        self._entries = {entry.name: entry for entry in real.shards}
+        # Synthetic shards follow the order of their sources, so the last few shards are all that is asked for.
+        self._triples = lru_cache(maxsize=2)(self._loaded)
+
+    def find(self, source_key: str) -> Triple | None:
+        """The frame, or None if it is not in the split."""
+        if source_key in self._shard_of:
+            return self._triples(self._shard_of[source_key])[source_key]
+        key, _, flip = source_key.rpartition("-")
+        if flip not in FLIPS or key not in self._shard_of:
+            return None
+        triple = self._triples(self._shard_of[key])[key]
+        image, nerve_mask = (np.ascontiguousarray(FLIPS[flip](frame)) for frame in (triple.image, triple.nerve_mask))
+        return replace(triple, image=image, nerve_mask=nerve_mask)
+
+    def _loaded(self, shard: str) -> dict[str, Triple]:
+        return {triple.key: triple for triple in self._real.triples(self._entries[shard], self._shape)}
+
+
+def _opened(setting: str, folder: Path, split: Split, remedy: str) -> ImageSet:
+    if not (folder / MANIFEST).is_file():
+        raise EvaluationError(f"{setting}: {folder} holds no shard set (no {MANIFEST})", remedy)
+    manifest = read_manifest(folder)
+    if not manifest.of_split(split):
+        others = ", ".join(other for other in SPLITS if manifest.of_split(other))
+        raise EvaluationError(f"{setting}: {folder} has no samples in split {split}", f"set split to one of: {others}")
+    return ImageSet(setting, folder, manifest, split)
+
+
+def _check_origin(triple: Triple, where: str) -> None:
+    provenance = triple.meta.provenance or {}
+    if missing := [name for name in PROVENANCE if name not in provenance]:
+        raise EvaluationError(
+            f"{where}: its provenance does not say {', '.join(missing)}", "draw the set again with `ccmdist synthesize`"
+        )
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) + " px"

@@ -1,0 +1,156 @@
+"""Equivalence and difference on sets whose answer is known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ccmdist.evaluation.biomarker_equivalence import (
+    bootstrap_interval,
+    equivalence_of_set,
+    holm,
+    paired_tost,
+    subject_means,
+    subjects_needed,
+    welch_tests,
+)
+
+MARGINS = {"cnfl": 0.06}
+
+
+def table(num_subjects, seed, mean=15.0, sd=0.6, frames=2, group="Control", prefix="s"):
+    rng = np.random.default_rng(seed)
+    subjects = [f"{prefix}{index:03d}" for index in range(num_subjects)]
+    values = np.repeat(rng.normal(mean, sd, num_subjects), frames) + rng.normal(0, 0.3, num_subjects * frames)
+    return pd.DataFrame({"subject": np.repeat(subjects, frames), "clinical_group": group, "found_cnfl": values})
+
+
+def rows_of(real, synthetic, min_subjects=3):
+    rng = np.random.default_rng(0)
+    return equivalence_of_set(real, synthetic, "found_", MARGINS, 0.05, min_subjects, 300, rng)
+
+
+def test_a_set_compared_with_itself_is_equivalent_with_enough_subjects():
+    real = table(40, seed=0)
+    rows, left_out = rows_of(real, real)
+    assert [row.clinical_group for row in rows] == ["all", "Control"]
+    assert {row.verdict for row in rows} == {"equivalent"}
+    assert all(row.difference == 0 and row.equivalent_when_paired and row.paired_tost_p == 0 for row in rows)
+    assert left_out == []
+
+
+def test_with_few_subjects_the_same_set_is_inconclusive_and_not_equivalent():
+    real = table(4, seed=1, sd=3)
+    rows, _ = rows_of(real, real.assign(subject="x" + real["subject"]))
+    assert {row.verdict for row in rows} == {"inconclusive"}
+    assert rows[0].subjects_needed > 50
+    assert rows[0].paired_tost_p is None
+    assert rows[0].paired_interval is None
+
+
+def test_a_shifted_set_is_different_and_not_equivalent():
+    real = table(40, seed=2)
+    rows, _ = rows_of(real, table(40, seed=3, mean=17.5, prefix="t"))
+    assert {row.verdict for row in rows} == {"different"}
+    assert all(row.tost_p_holm > 0.99 and row.difference_p_holm < 1e-6 for row in rows)
+    assert rows[0].difference == pytest.approx(2.5, abs=0.4)
+    assert rows[0].interval[0] > rows[0].margin
+
+
+def test_a_small_certain_difference_is_equivalent_and_yet_different():
+    rows, _ = rows_of(table(400, seed=4), table(400, seed=5, mean=15.4, prefix="t"))
+    assert rows[0].verdict == "equivalent, but different"
+
+
+def test_the_tests_are_those_of_the_formula():
+    synthetic, real = np.array([1.0, 2.0, 4.0, 5.5]), np.array([2.0, 2.5, 3.5, 6.0, 4.0])
+    from scipy.stats import t, ttest_ind
+
+    variances = synthetic.var(ddof=1) / 4, real.var(ddof=1) / 5
+    error = np.sqrt(sum(variances))
+    freedom = sum(variances) ** 2 / (variances[0] ** 2 / 3 + variances[1] ** 2 / 4)
+    difference = synthetic.mean() - real.mean()
+    by_hand = max(t.sf((difference + 2) / error, freedom), t.cdf((difference - 2) / error, freedom))
+    tost_p, difference_p = welch_tests(synthetic, real, 2.0)
+    assert tost_p == pytest.approx(by_hand)
+    assert difference_p == pytest.approx(ttest_ind(synthetic, real, equal_var=False).pvalue)
+
+
+@given(st.integers(0, 1000), st.floats(0.1, 5))
+def test_equivalence_is_symmetric(seed, margin):
+    rng = np.random.default_rng(seed)
+    first, second = rng.normal(size=8), rng.normal(size=6)
+    assert welch_tests(first, second, margin) == pytest.approx(welch_tests(second, first, margin))
+
+
+def test_pairs_find_what_independent_sets_cannot():
+    real = table(10, seed=6, sd=3)
+    rows, _ = rows_of(real, real.assign(found_cnfl=real["found_cnfl"] * 1.01))
+    assert rows[0].verdict == "inconclusive"
+    assert rows[0].equivalent_when_paired
+    assert np.ptp(rows[0].paired_interval) < np.ptp(rows[0].interval) / 5
+
+
+def test_pairs_without_any_spread_are_decided_by_their_difference():
+    assert paired_tost(np.zeros(5), 1.0) == 0
+    assert paired_tost(np.full(5, 2.0), 1.0) == 1
+
+
+def test_holm_by_hand():
+    # Sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1, and never below the one before.
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+def test_a_subject_counts_once_however_many_frames_it_has():
+    frames = pd.DataFrame({"subject": ["a"] * 9 + ["b"], "clinical_group": "", "found_cnfl": [1.0] * 9 + [3.0]})
+    assert subject_means(frames, "found_cnfl").mean() == 2
+
+
+def test_bootstrap_intervals_cover_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(7)
+    covered = 0
+    for _ in range(200):
+        low, high = bootstrap_interval(rng.normal(1, 1, 25), rng.normal(0, 1, 25), 0.9, 300, rng)
+        covered += low <= 1 <= high
+    assert 0.82 <= covered / 200 <= 0.96
+
+
+def test_the_bootstrap_resamples_subjects_and_not_frames():
+    """Frames that repeat their subject's value add nothing: the interval is as wide as with one frame each."""
+    one, ten = (table(12, seed=8, frames=frames).assign(clinical_group="") for frames in (1, 10))
+    values = dict(zip(one["subject"], one["found_cnfl"], strict=True))
+    ten = ten.assign(found_cnfl=ten["subject"].map(values))
+    other = table(12, seed=9, prefix="t").assign(clinical_group="")
+    widths = [np.ptp(rows_of(real, other)[0][0].interval) for real in (one, ten)]
+    assert widths[0] == pytest.approx(widths[1])
+
+
+def test_the_number_of_subjects_needed_is_that_of_the_table():
+    assert [subjects_needed(1.0, margin, 0.05) for margin in (0.2, 0.3, 0.4, 0.5)] == [542, 241, 136, 87]
+
+
+def test_unlabelled_subjects_count_over_all_and_are_told():
+    real = pd.concat([table(6, seed=10), table(5, seed=11, group="", prefix="u")], ignore_index=True)
+    rows, left_out = rows_of(real, real)
+    assert {row.clinical_group: row.num_real_subjects for row in rows} == {"all": 11, "Control": 6}
+    assert left_out[0].what == "equivalence per clinical group"
+    assert left_out[0].reason == "5 of 11 real subjects are unlabelled; they count in the rows of all subjects only"
+
+
+@pytest.mark.parametrize(
+    ("real", "reason"),
+    [
+        (table(2, seed=12), "2 real and 2 synthetic subjects have a value, at least 3 each are needed"),
+        (table(5, seed=12).assign(found_cnfl=0.0), "the real mean is zero"),
+        (table(5, seed=12).assign(found_cnfl=3.0), "the subjects do not differ at all within either set"),
+        (table(5, seed=12).assign(found_cnfl=np.nan), "0 real and 0 synthetic subjects have a value"),
+    ],
+)
+def test_what_cannot_be_tested_is_left_out_with_the_reason(real, reason):
+    rows, left_out = rows_of(real, real)
+    assert rows == []
+    assert left_out[0].what == "CNFL, all subjects"
+    assert left_out[0].reason.startswith(reason)

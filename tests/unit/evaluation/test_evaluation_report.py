@@ -1,0 +1,344 @@
+"""A small made-up evaluation from shards to report: what is refused, what is told, and that the page stands alone."""
+
+import json
+import re
+import time
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
+
+from ccmdist.ccm.segmenter import SEGMENTER_VERSION
+from ccmdist.commit import commit_json
+from ccmdist.config.data import PhantomShardsConfig
+from ccmdist.config.evaluate import EvaluateConfig
+from ccmdist.config.loading import load, resolved
+from ccmdist.data.phantom_shards import sample as phantom_triple
+from ccmdist.data.phantom_shards import write_phantom_set
+from ccmdist.data.reader import read_split
+from ccmdist.data.writer import write_set
+from ccmdist.errors import EvaluationError
+from ccmdist.evaluation import features
+from ccmdist.evaluation.comparison import compare
+from ccmdist.evaluation.report import (
+    ABSENT,
+    MINUS,
+    fixed,
+    like,
+    number,
+    p_value,
+    percent,
+    report_values,
+    signed,
+    write_report,
+)
+from ccmdist.evaluation.sets import PROVENANCE
+from ccmdist.jobs import evaluate
+
+SIZE_PX = 96
+
+
+def provenance(triple, digest, adapter="a" * 64):
+    return {
+        "source_key": triple.key,
+        "source_set_digest": digest,
+        "mask_sha256": "0" * 64,
+        "seed": 3,
+        "adapter_digest": adapter,
+        "base_digest": "b" * 64,
+        "denoise_steps": 12,
+        "guidance_scale": 2.0,
+        "plan_digest": "c" * 64,
+        "batch": 0,
+    }
+
+
+def drawn(triple, image, about):
+    meta = replace(triple.meta, source="synthetic", labels={}, provenance=about)
+    image = np.clip(image, 0, 255).round().astype(np.uint8)
+    return "test", replace(triple, key=f"{triple.key}-000", image=image, meta=meta)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Phantoms; a set that resembles them; one whose nerves lie 4 px too low."""
+    root = tmp_path_factory.mktemp("sets")
+    settings = {
+        "subjects_per_group": 6,
+        "frames_per_subject": 2,
+        "test_fraction": 0.6,
+        "val_fraction": 0,
+        "size_px": SIZE_PX,
+    }
+    manifest = write_phantom_set(PhantomShardsConfig(out=root / "real", **settings))
+    rng = np.random.default_rng(0)
+    real = list(read_split(root / "real", "test"))
+    close = (drawn(t, t.image + rng.normal(0, 4, t.image.shape), provenance(t, manifest.digest)) for t in real)
+    write_set(root / "close", "synthetic", close, 16)
+
+    def moved(triple):
+        nerves = np.roll(gaussian_filter(triple.nerve_mask.astype(float), 1), 4, axis=0)
+        return 60 + 120 * nerves + rng.normal(0, 12, nerves.shape)
+
+    far = (drawn(t, moved(t), provenance(t, manifest.digest, "untuned")) for t in real)
+    write_set(root / "far", "synthetic", far, 16)
+    return root
+
+
+def config_of(root, out, *more):
+    overrides = [
+        f"real={root / 'real'}",
+        f"synthetic.close={root / 'close'}",
+        f"synthetic.far={root / 'far'}",
+        f"out={out}",
+    ]
+    return load(EvaluateConfig, [], [*overrides, "num_bootstrap=200", "num_grid_images=4", *more])
+
+
+@pytest.fixture(scope="module")
+def comparison(sets, tmp_path_factory):
+    return compare(config_of(sets, tmp_path_factory.mktemp("report")))
+
+
+@pytest.fixture(scope="module")
+def page(comparison):
+    return write_report(comparison)
+
+
+class Page(HTMLParser):
+    """Collects what the page would load and checks that its tags are balanced."""
+
+    VOID = frozenset({"meta", "img", "br", "link", "input", "hr"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.sources, self.ids, self.tags = [], [], [], []
+        self.feed(text)
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        values = dict(attributes)
+        self.sources += [values[name] for name in ("src", "href", "srcset", "data") if name in values]
+        self.ids += [values["id"]] if "id" in values else []
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_stands_alone(page):
+    text = page.read_text()
+    parsed = Page(text)
+    assert parsed.sources
+    assert all(source.startswith("data:image/png;base64,") for source in parsed.sources)
+    assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", text)
+    assert "script" not in parsed.tags
+    assert "link" not in parsed.tags
+
+
+def test_the_page_has_every_section_and_tells_the_segmenters_error_before_any_other_figure(page):
+    text = page.read_text()
+    sections = [
+        "conclusions",
+        "segmenter-error",
+        "images",
+        "adherence",
+        "biomarkers",
+        "equivalence",
+        "p-values-1",
+        "p-values-2",
+    ]
+    sections += ["fidelity", "left-out", "provenance"]
+    assert [name for name in Page(text).ids if name in sections] == sections
+    assert "ACCMetrics-style" in text
+    assert SEGMENTER_VERSION in text
+
+
+def test_the_page_shows_rows_of_mask_real_and_every_set(page):
+    text = page.read_text()
+    pictures = re.findall(r'alt="(\w+) of ([\w-]+)"', text)
+    keys = {key for _, key in pictures}
+    assert len(keys) == 4
+    assert len({key.split("-")[0] for key in keys}) == 3
+    assert all({name for name, of in pictures if of == key} == {"mask", "real", "close", "far"} for key in keys)
+
+
+def test_phantoms_are_called_phantoms(page, comparison):
+    assert "Phantoms, not patients." in page.read_text()
+    values = report_values(comparison)
+    assert values["real"]["kind"] == "phantom"
+    assert values["may_not_be_concluded"][0].startswith("The reference set consists of phantoms")
+    assert any("inherit its nerves" in sentence for sentence in values["may_not_be_concluded"])
+
+
+def test_every_number_is_in_the_json_and_comes_back_from_it(page, comparison):
+    values = json.loads(
+        (page.parent / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON")
+    )
+    assert values == report_values(comparison)
+    assert list(values["synthetic"]) == ["close", "far"]
+    far = values["synthetic"]["far"]
+    assert far["origins"][0]["adapter_digest"] == "untuned"
+    assert far["frechet"]["extractor"] == "weight-free-logbank-v1"
+    assert len(far["frechet"]["extractor_sha256"]) == 64
+    assert far["counts"]["images_by_group"] == values["real"]["images_by_group"]
+
+
+def test_the_near_set_is_nearer_in_every_respect(comparison):
+    close, far = comparison.sets
+    assert close.adherence.dice > far.adherence.dice + 0.2
+    assert close.adherence.cldice > far.adherence.cldice + 0.2
+    assert close.adherence.offset_px < 1.5
+    assert far.adherence.offset_px == pytest.approx(4, abs=1)
+    assert close.paired.ssim > far.paired.ssim + 0.2
+    assert close.frechet.distance_of_halves < far.frechet.distance_of_halves
+    assert close.frechet.floor == far.frechet.floor
+    assert abs(comparison.segmenter_error.dice - close.adherence.dice) < 0.1
+
+
+def test_the_second_run_measures_nothing_and_says_the_same(comparison, page, monkeypatch):
+    before = page.read_bytes()
+    monkeypatch.setattr(features, "measured", lambda triple: pytest.fail("measured again"))
+    again = compare(comparison.config)
+    assert report_values(again) == report_values(comparison)
+    assert write_report(again).read_bytes() == before
+
+
+def test_a_damaged_file_of_measures_is_measured_again(comparison):
+    folder = comparison.config.out / "features"
+    damaged = sorted(folder.glob("*.safetensors"))[0]
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[: len(whole) // 2])
+    assert report_values(compare(comparison.config)) == report_values(comparison)
+    assert damaged.read_bytes() == whole
+
+
+def test_below_the_minimum_figures_are_left_out_with_the_reason(comparison):
+    minimum = {"frechet_images": 500, "equivalence_subjects": 40, "paired_images": 400}
+    config = comparison.config.model_copy(update={"minimum": type(comparison.config.minimum)(**minimum)})
+    one = compare(config).sets[0]
+    assert (one.paired, one.frechet, one.equivalence) == (None, None, [])
+    reasons = {omitted.what: omitted.reason for omitted in one.left_out}
+    num = len(comparison.table)
+    assert (
+        reasons["Frechet distance on weight-free-logbank-v1"]
+        == f"{num} real and {num} synthetic images, at least 500 each are needed"
+    )
+    assert f"{num} of {num} images were drawn from a mask of the real split" in reasons["SSIM and PSNR"]
+    assert "at least 40 each are needed" in reasons["CNFL, all subjects"]
+    values = report_values(compare(config))
+    assert values["synthetic"]["close"]["frechet"] is None
+    assert "no biomarker could be tested" in values["may_be_concluded"][0]
+    Page(write_report(compare(config)).read_text())
+
+
+def test_the_command_prints_a_table_and_the_path(sets, comparison, tmp_path, capsys):
+    config = comparison.config
+    commit_json(tmp_path / "config.json", resolved(config))
+    shown = evaluate.describe(config)
+    assert shown.splitlines()[1].startswith(f"close: {sets / 'close'}, split test, ")
+    evaluate.run(str(tmp_path / "config.json"))
+    printed = capsys.readouterr().out
+    assert "clDice" in printed
+    assert "no FID" in printed
+    assert printed.splitlines()[-1] == f"report: {config.out / 'report.html'}"
+
+
+def test_sets_on_the_wrong_side_are_refused(sets, tmp_path):
+    with pytest.raises(
+        EvaluationError, match=r"real: .*close is a synthetic set, expected real frames or phantoms; name"
+    ):
+        compare(config_of(sets, tmp_path, f"real={sets / 'close'}"))
+    with pytest.raises(
+        EvaluationError, match=r"synthetic.far: .*real is a phantom set, expected one drawn by a model; name"
+    ):
+        compare(config_of(sets, tmp_path, f"synthetic.far={sets / 'real'}"))
+
+
+def test_a_set_that_is_not_there_is_named_with_the_command_that_makes_it(sets, tmp_path):
+    with pytest.raises(
+        EvaluationError, match=r"synthetic.far: .*nowhere holds no shard set .*; `ccmdist synthesize` makes one"
+    ):
+        compare(config_of(sets, tmp_path, f"synthetic.far={sets / 'nowhere'}"))
+
+
+def test_an_empty_split_is_named_with_those_that_are_not(sets, tmp_path):
+    with pytest.raises(EvaluationError, match=r"real: .*has no samples in split val; set split to one of: train, test"):
+        compare(config_of(sets, tmp_path, "split=val"))
+
+
+def test_images_that_do_not_say_where_they_come_from_are_refused(sets, comparison, tmp_path):
+    triple = next(read_split(sets / "real", "test"))
+    about = {name: value for name, value in provenance(triple, "d" * 64).items() if name != "adapter_digest"}
+    write_set(tmp_path / "silent", "synthetic", [drawn(triple, triple.image, about)], 16)
+    with pytest.raises(
+        EvaluationError, match=r"test-000000.tar: sample .*-000: its provenance does not say adapter_digest; draw"
+    ):
+        compare(config_of(sets, comparison.config.out, f"synthetic.far={tmp_path / 'silent'}"))
+    assert "adapter_digest" in PROVENANCE
+
+
+def test_sets_of_two_sizes_are_refused_and_larger_real_frames_are_scaled(sets, tmp_path):
+    triples = [t for _, t in zip(range(4), read_split(sets / "real", "test"), strict=False)]
+
+    def small(triple):
+        shrunk = replace(triple, nerve_mask=triple.nerve_mask[::2, ::2], meta=replace(triple.meta, um_per_px=2.0))
+        return drawn(shrunk, triple.image[::2, ::2], provenance(triple, "d" * 64))
+
+    write_set(tmp_path / "small", "synthetic", map(small, triples), 16)
+    with pytest.raises(EvaluationError, match=r"synthetic sets differ in size: close 96x96 px, far 48x48 px; evaluate"):
+        compare(config_of(sets, tmp_path / "a", f"synthetic.far={tmp_path / 'small'}"))
+    both = [f"synthetic.{name}={tmp_path / 'small'}" for name in ("close", "far")]
+    found = compare(config_of(sets, tmp_path / "b", *both))
+    assert found.shape == (48, 48)
+    assert found.sets[0].paired.num_images == 4
+
+
+def test_masks_of_other_subjects_give_no_pairs_and_no_promise_of_agreement(sets, comparison, tmp_path):
+    triple = next(read_split(sets / "real", "test"))
+    foreign = replace(triple, key="foreign-00", meta=replace(triple.meta, subject="foreign"))
+    write_set(tmp_path / "foreign", "synthetic", [drawn(foreign, triple.image, provenance(foreign, "d" * 64))], 16)
+    config = config_of(sets, comparison.config.out, f"synthetic.far={tmp_path / 'foreign'}")
+    one = compare(config).sets[1]
+    assert one.paired is None
+    assert not one.shares_subjects
+
+
+def test_an_image_is_measured_in_a_fraction_of_a_second():
+    triple = phantom_triple(0, "Control", 0, 0, 128)
+    features.measured(triple)
+    start = time.process_time()
+    for frame in range(4):
+        features.measured(phantom_triple(0, "Control", 0, frame, 128))
+    # So 100 frames, synthetic and real, with the segmentation of each, take less than 20 s.
+    assert (time.process_time() - start) / 4 < 0.2
+
+
+def test_numbers_are_worded_for_reading():
+    assert [number(v) for v in (None, 0.0, 0.01234, 12.345, 1234.5, -0.5)] == [
+        ABSENT,
+        "0",
+        "0.0123",
+        "12.3",
+        "1234",
+        f"{MINUS}0.500",
+    ]
+    assert [like(12.3456, scale) for scale in (0.77, 12, None)] == ["12.35", "12", "12.3"]
+    assert (fixed(None, 2), fixed(-1.0, 1), signed(0.26), signed(-3.0)) == (
+        ABSENT,
+        f"{MINUS}1.0",
+        "+0.3",
+        f"{MINUS}3.0",
+    )
+    assert (percent(0.123), percent(-0.2), percent(None)) == ("+12 %", f"{MINUS}20 %", ABSENT)
+    assert [p_value(p) for p in (None, 0.0001, 0.0306)] == [ABSENT, "< 0.001", "0.031"]
+
+
+def test_the_shipped_files_come_with_the_package():
+    from importlib.resources import files
+
+    assert files("ccmdist.evaluation").joinpath("report.html.j2").is_file()
