@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ccmdist.ccm.groups import ClinicalGroup
 from ccmdist.ccm.prompts import NEGATIVE_PROMPT, TEMPLATE_VERSION
 from ccmdist.commit import commit_json, digest_of
-from ccmdist.config.data import DataSettings, PrecomputeConfig
+from ccmdist.config.data import DataSettings, Flip, PrecomputeConfig
 from ccmdist.config.loading import flat, resolved
 from ccmdist.data.manifest import ShardEntry
 from ccmdist.errors import CacheError
@@ -86,7 +86,7 @@ def fingerprint(data: DataSettings, manifest_digest: str, encoders: dict[str, An
     }
 
 
-def flips(data: DataSettings) -> list[str]:
+def flips(data: DataSettings) -> list[Flip]:
     """The flips of ``data``, each once and in one order: neither changes what is cached."""
     return sorted(set(data.flips))
 

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -193,7 +193,7 @@ def _commit_index(path: Path) -> None:
                 return
 
 
-def _index_of(tar: BinaryIO, shard: str) -> dict[str, Any]:
+def _index_of(tar: io.BufferedReader, shard: str) -> dict[str, Any]:
     contents: dict[str, tuple[Member, dict[str, Any]]] = {}
     with tarfile.open(fileobj=tar, mode="r:") as archive:
         for info in archive:

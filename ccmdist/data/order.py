@@ -228,7 +228,7 @@ class Order:
         NumPy promises the raw bits of a bit generator for ever, but not what its distributions make of them.
         """
         bits = np.random.PCG64([self.seed, purpose, epoch, stratum]).random_raw(num)
-        return (bits >> np.uint64(11)) * 2.0**-53
+        return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _lengths(entries: Sequence[CacheEntry]) -> list[int]:
