@@ -4,8 +4,8 @@ Compared on fixed random inputs, in fp32 on the CPU. What the stock loader has p
 bit for bit, at our linears and no others, with our scale. The outputs can then only differ by rounding, for PEFT adds
 the same terms in another order.
 
-Of a large model only the first and the last block are compared (some 4 GB instead of 80 GB): all blocks are of one class,
-their adapters are written by one rule, and names and shapes are checked in all of them.
+Of a large model only the first and the last block are compared (some 4 GB instead of 80 GB): all blocks are of one
+class, their adapters are written by one rule, and names and shapes are checked in all of them.
 """
 
 import logging
