@@ -85,7 +85,8 @@ def _figure(rows: int, columns: int, width_in: float, height_in: float, **option
 
 def equivalence_plot(comparison: Comparison) -> "Figure":
     """Differences in units of the margin with intervals, the thick one paired; equivalent where within the band."""
-    groups = [ALL_SUBJECTS, *CLINICAL_GROUPS]
+    tested = {row.clinical_group for one in comparison.sets for row in one.equivalence}
+    groups = [ALL_SUBJECTS, *(group for group in CLINICAL_GROUPS if group in tested)]
     names = list(comparison.config.margins)
     figure, axes = _figure(1, len(groups), 9.6, 0.55 + 0.36 * len(names), sharey=True)
     for axis, group in zip(axes[0], groups, strict=True):
