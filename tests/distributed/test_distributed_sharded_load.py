@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ccmdist.adapters.injection import RowSquares, row_squares_of
 from ccmdist.models import mmdit
@@ -50,7 +51,8 @@ def load_partitioned(group, path):
     mmdit.make_blocks_leaves(model)
     engine, *_ = deepspeed.initialize(model=model, config=ZERO)
     rest = {name: torch.zeros(shape[0]) for name, shape in shapes.items() if name not in told}
-    return {
+    odd = load_odd_rows(path / "odd.safetensors")
+    return odd | {
         "velocity": forward(engine),
         "read": read[0],
         "kept": kept,
@@ -59,10 +61,32 @@ def load_partitioned(group, path):
     }
 
 
+def load_odd_rows(file):
+    """A layer of 5 rows of 3: the border between two partitions lies within a row."""
+    import deepspeed
+
+    from ccmdist.models.checkpoint_io import load_weights
+
+    told, squares = torch.zeros(5), RowSquares(["layer"])
+
+    def on_rows(name, first, rows, num_rows):
+        if name == "layer.weight":
+            told[first : first + len(rows)] += 1
+        squares.on_rows(name, first, rows, num_rows)
+
+    with deepspeed.zero.Init(config_dict_or_path=ZERO, dtype=torch.float32):
+        model = torch.nn.ModuleDict({"layer": torch.nn.Linear(3, 5)})
+    load_weights(model, dict.fromkeys(("layer.weight", "layer.bias"), file), on_rows)
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {"odd_told": told, "odd_weight": model["layer"].weight.clone(), "odd_squares": squares.reduce()["layer"]}
+
+
 def test_two_ranks_read_half_each_and_hold_the_same_model(run_ranks, tmp_path):
     from ccmdist.models.make import make_model
 
     make_model("tiny", "2511", tmp_path / "model")
+    odd = {"layer.weight": torch.arange(15.0).view(5, 3), "layer.bias": torch.arange(5.0)}
+    save_file(odd, tmp_path / "model" / "odd.safetensors")
     folder = ModelFolder.open(tmp_path / "model")
     plain = mmdit.build(folder, torch.float32, None)
     ranks = run_ranks(load_partitioned, 2, tmp_path / "model")
@@ -77,3 +101,7 @@ def test_two_ranks_read_half_each_and_hold_the_same_model(run_ranks, tmp_path):
     for name in plain.state_dict():
         times_told = ranks[0]["told"][name] + ranks[1]["told"][name]
         assert (times_told == 1).all(), f"{name}: a row was told twice or not at all"
+    for rank in ranks:
+        assert torch.equal(rank["odd_weight"], odd["layer.weight"])
+        assert torch.equal(rank["odd_squares"], odd["layer.weight"].square().sum(1))
+    assert (ranks[0]["odd_told"] + ranks[1]["odd_told"]).tolist() == [1.0] * 5
