@@ -1,7 +1,8 @@
 """Fits the tiny MMDiT to phantoms by rectified flow, as a stand-in for a pretrained editing model.
 
-It learns to draw a frame from nothing, and to redraw a frame from a coarse negative of it: so it looks at the same
-place of the condition image, as an editing model does. It never sees a nerve mask; that is left to an adapter.
+It learns to draw a frame from nothing, to restore it from a coarse copy, and to redraw it from a sketch of it, in
+chalk on grey: so it looks at the same place of the condition image, as an editing model does. It never sees
+a nerve mask; that is left to an adapter.
 
 Shape suffixes: B samples, S packed latent tokens, C channels, L text tokens, D text width, H W pixels.
 """
@@ -32,12 +33,15 @@ from ccmdist.train.fit.optimizer import FitOptimizer
 from ccmdist.train.fit.phantoms import SIZE_PX, Frames
 from ccmdist.train.optim import update_average
 
-BLANK_SHARE: Final = 0.4
-"""Of samples that are drawn from a black condition image."""
+KINDS: Final = {"blank": 0.2, "coarse": 0.2, "sketch": 0.6}
+"""Kinds of condition images, and of how many samples they are."""
 NEGATIVE_PROMPT_SHARE: Final = 0.1
 """Of steps that see the negative prompt, for classifier-free guidance."""
 COARSE_PX: Final = 4
-"""Edge of the squares of a frame that become one value of its coarse negative."""
+"""Edge of the squares of a frame that become one value of its coarse copy."""
+STROKE_SIGMAS_PX: Final = (1.5, 6.0)
+STROKE_CONTRAST: Final = 1.0
+"""A stroke is where a smooth copy exceeds a smoother one by so many standard deviations of their difference."""
 NUM_SHOWN: Final = 8
 """Images that each prompt is encoded with."""
 SIGMAS: Final = (0.3, 0.5, 0.7, 0.9)
@@ -56,7 +60,7 @@ LOG_EVERY: Final = 50
 class MmditFit:
     """Lengths of the fit."""
 
-    num_frames: int = 900
+    num_frames: int = 600
     num_steps: int = 1000
     batch_size: int = 16
     lr: float = 0.02
@@ -68,41 +72,41 @@ class Samples:
 
     Attributes:
         images: Packed latents of the frames, (N, S, C).
-        coarse: Of their coarse negatives.
-        blank: Of a black image, (1, S, C).
+        conditions: Kind -> packed latents of condition images of the frames, (N, S, C).
         prompt_embeds: Group, or the negative prompt -> embeddings with several images, (NUM_SHOWN, L, D).
         groups: Of the frames.
     """
 
     images: Tensor
-    coarse: Tensor
-    blank: Tensor
+    conditions: dict[str, Tensor]
     prompt_embeds: dict[str, Tensor]
     groups: tuple[str, ...]
 
     def batch(self, size: int, source: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Targets and conditions, both (B, S, C), and embeddings (B, L, D), drawn at random."""
         chosen = torch.randint(len(self.images), (size,), generator=source)
-        blank_B11 = (torch.rand(size, generator=source) < BLANK_SHARE).view(-1, 1, 1)
-        conditions_BSC = torch.where(blank_B11, self.blank, self.coarse[chosen])
+        kinds = torch.multinomial(torch.tensor([*KINDS.values()]), size, replacement=True, generator=source).tolist()
+        names = [[*KINDS][kind] for kind in kinds]
+        conditions = [self.conditions[kind][index] for kind, index in zip(names, chosen.tolist(), strict=True)]
         is_negative = float(torch.rand((), generator=source)) < NEGATIVE_PROMPT_SHARE
         prompts = [NEGATIVE_PROMPT if is_negative else self.groups[index] for index in chosen.tolist()]
         shown = torch.randint(NUM_SHOWN, (size,), generator=source).tolist()
         embeds = [self.prompt_embeds[name][index] for name, index in zip(prompts, shown, strict=True)]
-        return self.images[chosen], conditions_BSC, torch.stack(embeds)
+        return self.images[chosen], torch.stack(conditions), torch.stack(embeds)
 
 
 def encoded(frames: Frames, codec: LatentCodec, encoder: PromptEncoder, seed: int) -> Samples:
-    """Latents of frames and of their coarse negatives, and embeddings of the prompts with images of no meaning."""
+    """Latents of frames and of their condition images, and embeddings of the prompts with images of no meaning."""
     shown = _blobs(seed)
     texts = {group: prompt(group, {}) for group in CLINICAL_GROUPS} | {NEGATIVE_PROMPT: NEGATIVE_PROMPT}
-    return Samples(
-        _packed(codec, frames.images),
-        _packed(codec, np.stack([coarse_negative(image) for image in frames.images])),
-        _packed(codec, np.zeros_like(frames.images[:1])),
-        {name: torch.stack(encoder.encode([text] * NUM_SHOWN, shown)) for name, text in texts.items()},
-        frames.clinical_groups,
-    )
+    images = _packed(codec, frames.images)
+    conditions = {
+        "blank": _packed(codec, np.zeros_like(frames.images[:1])).expand_as(images),
+        "coarse": _packed(codec, np.stack([coarse(image) for image in frames.images])),
+        "sketch": _packed(codec, np.stack([sketch(image) for image in frames.images])),
+    }
+    prompt_embeds = {name: torch.stack(encoder.encode([text] * NUM_SHOWN, shown)) for name, text in texts.items()}
+    return Samples(images, conditions, prompt_embeds, frames.clinical_groups)
 
 
 def fit_mmdit(samples: Samples, settings: MmditFit, seed: int) -> QwenImageTransformer2DModel:
@@ -148,7 +152,7 @@ def held_out_losses(model: nn.Module, samples: Samples) -> dict[str, float]:
     noise_BSC = torch.randn(x_BSC.shape, generator=source)
     embeds_BLD = torch.stack([samples.prompt_embeds[group][0] for group in samples.groups])
     losses = {}
-    for kind, conditions_BSC in (("blank", samples.blank.expand_as(x_BSC)), ("coarse", samples.coarse)):
+    for kind, conditions_BSC in samples.conditions.items():
         for sigma in SIGMAS:
             sigma_B = torch.full((len(x_BSC),), sigma)
             noisy_BSC = flow.interpolate(x_BSC, noise_BSC, sigma_B)
@@ -158,11 +162,18 @@ def held_out_losses(model: nn.Module, samples: Samples) -> dict[str, float]:
     return losses
 
 
-def coarse_negative(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The negative of a grey image (H, W), without its fine detail."""
+def coarse(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A grey image (H, W) without its fine detail."""
     size = (image.shape[1], image.shape[0])
-    coarse = Image.fromarray(255 - image).resize((size[0] // COARSE_PX, size[1] // COARSE_PX), Image.Resampling.BOX)
-    return np.asarray(coarse.resize(size, Image.Resampling.BICUBIC))
+    small = Image.fromarray(image).resize((size[0] // COARSE_PX, size[1] // COARSE_PX), Image.Resampling.BOX)
+    return np.asarray(small.resize(size, Image.Resampling.BICUBIC))
+
+
+def sketch(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A grey image (H, W) as white strokes on grey, where it is brighter than its surroundings."""
+    fine, wide = (gaussian_filter(image.astype(np.float32), sigma) for sigma in STROKE_SIGMAS_PX)
+    difference = fine - wide
+    return np.where(difference > STROKE_CONTRAST * difference.std(), 255, 128).astype(np.uint8)
 
 
 def _started(seed: int) -> QwenImageTransformer2DModel:

@@ -40,9 +40,9 @@ class FitSettings:
     """Frames by which both are judged."""
 
 
-FULL: Final = FitSettings(VaeFit(), MmditFit(), num_held_out=24)
+FULL: Final = FitSettings(VaeFit(), MmditFit(), num_held_out=96)
 QUICK: Final = FitSettings(
-    VaeFit(num_frames=6, num_steps=6, crops_per_step=4),
+    VaeFit(num_frames=6, num_steps=4, num_decoder_steps=3, crops_per_step=4),
     MmditFit(num_frames=6, num_steps=4, batch_size=4),
     num_held_out=3,
 )
