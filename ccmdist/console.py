@@ -23,6 +23,8 @@ def start_logging(global_rank: int = 0) -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if global_rank == 0 else logging.WARNING)
     log.propagate = False
+    # peft imports bitsandbytes wherever it is installed, which then advises to install kernels for the CPU.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def tracked(items: Iterable[T], what: str, total: int) -> Iterator[T]:

@@ -27,6 +27,8 @@ class ProcessGroup:
             timeout_min: After this long without an answer a collective fails; libraries' defaults differ.
             rendezvous: "env://" (MASTER_ADDR, MASTER_PORT) or "file://..." for processes of one machine.
         """
+        if not torch.accelerator.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
         import deepspeed  # seconds of import that help and dry runs must not pay
 
         self.ranks = ranks
