@@ -1,7 +1,7 @@
 """Fits the tiny MMDiT to phantoms by rectified flow, as a stand-in for a pretrained editing model.
 
 It learns to draw a frame from nothing, to restore it from a coarse copy, and to redraw it from a sketch of it, in
-chalk on grey: so it looks at the same place of the condition image, as an editing model does. It never sees
+black on white: so it looks at the same place of the condition image, as an editing model does. It never sees
 a nerve mask; that is left to an adapter.
 
 Shape suffixes: B samples, S packed latent tokens, C channels, L text tokens, D text width, H W pixels.
@@ -61,7 +61,7 @@ class MmditFit:
     """Lengths of the fit."""
 
     num_frames: int = 600
-    num_steps: int = 1000
+    num_steps: int = 900
     batch_size: int = 16
     lr: float = 0.02
 
@@ -170,10 +170,10 @@ def coarse(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def sketch(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A grey image (H, W) as white strokes on grey, where it is brighter than its surroundings."""
+    """A grey image (H, W) as black strokes on white, where it is brighter than its surroundings."""
     fine, wide = (gaussian_filter(image.astype(np.float32), sigma) for sigma in STROKE_SIGMAS_PX)
     difference = fine - wide
-    return np.where(difference > STROKE_CONTRAST * difference.std(), 255, 128).astype(np.uint8)
+    return np.where(difference > STROKE_CONTRAST * difference.std(), 0, 255).astype(np.uint8)
 
 
 def _started(seed: int) -> QwenImageTransformer2DModel:

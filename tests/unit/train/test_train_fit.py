@@ -114,12 +114,12 @@ def test_orthogonalised_leaves_zeros_where_there_is_no_gradient() -> None:
     assert not orthogonalised(matrix)[:, 10:].any()
 
 
-def test_a_sketch_has_white_strokes_where_the_image_has_bright_lines() -> None:
+def test_a_sketch_has_black_strokes_where_the_image_has_bright_lines() -> None:
     image = np.zeros((64, 64), np.uint8)
     image[:, 30:33] = 255
     drawn = sketch(image)
-    assert set(np.unique(drawn)) == {128, 255}
-    assert drawn[:, 30:33].min() == 255 and drawn[:, :26].max() == 128 and drawn[:, 37:].max() == 128
+    assert set(np.unique(drawn)) == {0, 255}
+    assert drawn[:, 30:33].max() == 0 and drawn[:, :26].min() == 255 and drawn[:, 37:].min() == 255
 
 
 def test_a_coarse_copy_is_as_bright_but_has_no_detail() -> None:
