@@ -13,6 +13,8 @@ T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 30.0
 log = logging.getLogger("ccmdist")
+# peft imports bitsandbytes wherever it is installed, which then advises to install kernels for the CPU.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def start_logging(global_rank: int = 0) -> None:
@@ -23,8 +25,6 @@ def start_logging(global_rank: int = 0) -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if global_rank == 0 else logging.WARNING)
     log.propagate = False
-    # peft imports bitsandbytes wherever it is installed, which then advises to install kernels for the CPU.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def tracked(items: Iterable[T], what: str, total: int) -> Iterator[T]:

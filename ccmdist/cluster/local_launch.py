@@ -14,6 +14,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from ccmdist import console
 from ccmdist.cluster.ranks import Ranks
 from ccmdist.errors import EXIT_DONE, EXIT_INTERNAL
 
@@ -34,7 +35,7 @@ def launch(module: str, function: RankMain, config_path: str, processes: int) ->
     it in a collective, are ended as well, and the death is told in one line.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([module])
+    context.set_forkserver_preload([console.__name__, module])
     with tempfile.TemporaryDirectory(prefix="ccmdist-") as folder:
         rendezvous = f"file://{Path(folder) / 'rendezvous'}"
         ranks = [Ranks(rank, rank, processes) for rank in range(processes)]

@@ -115,9 +115,8 @@ def _summarise(out: Path, console: Console) -> None:
     first, last = held_out_losses(run.tensorboard)
     console.print(f"held-out loss: {first:.4f} untuned, {last:.4f} tuned ({last / first:.2f} x)")
     steps = " -> ".join(f"{a['first_step']}..{a['last_step']}" for a in run.attempts())
-    console.print(
-        f"training attempts (steps): {steps}; phantoms are phantoms: no number here says anything of patients"
-    )
+    console.print(f"training attempts (steps): {steps}")
+    console.print("Phantoms are phantoms: no number here says anything of patients.")
     for what, path in {
         "report": out / "report" / "report.html",
         "adapter": run.adapter,

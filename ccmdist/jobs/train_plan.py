@@ -27,7 +27,9 @@ def describe(config: TrainConfig) -> str:
     groups = Counter(entry.clinical_group or UNLABELLED for entry in entries)
     epochs = config.num_steps * config.global_batch_size / order.samples_per_epoch
     attempts = RunDirectory(config.run).attempts()
-    start = f"goes on after attempt {len(attempts)}, which ended at step {attempts[-1]['last_step']}" if attempts else "new"
+    start = (
+        f"goes on after attempt {len(attempts)}, which ended at step {attempts[-1]['last_step']}" if attempts else "new"
+    )
     return (
         f"model: Qwen-Image-Edit {model.version} at {config.data.model}, adapter {config.adapter.kind} "
         f"of rank {config.adapter.lora_rank}\n"
