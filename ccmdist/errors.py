@@ -53,7 +53,7 @@ class EvaluationError(CcmdistError):
     """Two sets cannot be compared in the way that was asked for."""
 
 
-class Preempted(CcmdistError):
+class Preempted(CcmdistError):  # noqa: N818 (no error: the work is safe)
     """The work was stopped by a signal after it was committed; the same command continues it. Exit code 75."""
 
     exit_code = EXIT_REQUEUE

@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -61,13 +61,13 @@ def _rank(function: RankMain, config_path: str, ranks: Ranks, rendezvous: str) -
     sys.exit(function(config_path, ranks, rendezvous))
 
 
-def _pass_on(children: list[BaseProcess], number: int) -> None:
+def _pass_on(children: Sequence[BaseProcess], number: int) -> None:
     for child in children:
         if child.pid is not None and child.is_alive():
             os.kill(child.pid, number)
 
 
-def _wait(children: list[BaseProcess]) -> int:
+def _wait(children: Sequence[BaseProcess]) -> int:
     while all(child.exitcode in (None, EXIT_DONE) for child in children):
         if all(child.exitcode == EXIT_DONE for child in children):
             return EXIT_DONE
@@ -86,7 +86,7 @@ def _wait(children: list[BaseProcess]) -> int:
     return next((code for code in codes if code > 0 and code != EXIT_INTERNAL), EXIT_INTERNAL)
 
 
-def _give_time(children: list[BaseProcess]) -> None:
+def _give_time(children: Sequence[BaseProcess]) -> None:
     """Wait a little for ranks that end by themselves, for instance all with the same refusal."""
     deadline = time.monotonic() + SECONDS_FOR_THE_OTHERS
     while time.monotonic() < deadline and any(child.exitcode is None for child in children):

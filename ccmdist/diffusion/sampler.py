@@ -6,6 +6,7 @@ without a word; here both passes are asserted.
 Shape suffixes: B samples, S packed latent tokens, C channels.
 """
 
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -34,7 +35,7 @@ def sample(velocity: Velocity, noise_BSC: Tensor, sigmas: Tensor, guidance_scale
     """
     latents_BSC = noise_BSC.float()
     passes = 0
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, following in pairwise(sigmas):
         sigma_B = sigma.expand(len(noise_BSC)).to(noise_BSC.device)
         predicted_BSC = velocity(latents_BSC, sigma_B, True).float()
         passes += 1

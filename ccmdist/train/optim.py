@@ -22,7 +22,7 @@ class SetwiseAdamW(torch.optim.AdamW):
         super().__init__(groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
         self.active: frozenset[str] = frozenset(sets)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of the active sets."""
         resting = [group for group in self.param_groups if group["name"] not in self.active]
         held = [group["params"] for group in resting]

@@ -13,9 +13,9 @@ from ccmdist.jobs.demo import NUM_STEPS, PREEMPTED_AT_STEP, held_out_losses
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[2]
-LOSS_FACTOR = 0.95
+LOSS_FACTOR = 0.92
 """Held-out loss after training over that before it, at most."""
-CLDICE_MARGIN = 0.2
+CLDICE_MARGIN = 0.5
 """By which clDice of found nerves against masks of held-out subjects beats that of the untuned model, at least."""
 
 
