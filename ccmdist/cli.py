@@ -142,9 +142,9 @@ AllowChange = Annotated[
 def train(arguments: Arguments = None, dry_run: DryRun = False, allow_change: AllowChange = None) -> None:
     """Fine-tune an adapter. Run the same command again to resume after a stop."""
     config = _load(TrainConfig, arguments)
-    job = importlib.import_module("ccmdist.jobs.train") if not dry_run else None
-    if job is None:
-        _show(config, importlib.import_module("ccmdist.jobs.train_plan").describe)
+    job = importlib.import_module("ccmdist.jobs.train")
+    if dry_run:
+        _show(config, job.describe)
         return
     raise typer.Exit(job.start(config, frozenset(allow_change or ())))
 

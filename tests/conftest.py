@@ -24,7 +24,7 @@ PRELOADED = [
     "deepspeed",
     "diffusers.models.transformers.transformer_qwenimage",
     "transformers",
-    "ccmdist.jobs.train",
+    "ccmdist.jobs.train_rank",
 ]
 
 

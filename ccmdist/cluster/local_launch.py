@@ -4,47 +4,59 @@ The processes are forked from a server that has imported the heavy libraries onc
 diffusers and DeepSpeed costs seconds of CPU per process.
 """
 
+import importlib
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from ccmdist import console
+from ccmdist.cluster.preemption import STOP_SIGNALS, hold_back_stop_signals
 from ccmdist.cluster.ranks import Ranks
 from ccmdist.errors import EXIT_DONE, EXIT_INTERNAL
 
-RankMain = Callable[[str, Ranks, str], int]
 SECONDS_FOR_THE_OTHERS = 5.0
 
 
-def launch(module: str, function: RankMain, config_path: str, processes: int) -> int:
+def launch(module: str, function: str, config_path: str, processes: int) -> int:
     """Run ``function(config_path, ranks, rendezvous)`` in several processes; the exit code of the first that failed.
 
     Args:
-        module: Name of the module that the fork server imports beforehand.
-        function: A module-level function that returns the exit code of its rank.
+        module: Name of a module, which the fork server imports beforehand and this process does not.
+        function: Name of a function in it, which returns the exit code of its rank.
         config_path: Handed to every rank.
         processes: Number of ranks.
 
-    A stop signal to this process is passed on to every rank. When one rank dies the others, who would wait for
-    it in a collective, are ended as well, and the death is told in one line.
+    A stop signal to this process is passed on to every rank, also one that comes while they are being started. When
+    one rank dies the others, who would wait for it in a collective, are ended as well, and the death is told in one
+    line.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([console.__name__, module])
     with tempfile.TemporaryDirectory(prefix="ccmdist-") as folder:
         rendezvous = f"file://{Path(folder) / 'rendezvous'}"
         ranks = [Ranks(rank, rank, processes) for rank in range(processes)]
-        children = [context.Process(target=_rank, args=(function, config_path, rank, rendezvous)) for rank in ranks]
-        forwarded = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, lambda n, _: _pass_on(children, n)) for number in forwarded}
+        children = [
+            context.Process(target=_rank, args=(module, function, config_path, rank, rendezvous)) for rank in ranks
+        ]
+        received: list[int] = []
+
+        def forward(number: int, _: object) -> None:
+            received.append(number)
+            _pass_on(children, number)
+
+        before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         try:
             for child in children:
                 child.start()
+            for number in received:  # those that came too early for some; twice does no harm
+                _pass_on(children, number)
             return _wait(children)
         finally:
             for child in children:
@@ -54,11 +66,12 @@ def launch(module: str, function: RankMain, config_path: str, processes: int) ->
                 signal.signal(number, handler)
 
 
-def _rank(function: RankMain, config_path: str, ranks: Ranks, rendezvous: str) -> None:
+def _rank(module: str, function: str, config_path: str, ranks: Ranks, rendezvous: str) -> None:
+    hold_back_stop_signals()
     # A terminal sends ctrl-C to a whole process group; in a group of its own, a rank gets it from the launcher alone.
     os.setpgid(0, 0)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    sys.exit(function(config_path, ranks, rendezvous))
+    sys.exit(getattr(importlib.import_module(module), function)(config_path, ranks, rendezvous))
 
 
 def _pass_on(children: Sequence[BaseProcess], number: int) -> None:

@@ -45,6 +45,7 @@ class StopFlag:
         self._old_wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         self._old_handlers = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         threading.Thread(target=self._watch, daemon=True, name="stop-watch").start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
     def __exit__(
@@ -73,6 +74,14 @@ class StopFlag:
                     os._exit(EXIT_INTERNAL)
                 break
         os.close(self._read_end)
+
+
+def hold_back_stop_signals() -> None:
+    """Let stop signals wait until a :class:`StopFlag` or a launcher is there to take them; imports take seconds.
+
+    Ctrl-C does not wait: whoever pressed it looks at the terminal.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, set(STOP_SIGNALS) - {signal.SIGINT})
 
 
 def ignore_stop_signals(worker_id: int = 0) -> None:

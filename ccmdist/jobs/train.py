@@ -1,29 +1,26 @@
-"""A training run as ranks execute it: under srun, under our local launcher, or alone in this process."""
+"""Start a training run, or tell what it would do. Imports no torch: that is left to the processes that train."""
 
-import json
-import os
-import sys
+import importlib
 import tempfile
-import traceback
+from collections import Counter
 from pathlib import Path
+from typing import Final
 
-import torch
-
-from ccmdist.adapters.state import write_adapter
+from ccmdist.ccm.groups import UNLABELLED
 from ccmdist.cluster.local_launch import launch
-from ccmdist.cluster.preemption import StopFlag
-from ccmdist.cluster.process_group import ProcessGroup
+from ccmdist.cluster.preemption import hold_back_stop_signals
 from ccmdist.cluster.ranks import Ranks, ranks_from_environment
-from ccmdist.cluster.run_directory import Outcome, RunDirectory
+from ccmdist.cluster.run_directory import RunDirectory
 from ccmdist.commit import commit_json
-from ccmdist.config.loading import resolved, validate
+from ccmdist.config.data import DataSettings
+from ccmdist.config.loading import resolved
 from ccmdist.config.train import TrainConfig
-from ccmdist.console import log, start_logging
-from ccmdist.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_REFUSED, CcmdistError
-from ccmdist.jobs.adapter import adapter_of
-from ccmdist.train.checkpoint import newest_valid
-from ccmdist.train.loop import train
-from ccmdist.train.objectives.edit import EditObjective
+from ccmdist.data.cache_index import CacheEntry, cache_folder, fingerprint, indexes, no_cache, read_fingerprint
+from ccmdist.data.manifest import read_manifest
+from ccmdist.data.order import Order
+from ccmdist.models.model_folder import ModelFolder
+
+RANK_MODULE: Final = "ccmdist.jobs.train_rank"
 
 
 def start(config: TrainConfig, allowed_changes: frozenset[str] = frozenset()) -> int:
@@ -32,80 +29,60 @@ def start(config: TrainConfig, allowed_changes: frozenset[str] = frozenset()) ->
     Returns:
         The exit code. Under a cluster a clean stop is 0: whoever started the ranks reads outcome.json.
     """
+    hold_back_stop_signals()
     with tempfile.TemporaryDirectory(prefix="ccmdist-") as folder:
         job = Path(folder) / "job.json"
         commit_json(job, {"settings": resolved(config), "allowed_changes": sorted(allowed_changes)})
         if (ranks := ranks_from_environment()) is not None:
-            return run_rank(str(job), ranks, "env://")
+            return _run_here(job, ranks, "env://")
         if config.processes > 1:
-            code = launch(__name__, run_rank, str(job), config.processes)
+            code = launch(RANK_MODULE, "run_rank", str(job), config.processes)
         else:
-            code = run_rank(str(job), Ranks(0, 0, 1), f"file://{folder}/rendezvous")
+            code = _run_here(job, Ranks(0, 0, 1), f"file://{folder}/rendezvous")
     return code or RunDirectory(config.run).exit_code()
 
 
-def run_rank(job_path: str, ranks: Ranks, rendezvous: str) -> int:
-    """One rank of a run from its first import to its exit code: 0, 78 for a refusal, 70 for an error of ours."""
-    start_logging(ranks.global_rank)
-    job = json.loads(Path(job_path).read_text())
-    config = validate(TrainConfig, job["settings"], source=job_path)
-    torch.set_num_threads(max((os.cpu_count() or 1) // ranks.world_size, 1))
-    run = RunDirectory(config.run)
-    is_held = False
-    with StopFlag(config.forced_exit_s) as stop:
-        try:
-            group = ProcessGroup(ranks, config.collective_timeout_min, rendezvous)
-            if problem := group.from_first(_hold(run, config, frozenset(job["allowed_changes"]), ranks)):
-                if ranks.is_first:
-                    sys.stderr.write(f"ccmdist train: {problem}\n")
-                return EXIT_REFUSED
-            is_held = True
-            outcome = train(config, EditObjective(config, group), group, run, stop)
-            if ranks.is_first:
-                _finish(run, config, outcome)
-            group.barrier()
-            group.close()
-        except CcmdistError as error:
-            # The same refusal reaches several ranks; one of them tells it.
-            if not is_held or run.refuse(str(error)):
-                sys.stderr.write(f"ccmdist train: {error}\n")
-            return error.exit_code
-        except Exception:
-            traceback.print_exc()
-            return EXIT_INTERNAL
-    return EXIT_DONE
+def _run_here(job: Path, ranks: Ranks, rendezvous: str) -> int:
+    code: int = importlib.import_module(RANK_MODULE).run_rank(str(job), ranks, rendezvous)
+    return code
 
 
-def _hold(run: RunDirectory, config: TrainConfig, allowed_changes: frozenset[str], ranks: Ranks) -> str:
-    """Let rank 0 take the run; an empty text, or why it may not."""
-    if ranks.is_first:
-        try:
-            run.hold()
-            run.accept(config, allowed_changes)
-        except CcmdistError as error:
-            return str(error)
-    return ""
+def describe(config: TrainConfig) -> str:
+    """What the command would do; everything that would refuse to start refuses here too.
+
+    Raises:
+        CcmdistError: If the model, the shards or the cache are not there or do not fit, or the batch does not divide.
+    """
+    model = ModelFolder.open(config.data.model)
+    entries = training_entries(config.data, model)
+    order = Order(entries, config.seed, config.micro_batch_size, config.balance, config.shuffle_window)
+    ranks = ranks_from_environment() or Ranks(0, 0, config.processes)
+    cells = order.cells_of_step(0, config.global_batch_size, ranks.global_rank, ranks.world_size)
+    groups = Counter(entry.clinical_group or UNLABELLED for entry in entries)
+    epochs = config.num_steps * config.global_batch_size / order.samples_per_epoch
+    attempts = RunDirectory(config.run).attempts()
+    start = (
+        f"goes on after attempt {len(attempts)}, which ended at step {attempts[-1]['last_step']}" if attempts else "new"
+    )
+    return (
+        f"model: Qwen-Image-Edit {model.version} at {config.data.model}, adapter {config.adapter.kind} "
+        f"of rank {config.adapter.lora_rank}\n"
+        f"samples: {len(entries)} ({', '.join(f'{name} {count}' for name, count in sorted(groups.items()))})\n"
+        f"batches: {config.num_steps} steps of {config.global_batch_size} samples, {epochs:.1f} epochs; "
+        f"on each of {ranks.world_size} ranks {len(cells)} micro-batches of {config.micro_batch_size} per step\n"
+        f"run: {config.run}, {start}"
+    )
 
 
-def _finish(run: RunDirectory, config: TrainConfig, outcome: Outcome) -> None:
-    """Export the adapter of a finished run, then write how the attempt ended."""
-    if outcome.state == "done":
-        export_adapter(run, config)
-    outcome = run.end_attempt(outcome)
-    log.info("%s at step %d: %s", outcome.state, outcome.step, outcome.reason)
-    if outcome.state == "requeue":
-        log.info("run the same command again to continue")
-    if outcome.state == "done":
-        log.info("adapter: %s", run.adapter)
-        log.info(
-            "curves: tensorboard --logdir %s   (on a cluster, from your own machine: "
-            "ssh -L 6006:localhost:6006 LOGIN_NODE, then open http://localhost:6006)",
-            run.tensorboard,
-        )
+def training_entries(data: DataSettings, model: ModelFolder) -> list[CacheEntry]:
+    """The cached samples of the train split, found without opening a tar.
 
-
-def export_adapter(run: RunDirectory, config: TrainConfig) -> None:
-    """Write the newest checkpoint's adapter to the run's adapter folder, as stock diffusers loads it."""
-    checkpoint = newest_valid(run.checkpoints)
-    assert checkpoint is not None, "a finished run has committed its last step"
-    write_adapter(run.adapter, adapter_of(checkpoint, config))
+    Raises:
+        CacheError: If no cache fits, or shards are missing in it.
+    """
+    manifest = read_manifest(data.shards)
+    wanted = fingerprint(data, manifest.digest, model.encoder_identity())
+    folder = cache_folder(data, wanted)
+    if read_fingerprint(folder) != wanted:
+        raise no_cache(data, wanted)
+    return [entry for index in indexes(folder, manifest.of_split("train"), data) for entry in index.entries]

@@ -15,9 +15,8 @@ IMAGE_SIZE_PX = 64
 
 def _make_world(folder):
     """Runs in a process forked from the preloaded server."""
-    from ccmdist.data.phantom_shards import write_phantom_set
-
     from ccmdist.config.data import PhantomShardsConfig, PrecomputeConfig
+    from ccmdist.data.phantom_shards import write_phantom_set
     from ccmdist.models.make import make_model
     from ccmdist.precompute.fill import fill_cache
 
@@ -119,7 +118,7 @@ def _train_rank(job, rank, world_size, rendezvous, fault, patch):
     import torch
 
     from ccmdist.cluster.ranks import Ranks
-    from ccmdist.jobs.train import run_rank
+    from ccmdist.jobs.train_rank import run_rank
 
     os.environ["CCMDIST_FAULT"] = fault
     torch.set_num_threads(1)

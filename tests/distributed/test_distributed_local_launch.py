@@ -12,7 +12,7 @@ import pytest
 PROGRAM = """
 import os, signal, sys, time
 from ccmdist.cluster.local_launch import launch
-from ccmdist.cluster.preemption import StopFlag
+from ccmdist.cluster.preemption import StopFlag, hold_back_stop_signals
 
 def rank_main(job, ranks, rendezvous):
     if job == "die" and ranks.global_rank == 1:
@@ -21,16 +21,20 @@ def rank_main(job, ranks, rendezvous):
         return 78 if ranks.global_rank == 1 else time.sleep(60) or 0
     if job == "stop":
         with StopFlag(60) as stop:
-            print("ready", flush=True)
+            os.write(1, b"ready\\n")
             while not stop:
                 time.sleep(0.01)
-        print("stopped by", stop.reason, flush=True)
+        os.write(1, f"stopped by {stop.reason}\\n".encode())
     if job == "die":
         time.sleep(60)
     return 0
 
 if __name__ == "__main__":
-    sys.exit(launch("ccmdist.errors", rank_main, sys.argv[1], 2))
+    hold_back_stop_signals()
+    print("launching", flush=True)
+    sys.exit(launch("launching", "rank_main", sys.argv[1], 2))
+elif __name__ == "launching":
+    time.sleep(1)  # as long imports do
 """
 
 
@@ -66,8 +70,21 @@ def test_the_exit_code_of_a_rank_is_that_of_the_launcher(start, job, code):
 @pytest.mark.distributed
 def test_a_signal_to_the_launcher_reaches_every_rank(start):
     process = start("stop")
+    assert process.stdout.readline() == "launching\n"
     assert process.stdout.readline() == "ready\n"
     assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR2)
+    stdout, _ = process.communicate(timeout=30)
+    assert stdout.count("stopped by SIGUSR2") == 2
+    assert process.returncode == 0
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("wait_s", [0.0, 0.5])
+def test_a_signal_that_comes_while_ranks_are_being_started_is_not_lost(start, wait_s):
+    process = start("stop")
+    assert process.stdout.readline() == "launching\n"
+    time.sleep(wait_s)
     process.send_signal(signal.SIGUSR2)
     stdout, _ = process.communicate(timeout=30)
     assert stdout.count("stopped by SIGUSR2") == 2
