@@ -44,19 +44,13 @@ def launch(module: str, function: str, config_path: str, processes: int) -> int:
         children = [
             context.Process(target=_rank, args=(module, function, config_path, rank, rendezvous)) for rank in ranks
         ]
-        received: list[int] = []
-
-        def forward(number: int, _: object) -> None:
-            received.append(number)
-            _pass_on(children, number)
-
-        before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        # The fork server inherits what is held back here, and so does each rank until it has a StopFlag.
+        hold_back_stop_signals()
+        before = {number: signal.signal(number, lambda n, _: _pass_on(children, n)) for number in STOP_SIGNALS}
         try:
             for child in children:
                 child.start()
-            for number in received:  # those that came too early for some; twice does no harm
-                _pass_on(children, number)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             return _wait(children)
         finally:
             for child in children:
@@ -67,7 +61,6 @@ def launch(module: str, function: str, config_path: str, processes: int) -> int:
 
 
 def _rank(module: str, function: str, config_path: str, ranks: Ranks, rendezvous: str) -> None:
-    hold_back_stop_signals()
     # A terminal sends ctrl-C to a whole process group; in a group of its own, a rank gets it from the launcher alone.
     os.setpgid(0, 0)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

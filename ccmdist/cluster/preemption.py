@@ -77,11 +77,8 @@ class StopFlag:
 
 
 def hold_back_stop_signals() -> None:
-    """Let stop signals wait until a :class:`StopFlag` or a launcher is there to take them; imports take seconds.
-
-    Ctrl-C does not wait: whoever pressed it looks at the terminal.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, set(STOP_SIGNALS) - {signal.SIGINT})
+    """Let stop signals wait until a :class:`StopFlag` or a launcher is there to take them; imports take seconds."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def ignore_stop_signals(worker_id: int = 0) -> None:
