@@ -86,12 +86,14 @@ class RunDirectory:
     def accept(self, config: Settings, allowed_changes: frozenset[str] = frozenset()) -> None:
         """Write the settings of a new run, or check that those of an old one have not changed.
 
+        A run that has committed nothing yet has nothing that other settings could contradict.
+
         Raises:
             RunError: If a field that decides what is computed differs and is not in ``allowed_changes``.
         """
         values = resolved(config)
         before = _read(self.config)
-        if before is not None:
+        if before is not None and any(self.checkpoints.glob("step-*")):
             changed = differences(before["settings"], values, type(config))
             if refused := {name: change for name, change in changed.items() if name not in allowed_changes}:
                 lines = "".join(f"\n  {name}: {change}" for name, change in refused.items())

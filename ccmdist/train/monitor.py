@@ -48,7 +48,7 @@ class Monitor:
         if group.ranks.is_first:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1 if first_step else None)
+            self._writer = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1 if first_step else 0)
         self._start = time.monotonic()
         self._sums = [0.0] * 4
         self._largest_loss = -math.inf

@@ -28,6 +28,7 @@ def losses(folder):
 def test_a_killed_run_resumes_to_bitwise_the_same_adapter(train_ranks):
     assert train_ranks("straight", 2) == [0, 0]
     folder = train_ranks.folder
+    assert train_ranks("killed", 2, fault="sigkill@step:rank=1,step=1")[1] == -9
     assert train_ranks("killed", 2, fault="sigkill@step:rank=1,step=3")[1] == -9
     assert RunDirectory(folder / "killed").exit_code() == 70
     assert train_ranks("killed", 2, fault="sigkill@checkpoint.write:rank=1,step=4")[1] == -9

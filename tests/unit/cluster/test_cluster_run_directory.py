@@ -43,11 +43,19 @@ def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path):
 def test_a_changed_setting_is_refused_with_both_values_unless_allowed(tmp_path):
     run = RunDirectory(tmp_path)
     run.accept(settings("optim.lr=1e-4"))
+    (run.checkpoints / "step-00000010").mkdir(parents=True)
     with pytest.raises(RunError, match=r"optim\.lr: 0\.0001 -> 0\.0002") as problem:
         run.accept(settings("optim.lr=2e-4"))
     assert "--allow-change optim.lr" in str(problem.value)
     run.accept(settings("optim.lr=1e-4", "processes=8"))
     run.accept(settings("optim.lr=2e-4"), frozenset({"optim.lr"}))
+    assert json.loads(run.config.read_text())["settings"]["optim"]["lr"] == 2e-4
+
+
+def test_before_anything_is_committed_settings_may_be_corrected(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.accept(settings("optim.lr=1e-4"))
+    run.accept(settings("optim.lr=2e-4"))
     assert json.loads(run.config.read_text())["settings"]["optim"]["lr"] == 2e-4
 
 
