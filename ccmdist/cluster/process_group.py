@@ -16,6 +16,12 @@ from ccmdist.cluster.deepspeed_on_cpu import disable_shm_op
 from ccmdist.cluster.ranks import Ranks
 
 
+def is_lost_connection(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone or does not answer."""
+    # gloo raises plain RuntimeErrors that name the file of its transport.
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
 class ProcessGroup:
     """All ranks of a run. Every method is collective: each rank calls it, in the same order."""
 

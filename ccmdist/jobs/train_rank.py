@@ -10,7 +10,7 @@ import torch
 
 from ccmdist.adapters.state import write_adapter
 from ccmdist.cluster.preemption import StopFlag
-from ccmdist.cluster.process_group import ProcessGroup
+from ccmdist.cluster.process_group import ProcessGroup, is_lost_connection
 from ccmdist.cluster.ranks import Ranks
 from ccmdist.cluster.run_directory import Outcome, RunDirectory
 from ccmdist.config.loading import validate
@@ -49,8 +49,14 @@ def run_rank(job_path: str, ranks: Ranks, rendezvous: str) -> int:
             if not is_held or run.refuse(str(error)):
                 sys.stderr.write(f"ccmdist train: {error}\n")
             return error.exit_code
-        except Exception:
-            traceback.print_exc()
+        except Exception as error:
+            if not is_lost_connection(error):
+                traceback.print_exc()
+            else:
+                sys.stderr.write(
+                    f"ccmdist train: rank {ranks.global_rank} lost the connection to another rank, whose own lines say "
+                    "why; run the same command again to continue from the last checkpoint\n"
+                )
             return EXIT_INTERNAL
     return EXIT_DONE
 

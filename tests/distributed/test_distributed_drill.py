@@ -47,7 +47,8 @@ def test_any_three_faults_in_a_row_leave_the_result_of_the_straight_run(train_ra
     assert train_ranks("straight", 2) == [0, 0]
     for fault in faults(seed):
         codes = train_ranks("drilled", 2, fault=fault)
-        assert all(code in (0, -9) for code in codes), (fault, codes)
+        # Peers of a killed rank see their connection break, unless they are killed before.
+        assert all(code in (0, 70, -9) for code in codes), (fault, codes)
     assert train_ranks("drilled", 2) == [0, 0]
     assert RunDirectory(train_ranks.folder / "drilled").exit_code() == 0
     assert_ends_like(train_ranks.folder / "drilled", train_ranks.folder / "straight")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -42,6 +43,22 @@ def test_a_killed_run_resumes_to_bitwise_the_same_adapter(train_ranks):
         assert torch.equal(expected[name], found[name]), name
     assert losses(folder / "killed") == losses(folder / "straight"), "curves overlap or differ after a resume"
     assert not list((folder / "killed" / "checkpoints").glob("*.tmp-*"))
+
+
+def lose_rank_1(group):
+    """Ends both processes: rank 1 at once, rank 0 with 3 if it understood what had happened."""
+    from ccmdist.cluster.process_group import is_lost_connection
+
+    if group.ranks.global_rank == 1:
+        os._exit(9)
+    try:
+        group.maximum([0.0])
+    except Exception as error:
+        os._exit(3 if is_lost_connection(error) else 4)
+
+
+def test_a_rank_whose_peer_is_gone_knows_that_it_is_not_its_own_fault(run_ranks):
+    run_ranks(lose_rank_1, 2, expect_exit_codes=[3, 9])
 
 
 def test_one_signalled_rank_stops_all_and_the_next_start_goes_on(train_ranks):
