@@ -27,7 +27,7 @@ drill: install
 	$(RUN) pytest -m drill
 
 bench: install
-	$(RUN) sh -c 'for script in benchmarks/*.py; do python "$$script" || exit 1; done'
+	$(RUN) sh -c 'for script in $(sort $(wildcard benchmarks/*.py)); do python "$$script" || exit 1; done'
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
