@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
@@ -34,7 +35,7 @@ def launch(module: str, function: str, config_path: str, processes: int) -> int:
 
     A stop signal to this process is passed on to every rank, also one that comes while they are being started. When
     one rank dies the others, who would wait for it in a collective, are ended as well, and the death is told in one
-    line.
+    line. When this process is killed, the ranks stop as on a signal.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([console.__name__, module])
@@ -63,8 +64,17 @@ def launch(module: str, function: str, config_path: str, processes: int) -> int:
 def _rank(module: str, function: str, config_path: str, ranks: Ranks, rendezvous: str) -> None:
     # A terminal sends ctrl-C to a whole process group; in a group of its own, a rank gets it from the launcher alone.
     os.setpgid(0, 0)
+    threading.Thread(target=_stop_without_launcher, daemon=True, name="launcher-watch").start()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     sys.exit(getattr(importlib.import_module(module), function)(config_path, ranks, rendezvous))
+
+
+def _stop_without_launcher() -> None:
+    """When the launcher was killed, stop as on a signal: commit, and leave the run to whoever starts it again."""
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None, "a rank is a child of the launcher"
+    launcher.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _pass_on(children: Sequence[BaseProcess], number: int) -> None:

@@ -89,3 +89,12 @@ def test_a_signal_that_comes_while_ranks_are_being_started_is_not_lost(start, wa
     stdout, _ = process.communicate(timeout=30)
     assert stdout.count("stopped by SIGUSR2") == 2
     assert process.returncode == 0
+
+
+@pytest.mark.distributed
+def test_ranks_of_a_killed_launcher_stop_as_on_a_signal(start):
+    process = start("stop")
+    assert [process.stdout.readline() for _ in range(3)] == ["launching\n", "ready\n", "ready\n"]
+    process.kill()
+    stdout, _ = process.communicate(timeout=30)
+    assert stdout.count("stopped by SIGTERM") == 2
