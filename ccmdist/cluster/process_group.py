@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ccmdist.cluster.deepspeed_on_cpu import disable_shm_op
+from ccmdist.cluster.device import take_device
 from ccmdist.cluster.ranks import Ranks
 
 
@@ -38,15 +39,10 @@ class ProcessGroup:
         import deepspeed  # seconds of import that help and dry runs must not pay
 
         self.ranks = ranks
-        self.device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        # DeepSpeed's zero.Init asks the environment, not the process group.
-        for name, value in (
-            ("RANK", ranks.global_rank),
-            ("LOCAL_RANK", ranks.local_rank),
-            ("WORLD_SIZE", ranks.world_size),
-        ):
+        self.device = take_device(ranks)
+        # DeepSpeed's zero.Init asks the environment, not the process group; LOCAL_RANK means a device to it.
+        local_rank = ranks.local_rank if self.device.index is None else self.device.index
+        for name, value in (("RANK", ranks.global_rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", ranks.world_size)):
             os.environ[name] = str(value)
         disable_shm_op()
         timeout = datetime.timedelta(minutes=timeout_min)

@@ -19,15 +19,11 @@ def run(config_path: str) -> None:
     Raises:
         Preempted: If a stop signal came while there was work left.
     """
-    import torch
-
+    from ccmdist.cluster.device import take_device
     from ccmdist.precompute.fill import fill_cache
 
     config = read_resolved(PrecomputeConfig, Path(config_path))
-    if torch.cuda.is_available():
-        ranks = ranks_from_environment()
-        # Where Slurm gives each task one GPU, a task sees one device whatever its local rank is.
-        torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count() if ranks else 0)
+    take_device(ranks_from_environment())
     with StopFlag(FORCED_EXIT_S) as stop:
         fill_cache(config, *worker_from_environment(), should_stop=lambda: bool(stop))
 

@@ -22,16 +22,12 @@ def run(config_path: str) -> None:
     Raises:
         Preempted: If a stop signal came while there was work left.
     """
-    import torch
-
+    from ccmdist.cluster.device import take_device
     from ccmdist.jobs.adapter import find
     from ccmdist.synthesis.generate import synthesize
 
     config = read_resolved(SynthesizeConfig, Path(config_path))
-    if torch.cuda.is_available():
-        ranks = ranks_from_environment()
-        # Where Slurm gives each task one GPU, a task sees one device whatever its local rank is.
-        torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count() if ranks else 0)
+    take_device(ranks_from_environment())
     adapter = find(config.adapter) if config.adapter else None
     with StopFlag(FORCED_EXIT_S) as stop:
         synthesize(config, adapter, *worker_from_environment(), should_stop=lambda: bool(stop))
