@@ -10,7 +10,7 @@ from ccmdist.cluster.run_directory import RunDirectory
 from ccmdist.config.loading import load
 from ccmdist.config.train import TrainConfig
 from ccmdist.train.checkpoint import newest_valid
-from tests.distributed.conftest import SETTINGS, data_overrides
+from tests.distributed.small_world import SETTINGS, data_overrides
 
 pytestmark = pytest.mark.distributed
 

@@ -73,7 +73,7 @@ def plain(path):
         losses = [loss_of(model, rank, step) for rank in range(2)]
         (sum(losses) / 2).backward()
         norm = torch.nn.utils.clip_grad_norm_(linears.parameters.values(), 1.0)
-        told.append(([float(loss) for loss in losses], float(norm)))
+        told.append(([float(loss.detach()) for loss in losses], float(norm)))
         optimizer.step()
         optimizer.zero_grad()
         linears.advance()
