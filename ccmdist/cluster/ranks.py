@@ -39,7 +39,24 @@ def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks
     # Inside a batch script, or after `salloc`, SLURM_NTASKS is set but no task has been started by srun.
     if "SLURM_PROCID" not in environment or environment.get("SLURM_STEP_ID", "") in ("", "batch"):
         return None
-    return _complete(SLURM_VARIABLES, environment, "start the tasks with srun, one per GPU")
+    # A single task, such as an interactive shell of srun, has nobody to find.
+    found = _complete(SLURM_VARIABLES, environment, "start the tasks with srun, one per GPU")
+    return found if found is not None and found.world_size > 1 else None
+
+
+def rendezvous_from_environment(environment: Mapping[str, str] = os.environ) -> str:
+    """Where ranks that a launcher or srun has started find each other.
+
+    Raises:
+        RunError: If nobody has said on which host.
+    """
+    if not environment.get("MASTER_ADDR") or not environment.get("MASTER_PORT"):
+        raise RunError(
+            "environment: MASTER_ADDR and MASTER_PORT are not both set, so the ranks cannot find each other",
+            'in the batch script: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) '
+            "MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
+        )
+    return "env://"
 
 
 def _complete(names: tuple[str, str, str], environment: Mapping[str, str], remedy: str) -> Ranks | None:
@@ -63,9 +80,19 @@ def worker_from_environment(environment: Mapping[str, str] = os.environ) -> tupl
     """``(worker_index, num_workers)`` of a process in an array of independent workers; (0, 1) when alone.
 
     A worker is one process (one GPU): index = array_task x tasks_per_array_task + procid.
+
+    Raises:
+        RunError: If the array's tasks are not numbered without gaps: some work would then be nobody's.
     """
     ranks = ranks_from_environment(environment) or Ranks(0, 0, 1)
     first = int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
     array_task = int(environment.get("SLURM_ARRAY_TASK_ID", first)) - first
     num_array_tasks = int(environment.get("SLURM_ARRAY_TASK_COUNT", 1))
+    if (
+        last := int(environment.get("SLURM_ARRAY_TASK_MAX", first + num_array_tasks - 1))
+    ) - first + 1 != num_array_tasks:
+        raise RunError(
+            f"environment: the array has {num_array_tasks} tasks from {first} to {last}, expected no gap between them",
+            f"submit it as --array=0-{num_array_tasks - 1}; any number of tasks does what is left",
+        )
     return array_task * ranks.world_size + ranks.global_rank, num_array_tasks * ranks.world_size

@@ -55,7 +55,9 @@ class RunDirectory:
         self._lock = filelock.FileLock(path / ".lock", timeout=0)
 
     def hold(self) -> None:
-        """Take the run for this process until it ends, however it ends, and forget the last outcome.
+        """Take the run for this process until it ends, however it ends.
+
+        On a file system without locks a killed holder on another node leaves its lock behind; the error names it.
 
         Raises:
             RunError: If another live process holds it, or the folder cannot be written.
@@ -66,11 +68,11 @@ class RunDirectory:
         except filelock.Timeout:
             raise RunError(
                 f"{self.path}: is in use by {self._owner()}",
-                "wait for it to end, stop it, or choose another run folder",
+                "wait for it to end, stop it, or choose another run folder; "
+                f"if it is gone for certain, remove {self._lock.lock_file}",
             ) from None
         except OSError as error:
             raise RunError(f"{self.path}: {error.strerror}", "choose a run folder that you may write to") from None
-        (self.path / "outcome.json").unlink(missing_ok=True)
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", "")}
         commit_json(self.path / "owner.json", owner)
 
@@ -84,7 +86,7 @@ class RunDirectory:
         return f"process {owner.get('pid', '?')}{job} on {owner.get('host', 'an unknown host')}"
 
     def accept(self, config: Settings, allowed_changes: frozenset[str] = frozenset()) -> None:
-        """Write the settings of a new run, or check that those of an old one have not changed.
+        """Write the settings of a new run, or check that those of an old one have not changed; forget its outcome.
 
         A run that has committed nothing yet has nothing that other settings could contradict.
 
@@ -103,6 +105,7 @@ class RunDirectory:
                     f"choose another run folder, restore the settings, or accept the change with {flags}"
                 )
         commit_json(self.config, {"digest": digest(config), "settings": values})
+        (self.path / "outcome.json").unlink(missing_ok=True)
 
     def start_attempt(self, step: int) -> int:
         """Note that an attempt begins at ``step``; its number, from 0."""
@@ -138,7 +141,16 @@ class RunDirectory:
         return outcome
 
     def refuse(self, reason: str) -> bool:
-        """Write that the run cannot go on, unless another rank already has; whether this call wrote it."""
+        """Write that the run cannot go on, unless another rank already has; whether it is this rank's to tell.
+
+        Where the disk takes nothing any more, every rank tells it.
+        """
+        try:
+            return self._refuse(reason)
+        except OSError:
+            return True
+
+    def _refuse(self, reason: str) -> bool:
         attempts = self.attempts()
         values = {"state": "refused", "reason": reason, "step": attempts[-1]["last_step"] if attempts else 0}
         temporary = temporary_name(self.path / "outcome.json")

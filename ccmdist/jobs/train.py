@@ -9,7 +9,7 @@ from typing import Final
 from ccmdist.ccm.groups import UNLABELLED
 from ccmdist.cluster.local_launch import launch
 from ccmdist.cluster.preemption import hold_back_stop_signals
-from ccmdist.cluster.ranks import Ranks, ranks_from_environment
+from ccmdist.cluster.ranks import Ranks, ranks_from_environment, rendezvous_from_environment
 from ccmdist.cluster.run_directory import RunDirectory
 from ccmdist.commit import commit_json
 from ccmdist.config.data import DataSettings
@@ -34,7 +34,7 @@ def start(config: TrainConfig, allowed_changes: frozenset[str] = frozenset()) ->
         job = Path(folder) / "job.json"
         commit_json(job, {"settings": resolved(config), "allowed_changes": sorted(allowed_changes)})
         if (ranks := ranks_from_environment()) is not None:
-            return _run_here(job, ranks, "env://")
+            return _run_here(job, ranks, rendezvous_from_environment())
         if config.processes > 1:
             code = launch(RANK_MODULE, "run_rank", str(job), config.processes)
         else:

@@ -69,6 +69,8 @@ def _hold(run: RunDirectory, config: TrainConfig, allowed_changes: frozenset[str
             run.accept(config, allowed_changes)
         except CcmdistError as error:
             return str(error)
+        except OSError as error:
+            return f"{error.filename or config.run}: {error.strerror}; see that it can be written and has space left"
     return ""
 
 

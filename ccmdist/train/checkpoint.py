@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 
 from ccmdist.cluster.faults import fault_point
 from ccmdist.cluster.process_group import ProcessGroup
-from ccmdist.commit import commit_json, sha256_of_file, sync_file, sync_folder
+from ccmdist.commit import commit_json, committed_file, sha256_of_file, sync_folder
 from ccmdist.console import log
 from ccmdist.errors import CheckpointError
 from ccmdist.train.engine import LocalParameter
@@ -68,12 +69,19 @@ def verified(path: Path) -> Checkpoint:
     """The checkpoint in ``path`` after comparing every file with the manifest.
 
     Raises:
-        CheckpointError: If a file is missing or differs from what was committed.
+        CheckpointError: If a file is missing, cannot be read, or differs from what was committed.
+        PermissionError: If it may be whole, but is not this user's to read.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: manifest.json cannot be read ({error})") from None
+        return _verified(path)
+    except PermissionError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+
+
+def _verified(path: Path) -> Checkpoint:
+    manifest = json.loads((path / "manifest.json").read_text())
     if manifest.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}")
     for name, facts in manifest["files"].items():
@@ -108,18 +116,22 @@ class CheckpointStore:
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that verifies, the same on every rank; broken ones are set aside by rank 0."""
-        found: tuple[str, dict[str, Any]] | None = None
-        if self.group.ranks.is_first:
-            for leftover in self.folder.glob("step-*.tmp-*"):
-                shutil.rmtree(leftover)  # never committed: the attempt that wrote it died
-            checkpoint = newest_valid(self.folder)
-            for path in committed_paths(self.folder):
-                if checkpoint is None or path.name > checkpoint.path.name:
-                    path.rename(path.with_name(path.name + BROKEN_SUFFIX))
-                    log.warning("%s: set aside as %s%s", path, path.name, BROKEN_SUFFIX)
-            found = (str(checkpoint.path), checkpoint.manifest) if checkpoint else None
-        found = self.group.from_first(found)
-        return Checkpoint(Path(found[0]), found[1]) if found else None
+        found: list[Checkpoint | None] = [None]
+        problem = self._on_first(lambda: found.append(self._found()))
+        if problem:
+            raise CheckpointError(problem, "see that the run's folder can be read and written by this user")
+        newest: Checkpoint | None = self.group.from_first(found[-1])
+        return newest
+
+    def _found(self) -> Checkpoint | None:
+        """The newest checkpoint that verifies, after leftovers were removed and broken ones set aside."""
+        for leftover in self.folder.glob("step-*.tmp-*"):
+            shutil.rmtree(leftover)  # never committed: the attempt that wrote it died
+        checkpoint = newest_valid(self.folder)
+        for path in committed_paths(self.folder):
+            if checkpoint is None or path.name > checkpoint.path.name:
+                _set_aside(path)
+        return checkpoint
 
     def save(self, step: int, local: dict[str, LocalParameter], facts: dict[str, Any]) -> str:
         """Commit the state of all ranks as the checkpoint of ``step``; an empty text, or why it failed.
@@ -165,8 +177,8 @@ class CheckpointStore:
         tensors = {f"{name}|{q}": t.cpu() for name, p in local.items() for q, t in p.values.items() if len(t)}
         try:
             fault_point("checkpoint.write", self.group.ranks.global_rank, step)
-            save_file(tensors, path)
-            sync_file(path)
+            with committed_file(path) as temporary:
+                save_file(tensors, temporary)
             facts = {"num_bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
         except OSError as error:
             return f"{path}: {error.strerror or error}"
@@ -198,6 +210,14 @@ class CheckpointStore:
         sync_folder(self.folder)
         for path in committed_paths(self.folder)[: -self.keep]:
             shutil.rmtree(path, ignore_errors=True)  # what cannot be removed does not undo the commit
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a broken checkpoint, so that it is neither found nor lost."""
+    names = (f"{path.name}{BROKEN_SUFFIX}{f'-{number}' if number else ''}" for number in count())
+    aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    path.rename(aside)
+    log.warning("%s: set aside as %s", path, aside.name)
 
 
 def _fresh(folder: Path) -> None:

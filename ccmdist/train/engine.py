@@ -46,8 +46,13 @@ def zero_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.global_batch_size // (config.micro_batch_size * world_size),
         "gradient_clipping": config.optim.max_grad_norm,
-        # A persistent parameter keeps a gathered copy that a resume would leave stale.
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {
+            "stage": 3,
+            # A persistent parameter keeps a gathered copy that a resume would leave stale.
+            "stage3_param_persistence_threshold": 0,
+            # One flat tensor per parameter set, however large: its Adam state is found by the set's name.
+            "sub_group_size": 10**15,
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
@@ -133,6 +138,7 @@ class Engine:
     def _flat_by_set(self) -> dict[str, torch.Tensor]:
         flats = self._zero.fp32_partitioned_groups_flat
         ids = [self._zero.sub_group_to_group_id[i] for i in range(len(flats))]
+        assert len(set(ids)) == len(ids), "DeepSpeed has split a parameter set"
         return {self.optimizer.param_groups[group]["name"]: flat for group, flat in zip(ids, flats, strict=True)}
 
     @torch.no_grad()

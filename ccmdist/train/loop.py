@@ -50,6 +50,7 @@ def _resume(engine: Engine, objective: Objective, store: CheckpointStore) -> int
     checkpoint = store.newest()
     if checkpoint is not None:
         _check_lineage(checkpoint, objective)
+        _check_shapes(checkpoint, engine)
         engine.load(checkpoint.read, checkpoint.manifest["adam_steps"])
         log.info("resumed from %s", checkpoint.path)
     objective.after_step()
@@ -64,6 +65,17 @@ def _check_lineage(checkpoint: Checkpoint, objective: Objective) -> None:
                 f"{checkpoint.path}: was trained on {noun} {found[:12]}, this run has {expected[:12]}",
                 f"restore the {noun}, or choose another run folder",
             )
+
+
+def _check_shapes(checkpoint: Checkpoint, engine: Engine) -> None:
+    saved, now = checkpoint.manifest["parameters"], {name: list(p.shape) for name, p in engine.local.items()}
+    if differing := sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name)):
+        first = differing[0]
+        raise CheckpointError(
+            f"{checkpoint.path}: {first} has shape {saved.get(first)}, this run has {now.get(first)}, "
+            f"and {len(differing) - 1} others differ too",
+            "restore the adapter's settings, or choose another run folder",
+        )
 
 
 class _Loop:
@@ -83,10 +95,12 @@ class _Loop:
         self.store, self.stop, self.monitor = store, stop, monitor
         self.nonfinite_in_a_row = 0
         self.failed_saves = 0
+        self.committed = 0
 
     def run(self, start: int) -> Outcome:
         """Train from ``start`` on."""
         config = self.config
+        self.committed = start
         self.monitor.start(self.objective)
         if start == 0:
             self._look(0)
@@ -102,7 +116,9 @@ class _Loop:
             if stop_signal or last or done % config.checkpoint.every_steps == 0:
                 self._save(done)
             if stop_signal and not last:
-                return self._end(Outcome("requeue", f"stopped by {self.stop.reason or 'another rank'}", done))
+                lost = "" if self.committed == done else f"; step {done} could not be saved"
+                reason = f"stopped by {self.stop.reason or 'another rank'}{lost}"
+                return self._end(Outcome("requeue", reason, self.committed))
         return self._end(Outcome("done", f"all {config.num_steps} steps are done", config.num_steps))
 
     def _step(self, step: int, batches: Iterator[Batch]) -> StepReport:
@@ -168,7 +184,7 @@ class _Loop:
         start = time.monotonic()
         problem = self.store.save(done, self.engine.local, self._facts(done))
         if not problem:
-            self.failed_saves = 0
+            self.failed_saves, self.committed = 0, done
             self.monitor.saved(done, time.monotonic() - start)
             return
         self.failed_saves += 1

@@ -6,7 +6,9 @@ after the checkpoint and curves never overlap. A failing event writer never ends
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -44,11 +46,7 @@ class Monitor:
 
     def __init__(self, config: TrainConfig, group: ProcessGroup, run: RunDirectory, first_step: int) -> None:
         self.config, self.group, self.first_step = config, group, first_step
-        self._writer = None
-        if group.ranks.is_first:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1 if first_step else 0)
+        self._writer = self._opened(run) if group.ranks.is_first else None
         self._start = time.monotonic()
         self._sums = [0.0] * 4
         self._largest_loss = -math.inf
@@ -61,7 +59,7 @@ class Monitor:
         log.info("training %s on %d ranks from step %d", sizes, self.group.ranks.world_size, self.first_step)
         if self._writer and self.first_step == 0 and self.config.monitor.images_every_steps:
             picture = objective.first_batch_image()
-            self._writer.add_image("first_batch/mask_target_input", picture, 0, dataformats="HW")
+            self._write(lambda w: w.add_image("first_batch/mask_target_input", picture, 0, dataformats="HW"))
 
     def after_step(self, done: int, report: StepReport, objective: Objective, nonfinite_in_a_row: int) -> None:
         """Gather a step's figures and, every so many steps, write them."""
@@ -86,34 +84,31 @@ class Monitor:
         }
         self._log(done, scalars)
         scalars |= objective.describe()
-        if self._writer:
-            self._add_scalars(done, scalars)
-            self._writer.add_histogram("sigma", objective.drawn_sigmas(), done)
+        self._add_scalars(done, scalars)
+        sigmas = objective.drawn_sigmas()
+        self._write(lambda w: w.add_histogram("sigma", sigmas, done))
 
     def add_losses(self, done: int, losses: dict[str, float]) -> None:
         """Write held-out losses. Local."""
         if losses:
             log.info("step %d held out: %s", done, "  ".join(f"{name} {value:.4f}" for name, value in losses.items()))
-        if self._writer:
-            self._add_scalars(done, {f"held_out/{name}": value for name, value in losses.items()})
+        self._add_scalars(done, {f"held_out/{name}": value for name, value in losses.items()})
 
     def add_images(self, done: int, grid: torch.Tensor | None) -> None:
         """Write a grid of sampled images. Local."""
-        if self._writer and grid is not None:
-            self._writer.add_image("samples/mask_real_sampled", grid, done, dataformats="HW")
-            self._writer.flush()
+        if grid is not None:
+            self._write(lambda w: w.add_image("samples/mask_real_sampled", grid, done, dataformats="HW"))
+            self._write(lambda w: w.flush())
 
     def saved(self, done: int, seconds: float) -> None:
         """Note that a checkpoint was committed. Local."""
         log.info("step %d: checkpoint committed in %.2f s", done, seconds)
-        if self._writer:
-            self._add_scalars(done, {"time/save_s": seconds})
-            self._writer.flush()
+        self._add_scalars(done, {"time/save_s": seconds})
+        self._write(lambda w: w.flush())
 
     def close(self) -> None:
         """Flush and close the event file. Local."""
-        if self._writer:
-            self._writer.close()
+        self._write(lambda w: w.close())
 
     def _log(self, done: int, scalars: dict[str, float]) -> None:
         elapsed = time.monotonic() - self._start
@@ -132,12 +127,34 @@ class Monitor:
         )
 
     def _add_scalars(self, done: int, scalars: dict[str, float]) -> None:
-        assert self._writer is not None
-        try:
+        def add(writer: Any) -> None:
             for name, value in scalars.items():
-                self._writer.add_scalar(name, value, done)
+                writer.add_scalar(name, value, done)
+
+        self._write(add)
+
+    def _opened(self, run: RunDirectory) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            return SummaryWriter(str(run.tensorboard), purge_step=self.first_step + 1 if self.first_step else 0)
         except OSError as error:
-            log.warning("TensorBoard events could not be written (%s); training goes on", error)
+            _tell_without_curves(error)
+            return None
+
+    def _write(self, action: Callable[[Any], None]) -> None:
+        """Let the event writer, where there is one, do something; give it up for this attempt when it cannot."""
+        if self._writer is not None:
+            try:
+                action(self._writer)
+            except OSError as error:
+                # Its thread keeps the error and would raise it again at every call.
+                self._writer = None
+                _tell_without_curves(error)
+
+
+def _tell_without_curves(error: OSError) -> None:
+    log.warning("TensorBoard events could not be written (%s); training goes on without them", error)
 
 
 def _memory_gib() -> float:

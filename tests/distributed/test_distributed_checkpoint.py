@@ -1,6 +1,9 @@
 """The engine's state is saved as slices, committed as a whole, and re-cut for any number of ranks."""
 
+import errno
 import json
+import os
+import re
 
 import pytest
 import torch
@@ -159,3 +162,46 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_taken(two_checkpo
     with pytest.raises(CheckpointError, match="step-00000002"):
         verified(newest)
     assert newest_valid(folder).step == 1
+
+
+def test_a_checkpoint_that_cannot_be_read_is_broken_unless_it_is_another_users(two_checkpoints, monkeypatch):
+    from ccmdist.train import checkpoint
+
+    def failing(number):
+        def read(path):
+            raise OSError(number, os.strerror(number), str(path))
+
+        return read
+
+    newest = two_checkpoints / "step-00000002"
+    monkeypatch.setattr(checkpoint, "sha256_of_file", failing(errno.EIO))
+    with pytest.raises(CheckpointError, match=r"step-00000002: cannot be read .*Input/output error"):
+        checkpoint.verified(newest)
+    monkeypatch.setattr(checkpoint, "sha256_of_file", failing(errno.EACCES))
+    with pytest.raises(PermissionError):
+        checkpoint.newest_valid(two_checkpoints)
+
+
+@pytest.mark.parametrize("manifest", ["[]", "{}", '{"format_version": 1}', "3"])
+def test_a_manifest_that_says_nothing_is_a_broken_checkpoint(tmp_path, manifest):
+    from ccmdist.train.checkpoint import verified
+
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
+        verified(tmp_path)
+
+
+def test_a_step_that_is_broken_again_gets_another_name(tmp_path):
+    from ccmdist.train.checkpoint import _set_aside
+
+    for _ in range(3):
+        (tmp_path / "step-00000004").mkdir()
+        _set_aside(tmp_path / "step-00000004")
+    names = ["step-00000004.broken", "step-00000004.broken-1", "step-00000004.broken-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_slices_can_be_read_by_whom_the_folder_lets(two_checkpoints):
+    newest = two_checkpoints / "step-00000002"
+    modes = {path.stat().st_mode & 0o777 for path in newest.iterdir()}
+    assert modes == {(newest / "manifest.json").stat().st_mode & 0o777}

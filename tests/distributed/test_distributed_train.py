@@ -150,3 +150,28 @@ def test_settings_data_and_weights_of_a_run_do_not_change_silently(train_ranks, 
     manifest.write_text(json.dumps(values | {"base_digest": "0" * 64}))
     assert train_ranks("a", 1, "num_steps=4", allow=["num_steps"]) == [78]
     assert "was trained on base weights 000000000000" in RunDirectory(folder / "a").outcome().reason
+
+
+def test_a_stop_whose_save_fails_says_what_is_lost_and_does_not_ask_for_ever(train_ranks):
+    run = RunDirectory(train_ranks.folder / "lost")
+    fault = "sigusr2@step:rank=0,step=0;enospc@checkpoint.write:rank=0,step=1"
+    for state in ("requeue", "requeue", "refused"):
+        assert train_ranks("lost", 1, "checkpoint.every_steps=100", fault=fault) == [0]
+        assert run.outcome().state == state
+        assert run.outcome().step == 0
+    assert "step 1 could not be saved: 3 attempts in a row ended at step 0" in run.outcome().reason
+
+
+def test_a_checkpoint_of_another_rank_is_not_cut_to_fit(train_ranks):
+    folder = train_ranks.folder
+    assert train_ranks("r", 1, "num_steps=2") == [0]
+    assert train_ranks("r", 1, "num_steps=2", "adapter.lora_rank=2", allow=["adapter.lora_rank"]) == [78]
+    assert "lora_A has shape [4, 128], this run has [2, 128]" in RunDirectory(folder / "r").outcome().reason
+
+
+def test_curves_that_cannot_be_written_do_not_end_a_run(train_ranks):
+    folder = train_ranks.folder / "dark"
+    folder.mkdir()
+    (folder / "tensorboard").write_text("in the way")
+    assert train_ranks("dark", 1, "num_steps=2") == [0]
+    assert RunDirectory(folder).outcome().state == "done"

@@ -2,7 +2,12 @@
 
 import pytest
 
-from ccmdist.cluster.ranks import Ranks, ranks_from_environment, worker_from_environment
+from ccmdist.cluster.ranks import (
+    Ranks,
+    ranks_from_environment,
+    rendezvous_from_environment,
+    worker_from_environment,
+)
 from ccmdist.errors import RunError
 
 SRUN = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}
@@ -38,3 +43,20 @@ def test_workers_of_an_array_are_numbered_over_all_its_tasks():
     array = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "3"}
     assert worker_from_environment({}) == (0, 1)
     assert worker_from_environment(SRUN | array) == (2 * 4 + 3, 12)
+
+
+def test_an_array_with_gaps_would_leave_work_to_nobody_and_is_refused():
+    array = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "2"}
+    with pytest.raises(RunError, match=r"2 tasks from 3 to 7, expected no gap .* submit it as --array=0-1"):
+        worker_from_environment(array | {"SLURM_ARRAY_TASK_MAX": "7"})
+    assert worker_from_environment(array | {"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_MAX": "4"}) == (1, 2)
+
+
+def test_a_single_task_such_as_an_interactive_shell_is_alone():
+    assert ranks_from_environment(SRUN | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) is None
+
+
+def test_ranks_that_were_not_told_where_to_meet_are_refused_with_the_line_that_tells_them():
+    assert rendezvous_from_environment({"MASTER_ADDR": "n1", "MASTER_PORT": "1234"}) == "env://"
+    with pytest.raises(RunError, match=r"MASTER_PORT are not both set.*export MASTER_ADDR=\$\(scontrol show hostnames"):
+        rendezvous_from_environment({"MASTER_ADDR": "n1"})

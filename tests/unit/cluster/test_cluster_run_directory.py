@@ -72,9 +72,27 @@ def test_a_killed_attempt_leaves_no_outcome_of_an_earlier_one(tmp_path):
     run = RunDirectory(tmp_path)
     run.start_attempt(0)
     run.end_attempt(Outcome("requeue", "why", 5))
-    run.hold()
+    run.accept(settings())
     assert run.outcome() is None
     assert run.exit_code() == 70
+
+
+def test_a_start_that_is_refused_leaves_the_outcome_as_it_was(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.accept(settings("optim.lr=1e-4"))
+    (run.checkpoints / "step-00000010").mkdir(parents=True)
+    run.end_attempt(Outcome("done", "all steps are done", 10))
+    with pytest.raises(RunError):
+        run.accept(settings("optim.lr=2e-4"))
+    assert run.outcome().state == "done"
+
+
+def test_where_nothing_can_be_written_every_rank_tells_why_it_refuses(tmp_path, monkeypatch):
+    def full(path, value):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("ccmdist.cluster.run_directory.commit_json", full)
+    assert RunDirectory(tmp_path).refuse("the reason")
 
 
 def test_three_attempts_without_a_step_stop_asking(tmp_path):
