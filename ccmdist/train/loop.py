@@ -19,11 +19,12 @@ from ccmdist.config.loading import digest
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import log
 from ccmdist.errors import CheckpointError, RunError
-from ccmdist.train.checkpoint import Checkpoint, CheckpointStore
+from ccmdist.train.checkpoint import CheckpointStore
 from ccmdist.train.engine import Engine, zero_config
 from ccmdist.train.monitor import Monitor, StepReport
 from ccmdist.train.objectives.objective import Batch, Objective
 from ccmdist.train.optim import learning_rate
+from ccmdist.train.resume import resume
 
 
 def train(config: TrainConfig, objective: Objective, group: ProcessGroup, run: RunDirectory, stop: StopFlag) -> Outcome:
@@ -38,44 +39,11 @@ def train(config: TrainConfig, objective: Objective, group: ProcessGroup, run: R
     )
     attempt = group.from_first(len(run.attempts()))
     store = CheckpointStore(run.checkpoints, group, config.checkpoint.keep, attempt)
-    start = _resume(engine, objective, store)
+    start = resume(engine, objective, store)
     if group.ranks.is_first:
         run.start_attempt(start)
     loop = _Loop(config, objective, group, engine, store, stop, Monitor(config, group, run, start))
     return loop.run(start)
-
-
-def _resume(engine: Engine, objective: Objective, store: CheckpointStore) -> int:
-    """Take over the newest valid checkpoint; the step to go on from."""
-    checkpoint = store.newest()
-    if checkpoint is not None:
-        _check_lineage(checkpoint, objective)
-        _check_shapes(checkpoint, engine)
-        engine.load(checkpoint.read, checkpoint.manifest["adam_steps"])
-        log.info("resumed from %s", checkpoint.path)
-    objective.after_step()
-    return checkpoint.step if checkpoint else 0
-
-
-def _check_lineage(checkpoint: Checkpoint, objective: Objective) -> None:
-    for what, expected in (("base_digest", objective.base_digest), ("data_digest", objective.data_digest)):
-        if (found := checkpoint.manifest[what]) != expected:
-            noun = "base weights" if what == "base_digest" else "training data"
-            raise CheckpointError(
-                f"{checkpoint.path}: was trained on {noun} {found[:12]}, this run has {expected[:12]}",
-                f"restore the {noun}, or choose another run folder",
-            )
-
-
-def _check_shapes(checkpoint: Checkpoint, engine: Engine) -> None:
-    saved, now = checkpoint.manifest["parameters"], {name: list(p.shape) for name, p in engine.local.items()}
-    if differing := sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name)):
-        first = differing[0]
-        raise CheckpointError(
-            f"{checkpoint.path}: {first} has shape {saved.get(first)}, this run has {now.get(first)}, "
-            f"and {len(differing) - 1} others differ too",
-            "restore the adapter's settings, or choose another run folder",
-        )
 
 
 class _Loop:
@@ -111,8 +79,9 @@ class _Loop:
             stop_signal, is_nonfinite = self._agree(report)
             self._count_nonfinite(is_nonfinite, report, done)
             self.monitor.after_step(done, report, self.objective, self.nonfinite_in_a_row)
-            self._look(done)
             last = done == config.num_steps
+            if last or not stop_signal:  # whoever stops us gives little time: it is for the save
+                self._look(done)
             if stop_signal or last or done % config.checkpoint.every_steps == 0:
                 self._save(done)
             if stop_signal and not last:
