@@ -57,6 +57,14 @@ def weights(folder):
     return {name: checkpoint.whole(name, "weight") for name in checkpoint.manifest["parameters"]}
 
 
+def losses(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for tag in ("loss/mean", "held_out/mean") for event in events.Scalars(tag)]
+
+
 def test_norms_are_evaluated_once_per_step_and_nothing_changes_by_that(train_ranks):
     """Four accumulations, recompute on; validation at the start shares the evaluation of the first step."""
     folder = train_ranks.folder
@@ -67,6 +75,7 @@ def test_norms_are_evaluated_once_per_step_and_nothing_changes_by_that(train_ran
     once, always = weights(folder / "once"), weights(folder / "always")
     assert once.keys() == always.keys()
     assert all(torch.equal(once[name], always[name]) for name in once)
+    assert losses(folder / "once") == losses(folder / "always")
 
 
 def velocities_with_and_without(group, world, dtype):
