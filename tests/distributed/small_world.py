@@ -82,3 +82,20 @@ def exit_codes(children):
                 if child.is_alive():
                     child.kill()
     return [child.exitcode for child in children]
+
+
+def weights(folder):
+    """Name -> whole trained parameter, of the newest checkpoint of the run in ``folder``."""
+    from ccmdist.train.checkpoint import newest_valid
+
+    checkpoint = newest_valid(folder / "checkpoints")
+    return {name: checkpoint.whole(name, "weight") for name in checkpoint.manifest["parameters"]}
+
+
+def losses(folder, tag="loss/mean"):
+    """(step, value) of a curve of the run in ``folder``, as TensorBoard's own reader sees it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]

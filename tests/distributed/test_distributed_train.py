@@ -8,22 +8,10 @@ import pytest
 import torch
 
 from ccmdist.cluster.run_directory import Outcome, RunDirectory
-from ccmdist.train.checkpoint import committed_paths, newest_valid
+from ccmdist.train.checkpoint import committed_paths
+from tests.distributed.small_world import losses, weights
 
 pytestmark = pytest.mark.distributed
-
-
-def weights(folder):
-    checkpoint = newest_valid(folder / "checkpoints")
-    return {name: checkpoint.whole(name, "weight") for name in checkpoint.manifest["parameters"]}
-
-
-def losses(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder / "tensorboard"))
-    events.Reload()
-    return [(event.step, event.value) for event in events.Scalars("loss/mean")]
 
 
 def test_a_killed_run_resumes_to_bitwise_the_same_adapter(train_ranks):
