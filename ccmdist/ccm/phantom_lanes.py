@@ -128,10 +128,6 @@ class Lanes:
             jitter += share * kinked_noise(self.rng, num, interval_um)
         return size_um * jitter
 
-    def is_drawn(self, lane: int) -> bool:
-        """Whether trunk ``lane`` is one of the phantom's nerves."""
-        return self.first <= lane <= self.last
-
     def gap_um(self, lane: int, side: int, index: int) -> float:
         """Distance at ``t_um[index]`` between trunk ``lane`` and its neighbour on ``side``, -1 or 1."""
         return float(abs(self.smooth_um[lane + side, index] - self.smooth_um[lane, index]))

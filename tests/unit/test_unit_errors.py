@@ -1,7 +1,5 @@
 """Every problem that a user can mend carries its remedy and the exit code of a refusal."""
 
-import pickle
-
 import pytest
 
 from ccmdist import errors
@@ -27,8 +25,14 @@ def test_only_a_stop_by_signal_asks_to_be_run_again(kind):
     assert kind("x").exit_code == (75 if kind is Preempted else 78)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_problem_in_another_process_keeps_its_kind_and_text(kind):
-    copy = pickle.loads(pickle.dumps(kind("a.yaml: wrong", "write it anew")))
-    assert type(copy) is kind
-    assert str(copy) == "a.yaml: wrong; write it anew"
+def fail_with(kind):
+    raise kind("a.yaml: wrong", "write it anew")
+
+
+def test_a_problem_in_another_process_keeps_its_kind_and_text(forkserver):
+    with forkserver.Pool(1) as pool:
+        for kind in KINDS:
+            with pytest.raises(CcmdistError) as problem:
+                pool.apply(fail_with, (kind,))
+            assert type(problem.value) is kind
+            assert str(problem.value) == "a.yaml: wrong; write it anew"
