@@ -26,7 +26,7 @@ from ccmdist.config.settings import Settings
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import start_logging
-from ccmdist.errors import EXIT_INTERNAL, EXIT_REFUSED, EXIT_REQUEUE, CcmdistError, Preempted
+from ccmdist.errors import EXIT_INTERNAL, EXIT_REFUSED, EXIT_REQUEUE, CcmdistError, ConfigError, Preempted
 
 TYPER_CTRL_C = 130
 """What typer makes of a KeyboardInterrupt."""
@@ -67,9 +67,15 @@ adapter = typer.Typer(
     epilog=_example("ccmdist adapter show runs/tiny"),
     **SETTINGS,
 )
+job = typer.Typer(
+    help="What the batch scripts in slurm/ and launch/ call before they start any task.",
+    epilog=_example("ccmdist job snapshot train configs/train/tiny.yaml run=runs/tiny"),
+    **SETTINGS,
+)
 app.add_typer(shards, name="shards")
 app.add_typer(model, name="model")
 app.add_typer(adapter, name="adapter")
+app.add_typer(job, name="job")
 
 Arguments = Annotated[list[str] | None, typer.Argument(metavar="FILE.yaml|key=value", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the resolved settings and the plan, and do nothing.")]
@@ -216,6 +222,51 @@ def verify_adapter(source: Source, model_folder: Model) -> None:
 def show(source: Source) -> None:
     """Print what an adapter adapts, how large it is and how far it has moved."""
     importlib.import_module("ccmdist.jobs.adapter").show(source)
+
+
+STAGES: dict[str, type[Settings]] = {
+    "precompute": PrecomputeConfig,
+    "train": TrainConfig,
+    "synthesize": SynthesizeConfig,
+    "evaluate": EvaluateConfig,
+}
+
+Stage = Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGES))]
+
+
+@job.command(epilog=_example("ccmdist job snapshot train configs/train/tiny.yaml run=runs/tiny"))
+def snapshot(stage: Stage, arguments: Arguments = None) -> None:
+    """Freeze the code and the settings of a stage; print the folder. A requeued job finds the one it has."""
+    if stage not in STAGES:
+        raise ConfigError(f"there is no stage {stage!r}", f"choose one of {', '.join(STAGES)}")
+    config = _load(STAGES[stage], arguments)
+    print(importlib.import_module("ccmdist.jobs.job").snapshot(stage, config, arguments or []))
+
+
+@job.command(epilog=_example("ccmdist job begin runs/tiny/jobs/1234"))
+def begin(folder: Annotated[Path, typer.Argument(help="Folder that `ccmdist job snapshot` printed.")]) -> None:
+    """Count a start of the job; refuse (78) when the last three have brought nothing new."""
+    importlib.import_module("ccmdist.jobs.job").begin(folder)
+
+
+@app.command(epilog=_example("ccmdist status runs/tiny --watch"))
+def status(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every few seconds until ctrl-C.")] = False,
+) -> None:
+    """Tell where a run stands: state, step, time left, goodput, attempts, last checkpoint, why it last ended."""
+    importlib.import_module("ccmdist.diagnostics.status").show(run, as_json, watch)
+
+
+@app.command(epilog=_example("ccmdist doctor configs/train/wdlora.yaml --require gpu,slurm"))
+def doctor(
+    arguments: Arguments = None,
+    require: Annotated[str, typer.Option("--require", help="Comma-separated: gpu, slurm, flash, quant, ranks.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check machine, cluster and file system, with a remedy for each finding; settings say which folders matter."""
+    raise typer.Exit(importlib.import_module("ccmdist.diagnostics.doctor").run(arguments or [], require, as_json))
 
 
 @app.command(epilog=_example("ccmdist demo --out runs/demo"))

@@ -44,6 +44,29 @@ def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks
     return found if found is not None and found.world_size > 1 else None
 
 
+@dataclass(frozen=True)
+class Job:
+    """The Slurm job around this process.
+
+    Attributes:
+        job_id: Of the job, or of the array that the job is a task of.
+        array_task: Number of the task in its array; "" for a job that is not part of one.
+        restart_count: How often Slurm has started it again.
+    """
+
+    job_id: str
+    array_task: str
+    restart_count: int
+
+
+def job_from_environment(environment: Mapping[str, str] = os.environ) -> Job | None:
+    """The Slurm job around this process, or None."""
+    job_id = environment.get("SLURM_ARRAY_JOB_ID") or environment.get("SLURM_JOB_ID")
+    if not job_id:
+        return None
+    return Job(job_id, environment.get("SLURM_ARRAY_TASK_ID", ""), int(environment.get("SLURM_RESTART_COUNT", 0)))
+
+
 def rendezvous_from_environment(environment: Mapping[str, str] = os.environ) -> str:
     """Where ranks that a launcher or srun has started find each other.
 

@@ -107,6 +107,10 @@ class RunDirectory:
         commit_json(self.config, {"digest": digest(config), "settings": values})
         (self.path / "outcome.json").unlink(missing_ok=True)
 
+    def committed_step(self) -> int:
+        """Step of the newest checkpoint by its name, whether or not it verifies; 0 if there is none."""
+        return max((int(path.name[5:]) for path in self.checkpoints.glob("step-" + 8 * "[0-9]")), default=0)
+
     def start_attempt(self, step: int) -> int:
         """Note that an attempt begins at ``step``; its number, from 0."""
         attempts = self.attempts()

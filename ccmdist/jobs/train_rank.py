@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ccmdist.adapters.state import write_adapter
+from ccmdist.cluster.job_folder import tell_job
 from ccmdist.cluster.preemption import StopFlag
 from ccmdist.cluster.process_group import ProcessGroup, is_lost_connection
 from ccmdist.cluster.ranks import Ranks
@@ -37,6 +38,7 @@ def run_rank(job_path: str, ranks: Ranks, rendezvous: str) -> int:
             if problem := group.from_first(_hold(run, config, frozenset(job["allowed_changes"]), ranks)):
                 if ranks.is_first:
                     sys.stderr.write(f"ccmdist train: {problem}\n")
+                    tell_job(Outcome("refused", problem, run.committed_step()))
                 return EXIT_REFUSED
             is_held = True
             outcome = train(config, EditObjective(config, group), group, run, stop)
@@ -48,6 +50,7 @@ def run_rank(job_path: str, ranks: Ranks, rendezvous: str) -> int:
             # The same refusal reaches several ranks; one of them tells it.
             if not is_held or run.refuse(str(error)):
                 sys.stderr.write(f"ccmdist train: {error}\n")
+                tell_job(Outcome("refused", str(error), run.committed_step()))
             return error.exit_code
         except Exception as error:
             if not is_lost_connection(error):
@@ -79,6 +82,7 @@ def _finish(run: RunDirectory, config: TrainConfig, outcome: Outcome) -> None:
     if outcome.state == "done":
         export_adapter(run, config)
     outcome = run.end_attempt(outcome)
+    tell_job(outcome)
     log.info("%s at step %d: %s", outcome.state, outcome.step, outcome.reason)
     if outcome.state == "requeue":
         log.info("run the same command again to continue")
