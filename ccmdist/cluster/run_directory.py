@@ -80,8 +80,12 @@ class RunDirectory:
         """Let others take the run."""
         self._lock.release()
 
+    def owner(self) -> dict[str, Any]:
+        """Host, pid and job of the process that took the run last, which may be gone; empty before the first."""
+        return _read(self.path / "owner.json") or {}
+
     def _owner(self) -> str:
-        owner = _read(self.path / "owner.json") or {}
+        owner = self.owner()
         job = f" of job {owner['job']}" if owner.get("job") else ""
         return f"process {owner.get('pid', '?')}{job} on {owner.get('host', 'an unknown host')}"
 
