@@ -76,6 +76,22 @@ def read_shard(folder: Path, entry: ShardEntry) -> Iterator[Triple]:
         yield from _checked(_triples(tar, path), path, entry)
 
 
+def read_keys(folder: Path, entry: ShardEntry) -> list[str]:
+    """The keys of one shard, in its order, off the headers alone: bytes of members are not read, hashes not compared.
+
+    Raises:
+        ShardError: If the tar is missing, or a header cannot be read.
+    """
+    keys: dict[str, None] = {}
+    path = folder / entry.name
+    with _opened(path) as tar:
+        while (header := tar.read(_BLOCK)) != bytes(_BLOCK):
+            info = _header(header, f"{path}: byte {tar.tell() - len(header)}")
+            keys[info.name.partition(".")[0]] = None
+            tar.seek(info.size + -info.size % _BLOCK, 1)
+    return list(keys)
+
+
 def read_split(folder: Path, split: Split) -> Iterator[Triple]:
     """The samples of one split of a set, shard by shard.
 

@@ -1,7 +1,7 @@
 """From the measured images of all sets to the figures of the report; what rests on too few images is left out."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -12,8 +12,9 @@ from ccmdist.ccm.biomarkers import BIOMARKERS_VERSION, QUANTITIES
 from ccmdist.ccm.groups import UNLABELLED
 from ccmdist.ccm.segmenter import SEGMENTER_VERSION
 from ccmdist.config.evaluate import EvaluateConfig
-from ccmdist.console import tracked
-from ccmdist.errors import EvaluationError
+from ccmdist.console import log, tracked
+from ccmdist.data.manifest import ShardEntry
+from ccmdist.errors import EvaluationError, Preempted
 from ccmdist.evaluation.adherence import absolute_agreement
 from ccmdist.evaluation.appearance import APPEARANCE, EXTRACTOR, EXTRACTOR_SHA256, NUM_FEATURES
 from ccmdist.evaluation.biomarker_equivalence import Equivalence, LeftOut, equivalence_of_set, subject_means
@@ -118,29 +119,97 @@ class Comparison:
         }
 
 
+@dataclass(frozen=True)
+class Side:
+    """A set and how it is measured."""
+
+    images: ImageSet
+    measuring: Measuring
+
+    def measure(self, entry: ShardEntry) -> pd.DataFrame:
+        """One row per image of a shard, measured now or read from an earlier run."""
+        return self.measuring.table(self.images, entry)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per image of the set."""
+        return pd.concat([self.measure(entry) for entry in self.images.shards], ignore_index=True)
+
+
+def sides(config: EvaluateConfig) -> list[Side]:
+    """The real set, then the synthetic ones; measures nothing.
+
+    Raises:
+        EvaluationError: If the sets cannot be compared: wrong kind, empty split, different sizes.
+    """
+    real, synthetic = real_set(config), synthetic_sets(config)
+    shape = common_shape(synthetic)
+    folder, paired_with = config.out / MEASURES_FOLDER, f"{real.manifest.digest}/{real.split}"
+    sources = SourceFrames(real, shape)
+    measured = [Side(one, Measuring(folder, shape, sources, paired_with)) for one in synthetic]
+    return [Side(real, Measuring(folder, shape)), *measured]
+
+
+def measure(
+    config: EvaluateConfig,
+    worker_index: int = 0,
+    num_workers: int = 1,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Measure every shard of this worker that no run has measured yet.
+
+    Args:
+        config: Which sets.
+        worker_index: This worker takes the shards ``worker_index::num_workers`` of all sets together.
+        num_workers: Workers that share the shards without talking to each other.
+        should_stop: Asked between shards.
+
+    Raises:
+        Preempted: If ``should_stop`` said so while there was work left; what was measured is committed.
+        EvaluationError: If the sets cannot be compared, or a synthetic sample says too little about its origin.
+        ShardError: If a shard is damaged.
+    """
+    mine = _work(config)[worker_index::num_workers]
+    left = _unmeasured(mine)
+    log.info("%s: %d of this worker's %d shards are to be measured", config.out, len(left), len(mine))
+    for done, (side, entry) in enumerate(tracked(left, "shards", len(left))):
+        if should_stop():
+            raise Preempted(
+                f"evaluate: stopped with {done} of {len(left)} shards measured and committed",
+                "run the same command again",
+            )
+        side.measure(entry)
+
+
+def num_unmeasured(config: EvaluateConfig) -> int:
+    """Shards of all sets that no run has measured yet.
+
+    Raises:
+        EvaluationError: If the sets cannot be compared.
+    """
+    return len(_unmeasured(_work(config)))
+
+
+def _work(config: EvaluateConfig) -> list[tuple[Side, ShardEntry]]:
+    return [(side, entry) for side in sides(config) for entry in side.images.shards]
+
+
+def _unmeasured(work: list[tuple[Side, ShardEntry]]) -> list[tuple[Side, ShardEntry]]:
+    return [(side, entry) for side, entry in work if not side.measuring.is_done(entry)]
+
+
 def compare(config: EvaluateConfig) -> Comparison:
-    """Measure every image of every set once, and compare the sets.
+    """Compare the sets; measures what :func:`measure` has left.
 
     Raises:
         EvaluationError: If the sets cannot be compared: wrong kind, empty split, no provenance, different sizes.
         ShardError: If a shard is damaged.
     """
-    real, synthetic = real_set(config), synthetic_sets(config)
-    shape = common_shape(synthetic)
-    folder = config.out / MEASURES_FOLDER
-    real_table = _measured(real, Measuring(folder, shape))
-    sources = SourceFrames(real, shape, dict(zip(real_table["key"], real_table["shard"], strict=True)))
-    sets = []
-    for one in synthetic:
-        table = _measured(one, Measuring(folder, shape, sources, f"{real.manifest.digest}/{real.split}"))
-        sets.append(_set_report(config, one, real_table, table))
-    return Comparison(config, real, shape, counts_of(real_table), adherence_of(real_table), sets, real_table)
-
-
-def _measured(images: ImageSet, measuring: Measuring) -> pd.DataFrame:
-    what = f"shards of {images.name} measured"
-    tables = [measuring.table(images, entry) for entry in tracked(images.shards, what, len(images.shards))]
-    return pd.concat(tables, ignore_index=True)
+    real, *synthetic = sides(config)
+    table = real.table
+    reports = [_set_report(config, one.images, table, one.table) for one in synthetic]
+    shape = real.measuring.shape
+    return Comparison(config, real.images, shape, counts_of(table), adherence_of(table), reports, table)
 
 
 def counts_of(table: pd.DataFrame) -> dict[str, Any]:

@@ -55,12 +55,18 @@ class Measuring:
             EvaluationError: If a synthetic sample cannot be evaluated.
             ShardError: If the shard is damaged.
         """
-        path = self.folder / f"{entry.name.removesuffix('.tar')}-{self._identity(entry)[:20]}.safetensors"
-        found = _read(path)
+        found = _read(self._path(entry))
         if found is None:
             found = pd.DataFrame(list(self._rows(images, entry)))
-            commit_bytes(path, _packed(found))
+            commit_bytes(self._path(entry), _packed(found))
         return found
+
+    def is_done(self, entry: ShardEntry) -> bool:
+        """Whether a shard has been measured."""
+        return _read(self._path(entry)) is not None
+
+    def _path(self, entry: ShardEntry) -> Path:
+        return self.folder / f"{entry.name.removesuffix('.tar')}-{self._identity(entry)[:20]}.safetensors"
 
     def _identity(self, entry: ShardEntry) -> str:
         versions = [MEASURES_VERSION, SEGMENTER_VERSION, BIOMARKERS_VERSION, EXTRACTOR_SHA256]

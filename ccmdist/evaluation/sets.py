@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -11,7 +11,7 @@ import numpy as np
 from ccmdist.config.data import Split
 from ccmdist.config.evaluate import EvaluateConfig
 from ccmdist.data.manifest import MANIFEST, SPLITS, Manifest, ShardEntry, read_manifest
-from ccmdist.data.reader import read_shard
+from ccmdist.data.reader import read_keys, read_shard
 from ccmdist.data.triple import Triple
 from ccmdist.errors import EvaluationError
 from ccmdist.precompute.views import FLIPS, resized_image, resized_mask
@@ -141,9 +141,9 @@ def scaled(triple: Triple, shape: tuple[int, int], where: str) -> Triple:
 class SourceFrames:
     """The real frames by the key that a synthetic sample names as its source; flipped views are flipped again."""
 
-    def __init__(self, real: ImageSet, shape: tuple[int, int], shard_of: dict[str, str]) -> None:
-        """Read nothing yet; ``shard_of`` names the shard of each key."""
-        self._real, self._shape, self._shard_of = real, shape, shard_of
+    def __init__(self, real: ImageSet, shape: tuple[int, int]) -> None:
+        """Read nothing yet."""
+        self._real, self._shape = real, shape
         self._entries = {entry.name: entry for entry in real.shards}
         # Synthetic shards follow the order of their sources, so the last few shards are all that is asked for.
         self._triples = lru_cache(maxsize=2)(self._loaded)
@@ -158,6 +158,11 @@ class SourceFrames:
         triple = self._triples(self._shard_of[key])[key]
         image, nerve_mask = (np.ascontiguousarray(FLIPS[flip](frame)) for frame in (triple.image, triple.nerve_mask))
         return replace(triple, image=image, nerve_mask=nerve_mask)
+
+    @cached_property
+    def _shard_of(self) -> dict[str, str]:
+        """The shard of each key, off the headers of the tars: a worker of an array does not measure them all."""
+        return {key: entry.name for entry in self._real.shards for key in read_keys(self._real.folder, entry)}
 
     def _loaded(self, shard: str) -> dict[str, Triple]:
         return {triple.key: triple for triple in self._real.triples(self._entries[shard], self._shape)}

@@ -1,4 +1,4 @@
-"""Comparing synthetic sets with a real one, as one process."""
+"""Comparing synthetic sets with a real one: measured by any number of workers, compared by one."""
 
 import sys
 from collections import Counter
@@ -8,24 +8,44 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from ccmdist.cluster.preemption import StopFlag
+from ccmdist.cluster.ranks import worker_from_environment
 from ccmdist.config.evaluate import EvaluateConfig
 from ccmdist.config.loading import read_resolved
+from ccmdist.console import log
+from ccmdist.data.manifest import MANIFEST, read_manifest
+from ccmdist.synthesis.plan import PLAN, read_plan
 
 if TYPE_CHECKING:
     from ccmdist.evaluation.comparison import Adherence, Comparison
 
 
+FORCED_EXIT_S = 3600.0
+"""A shard is measured to its end before a stop signal is obeyed; after this long, the process ends itself."""
+
+
 def run(config_path: str) -> None:
-    """Measure, compare, write report.json and report.html, and print the main figures.
+    """Measure what is left; compare, write report.json and report.html, and print the main figures.
+
+    One of several workers measures its share and compares nothing: the same command alone, after them, does that.
 
     Raises:
         EvaluationError: If the sets cannot be compared.
         ShardError: If a shard is damaged.
+        Preempted: If a stop signal came while there were shards left to measure.
     """
-    from ccmdist.evaluation.comparison import compare
+    from ccmdist.evaluation.comparison import compare, measure
     from ccmdist.evaluation.report import write_report
 
-    comparison = compare(read_resolved(EvaluateConfig, Path(config_path)))
+    config = read_resolved(EvaluateConfig, Path(config_path))
+    worker_index, num_workers = worker_from_environment()
+    with StopFlag(FORCED_EXIT_S) as stop:
+        measure(config, worker_index, num_workers, should_stop=lambda: bool(stop))
+    if num_workers > 1:
+        told = "%s: worker %d of %d has measured its share; the same command alone, after all, writes the report"
+        log.info(told, config.out, worker_index, num_workers)
+        return
+    comparison = compare(config)
     path = write_report(comparison)
     _print_summary(comparison)
     sys.stdout.write(f"report: {path}\n")
@@ -45,6 +65,37 @@ def describe(config: EvaluateConfig) -> str:
         where = f"{one.name}: {one.folder}, split {one.split}"
         lines.append(f"{where}, {counts.total()} images of {num_subjects} subjects ({told})")
     return "\n".join(lines)
+
+
+def open_units(config: EvaluateConfig) -> int:
+    """Shards that are not measured yet: no more workers than that have something to do.
+
+    A synthetic set that is not complete has as many as its plan says, or, without a plan, is taken to have as many
+    as the real one: workers share whatever there is.
+
+    Raises:
+        CcmdistError: If the real set is not there, or the sets cannot be compared.
+    """
+    from ccmdist.evaluation.comparison import num_unmeasured
+    from ccmdist.evaluation.sets import real_set
+
+    if all((folder / MANIFEST).is_file() for folder in config.synthetic.values()):
+        return num_unmeasured(config)
+    num_real = len(real_set(config).shards)
+    return num_real + sum(_expected_shards(config, folder, num_real) for folder in config.synthetic.values())
+
+
+def _expected_shards(config: EvaluateConfig, folder: Path, otherwise: int) -> int:
+    if (folder / MANIFEST).is_file():
+        return len(read_manifest(folder).of_split(config.split))
+    return read_plan(folder).num_shards if (folder / PLAN).is_file() else otherwise
+
+
+def committed_units(config: EvaluateConfig) -> int:
+    """Files of measured shards, as a measure of progress; 0 where nothing is measured yet."""
+    from ccmdist.evaluation.comparison import MEASURES_FOLDER
+
+    return sum(1 for _ in (config.out / MEASURES_FOLDER).glob("*.safetensors"))
 
 
 def _print_summary(comparison: "Comparison") -> None:

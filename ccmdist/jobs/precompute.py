@@ -6,8 +6,9 @@ from ccmdist.cluster.preemption import StopFlag
 from ccmdist.cluster.ranks import ranks_from_environment, worker_from_environment
 from ccmdist.config.data import PrecomputeConfig
 from ccmdist.config.loading import read_resolved
+from ccmdist.errors import CcmdistError
 from ccmdist.models.model_folder import ModelFolder
-from ccmdist.precompute.plan import fill_plan
+from ccmdist.precompute.plan import FillPlan, fill_plan
 
 FORCED_EXIT_S = 3600.0
 """A shard is encoded to its end before a stop signal is obeyed; after this long, the process ends itself."""
@@ -33,7 +34,28 @@ def describe(config: PrecomputeConfig) -> str:
     model = ModelFolder.open(config.data.model)
     plan = fill_plan(config, model)
     return (
-        f"{plan.folder}: {len(plan.shards) - len(plan.open_shards)} of {len(plan.shards)} shards are committed, "
+        f"{plan.folder}: {plan.num_committed} of {len(plan.shards)} shards are committed, "
         f"{sum(shard.num_samples for shard in plan.open_shards)} samples are to be encoded by "
         f"Qwen-Image-Edit {model.version}"
     )
+
+
+def open_units(config: PrecomputeConfig) -> int:
+    """Shards that are not committed yet: no more array tasks than that have something to do.
+
+    Raises:
+        CcmdistError: If shards or model are not there.
+    """
+    return len(_plan(config).open_shards)
+
+
+def committed_units(config: PrecomputeConfig) -> int:
+    """Shards that are committed, as a measure of progress; 0 where shards or model cannot be read."""
+    try:
+        return _plan(config).num_committed
+    except (CcmdistError, OSError):
+        return 0
+
+
+def _plan(config: PrecomputeConfig) -> FillPlan:
+    return fill_plan(config, ModelFolder.open(config.data.model))

@@ -7,9 +7,10 @@ from ccmdist.cluster.ranks import ranks_from_environment, worker_from_environmen
 from ccmdist.config.loading import read_resolved
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.console import log
+from ccmdist.errors import CcmdistError
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.synthesis.output import SyntheticSet
-from ccmdist.synthesis.plan import PLAN, UNTUNED, make_plan, read_plan, refuse_other_set
+from ccmdist.synthesis.plan import PLAN, UNTUNED, expected_batches, make_plan, read_plan, refuse_other_set
 from ccmdist.synthesis.verify import verify_against_plan
 
 FORCED_EXIT_S = 3600.0
@@ -54,6 +55,28 @@ def describe(config: SynthesizeConfig) -> str:
         f"model: Qwen-Image-Edit {model.version} at {config.data.model}, adapter {config.adapter or 'none'}, "
         f"{config.denoise_steps} denoise steps, guidance {config.guidance_scale:g}"
     )
+
+
+def open_units(config: SynthesizeConfig) -> int:
+    """Batches that are not committed yet: no more workers than that have something to do.
+
+    A set that is not begun has as many as its masks make if all prompts have one length in tokens, so that it can be
+    told before the cache is filled; each further length makes at most one more.
+
+    Raises:
+        CcmdistError: If the shards are not there, or the plan of the set cannot be read.
+    """
+    if not (config.out / PLAN).exists():
+        return expected_batches(config)
+    return len(SyntheticSet(config.out, read_plan(config.out)).open_batches())
+
+
+def committed_units(config: SynthesizeConfig) -> int:
+    """Batches that are committed, as a measure of progress; 0 where no set is begun or its plan cannot be read."""
+    try:
+        return SyntheticSet(config.out, read_plan(config.out)).num_committed()
+    except CcmdistError:
+        return 0
 
 
 def verify(folder: Path) -> None:

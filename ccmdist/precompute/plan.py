@@ -22,6 +22,11 @@ class FillPlan:
     open_shards: tuple[ShardEntry, ...]
     """Those that are not committed yet."""
 
+    @property
+    def num_committed(self) -> int:
+        """Those that are."""
+        return len(self.shards) - len(self.open_shards)
+
 
 def fill_plan(config: PrecomputeConfig, model: ModelFolder, worker_index: int = 0, num_workers: int = 1) -> FillPlan:
     """The plan of worker ``worker_index``, who takes the shards ``worker_index::num_workers``; writes nothing."""

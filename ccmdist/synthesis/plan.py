@@ -22,7 +22,7 @@ from ccmdist.commit import commit_json, digest_of
 from ccmdist.config.data import Dtype, Split
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.console import log
-from ccmdist.data.cache_index import CacheEntry, cache_folder, fingerprint, indexes, no_cache, read_fingerprint
+from ccmdist.data.cache_index import CacheEntry, cache_folder, fingerprint, flips, indexes, no_cache, read_fingerprint
 from ccmdist.data.manifest import MANIFEST, ShardEntry, read_manifest
 from ccmdist.data.triple import MAX_KEY_LENGTH
 from ccmdist.data.writer import shards_in
@@ -174,6 +174,17 @@ def make_plan(config: SynthesizeConfig, model: ModelFolder, encoders: dict[str, 
         seed=config.seed,
     )
     return Plan(settings=settings, batches=_batches(config, _entries(config, folder, manifest.of_split(config.split))))
+
+
+def expected_batches(config: SynthesizeConfig) -> int:
+    """How many batches the plan will have if all prompts have one length in tokens; needs the shard manifest alone.
+
+    Raises:
+        ShardError: If there is no shard set.
+    """
+    num_views = 1 + len(flips(config.data)) if config.split == "train" else 1
+    num_samples = sum(shard.num_samples for shard in read_manifest(config.data.shards).of_split(config.split))
+    return -(-num_samples * num_views * config.images_per_mask // config.batch_size)
 
 
 def mask_sha256(nerve_mask: NDArray[np.bool_]) -> str:
