@@ -23,6 +23,7 @@ from ccmdist.config.data import FolderShardsConfig, PhantomShardsConfig, Precomp
 from ccmdist.config.evaluate import EvaluateConfig
 from ccmdist.config.loading import digest, load, resolved
 from ccmdist.config.settings import Settings
+from ccmdist.config.stages import STAGES
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import start_logging
@@ -82,8 +83,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the resolved setti
 
 
 def _load(kind: type[Settings], arguments: list[str] | None) -> Any:
-    files = [Path(a) for a in arguments or [] if "=" not in a]
-    return load(kind, files, [a for a in arguments or [] if "=" in a])
+    # A run folder may be called lr=1, and the config of its job then lies below it.
+    overrides = [a for a in arguments or [] if "=" in a and not Path(a).is_file()]
+    return load(kind, [Path(a) for a in arguments or [] if a not in overrides], overrides)
 
 
 def _stage(
@@ -223,13 +225,6 @@ def show(source: Source) -> None:
     """Print what an adapter adapts, how large it is and how far it has moved."""
     importlib.import_module("ccmdist.jobs.adapter").show(source)
 
-
-STAGES: dict[str, type[Settings]] = {
-    "precompute": PrecomputeConfig,
-    "train": TrainConfig,
-    "synthesize": SynthesizeConfig,
-    "evaluate": EvaluateConfig,
-}
 
 Stage = Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGES))]
 

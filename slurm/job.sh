@@ -1,0 +1,115 @@
+# shellcheck shell=bash
+# What all jobs do before, around and after their tasks. Sourced by the scripts beside it, in the folder of submission.
+#
+#   begin_job STAGE ARGUMENTS...   freeze code and settings at the first start, count the start, set the environment
+#   run_tasks BAD_EXIT             one srun task per GPU; 1: the first that fails ends all, 0: each works for itself
+#   conclude CODE                  end the script with the contract's exit code; start again if there is work left
+#
+# Exit codes: 0 done, 75 stopped with work committed, 78 refused (mend it, submit again), 70 a task died.
+# Nothing after the tasks needs Python, so it also works when the tasks run in a container.
+
+JOB_ID=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}
+# What scontrol calls this job alone: an array's tasks stop and start again one by one.
+REQUEUE_ID=$JOB_ID${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+# A link to the job's folder; what the links' names hold cannot be a setting, whatever the folder is called.
+JOB_LINK=slurm/logs/$JOB_ID.job
+
+say() { echo "$(date +%T) $REQUEUE_ID: $*" >&2; }
+
+begin_job() {
+    STAGE=$1
+    shift
+    SUBMITTED=("$@")
+    CCMDIST_JOB_START=$(date +%s)
+    # The shell outlives the signals that stop its tasks, so that it can say what becomes of the job.
+    trap : USR1 USR2 TERM
+    say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST"
+    split_options "$@"
+    # shellcheck source=slurm/env.sh
+    . "$SCRIPTS/env.sh" || exit 78
+    [ -e "$JOB_LINK" ] || freeze
+    CCMDIST_JOB=$(readlink -f "$JOB_LINK")
+    export CCMDIST_JOB CCMDIST_JOB_START
+    # Python shall not find the submit folder's code before the frozen one.
+    export PYTHONPATH=$CCMDIST_JOB/code PYTHONSAFEPATH=1
+    in_environment python -m ccmdist job begin "$CCMDIST_JOB" || give_up $?
+    set_rendezvous
+}
+
+# Settings go into the frozen config; options such as `--allow-change FIELD` to every start of the command.
+split_options() {
+    SETTINGS=() OPTIONS=()
+    while (($#)); do
+        case $1 in
+            --*=*) OPTIONS+=("$1") ;;
+            --*) OPTIONS+=("$1" "${2-}") && shift ;;
+            *) SETTINGS+=("$1") ;;
+        esac
+        (($# == 0)) || shift
+    done
+}
+
+in_environment() { "${CCMDIST_PREFIX[@]}" "$@"; }
+
+freeze() {
+    local folder
+    folder=$(PYTHONSAFEPATH=1 in_environment python -m ccmdist job snapshot "$STAGE" "${SETTINGS[@]}") || give_up $?
+    # Several tasks of an array may get here at once; a rename leaves one link, and all mean the same folder.
+    ln -s "$folder" "$JOB_LINK.$$" && mv -T "$JOB_LINK.$$" "$JOB_LINK"
+}
+
+# A job that cannot begin is no more lucky the next time, unless it was a signal that ended the attempt.
+give_up() {
+    (($1 <= 128)) || again "stopped by signal $(($1 - 128)) before its tasks were started"
+    exit "$(($1 <= 128 ? $1 : 75))"
+}
+
+set_rendezvous() {
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+    # Below the ports that systems hand out by themselves, and another one for each job on a node.
+    MASTER_PORT=$((10000 + SLURM_JOB_ID % 15000))
+    TORCH_EXTENSIONS_DIR=${CCMDIST_NODE_TMP:-/tmp}/ccmdist-$UID-$SLURM_JOB_ID
+    export MASTER_ADDR MASTER_PORT TORCH_EXTENSIONS_DIR
+    # srun no longer takes this over from sbatch.
+    [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+}
+
+run_tasks() {
+    local code=0
+    srun --kill-on-bad-exit="$1" "${CCMDIST_PREFIX[@]}" python -m ccmdist "$STAGE" "$JOB_LINK/config.json" \
+        "${OPTIONS[@]}" &
+    TASKS=$!
+    # Slurm's own signals reach the tasks without us; one that was meant for the script alone is handed on.
+    trap 'kill -USR2 "$TASKS" 2>/dev/null; INTERRUPTED=1' USR1 USR2 TERM
+    while
+        INTERRUPTED=
+        wait "$TASKS" && code=0 || code=$?
+        [ -n "$INTERRUPTED" ]
+    do :; done
+    trap : USR1 USR2 TERM
+    return "$code"
+}
+
+conclude() {
+    local code=$1 state
+    state=$(sed -n 's/^ *"state": "\([a-z]*\)".*/\1/p' "$CCMDIST_JOB/outcome.json" 2>/dev/null) || state=
+    case ${state:-$code} in
+        done | 0) say "done" && exit 0 ;;
+        refused | 78) say "refused; the lines above say why, and what to do" && exit 78 ;;
+        requeue | 75) again "stopped with its work committed" && exit 75 ;;
+        *) again "a task ended with $code" && exit 70 ;;
+    esac
+}
+
+# Ask Slurm to start the job again; not fatal where Slurm does so by itself, or does not at all.
+again() {
+    local answer
+    if answer=$(scontrol requeue "$REQUEUE_ID" 2>&1); then
+        say "$1; it starts again by itself"
+    elif squeue --noheader --states=PENDING --jobs="$REQUEUE_ID" 2>/dev/null | grep -q .; then
+        say "$1; Slurm has put it back into the queue"
+    else
+        say "$1, and cannot be put back into the queue (${answer:-no answer}); to go on:"
+        say "  sbatch${SLURM_ARRAY_TASK_ID:+ --array=...} slurm/$STAGE.sh $(printf '%q ' "${SUBMITTED[@]}")"
+    fi
+}

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# sbatch --array=0-3 slurm/precompute.sh configs/precompute/tiny.yaml
+# Fill the cache, one GPU per array task; any number of tasks does what is left. Without --array, one task does it all.
+#SBATCH --job-name=ccmdist-precompute
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=128G
+#SBATCH --time=04:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=USR2@300
+#SBATCH --output=slurm/logs/%x-%A_%a.out
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?is not set: start this script with sbatch}"
+SCRIPTS=slurm/logs/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}.job/code/slurm # as they were at the first start
+[ -e "$SCRIPTS" ] || SCRIPTS=slurm
+# shellcheck source=slurm/job.sh
+. "$SCRIPTS/job.sh"
+
+begin_job precompute "$@"
+code=0
+run_tasks 0 || code=$?
+conclude "$code"
