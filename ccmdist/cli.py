@@ -21,7 +21,7 @@ from typer.exceptions import TyperException
 from ccmdist.commit import commit_json
 from ccmdist.config.data import FolderShardsConfig, PhantomShardsConfig, PrecomputeConfig
 from ccmdist.config.evaluate import EvaluateConfig
-from ccmdist.config.loading import digest, load, resolved
+from ccmdist.config.loading import digest, load, parted, resolved
 from ccmdist.config.settings import Settings
 from ccmdist.config.stages import STAGES
 from ccmdist.config.synthesize import SynthesizeConfig
@@ -43,34 +43,34 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def _example(command: str) -> str:
+def example(command: str) -> str:
     """How a help text ends: a command to copy, whose line is not broken at the terminal's width."""
     return f"\b\nExample: {command}"
 
 
 app = typer.Typer(
     help="Fine-tune Qwen-Image-Edit on corneal confocal microscopy, on a cluster or on a laptop.",
-    epilog=_example("ccmdist demo --out runs/demo"),
+    epilog=example("ccmdist demo --out runs/demo"),
     **SETTINGS,
 )
 shards = typer.Typer(
     help="Make and check shard sets: images, nerve masks and prompts in WebDataset tars.",
-    epilog=_example("ccmdist shards phantom out=shards/phantom"),
+    epilog=example("ccmdist shards phantom out=shards/phantom"),
     **SETTINGS,
 )
 model = typer.Typer(
     help="Make model folders that need no download.",
-    epilog=_example("ccmdist model make --size tiny --fitted --out models/tiny"),
+    epilog=example("ccmdist model make --size tiny --fitted --out models/tiny"),
     **SETTINGS,
 )
 adapter = typer.Typer(
     help="Export, merge, verify and show trained adapters.",
-    epilog=_example("ccmdist adapter show runs/tiny"),
+    epilog=example("ccmdist adapter show runs/tiny"),
     **SETTINGS,
 )
 job = typer.Typer(
     help="What the batch scripts in slurm/ and launch/ call before they start any task.",
-    epilog=_example("ccmdist job snapshot train configs/train/tiny.yaml run=runs/tiny"),
+    epilog=example("ccmdist job snapshot train configs/train/tiny.yaml run=runs/tiny"),
     **SETTINGS,
 )
 app.add_typer(shards, name="shards")
@@ -83,9 +83,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the resolved setti
 
 
 def _load(kind: type[Settings], arguments: list[str] | None) -> Any:
-    # A run folder may be called lr=1, and the config of its job then lies below it.
-    overrides = [a for a in arguments or [] if "=" in a and not Path(a).is_file()]
-    return load(kind, [Path(a) for a in arguments or [] if a not in overrides], overrides)
+    return load(kind, *parted(arguments or []))
 
 
 def _stage(
@@ -111,19 +109,19 @@ def _show(config: Settings, describe: Callable[[Any], str] | None) -> None:
     print("dry run: nothing was done")
 
 
-@shards.command(epilog=_example("ccmdist shards phantom out=shards/phantom subjects_per_group=8 size_px=384"))
+@shards.command(epilog=example("ccmdist shards phantom out=shards/phantom subjects_per_group=8 size_px=384"))
 def phantom(arguments: Arguments = None, dry_run: DryRun = False) -> None:
     """Make procedural image, mask and prompt triples for every clinical group."""
     _stage(PhantomShardsConfig, "shards", arguments, dry_run, "phantom")
 
 
-@shards.command(epilog=_example("ccmdist shards folders source=my_frames out=shards/ccm test_fraction=0.2"))
+@shards.command(epilog=example("ccmdist shards folders source=my_frames out=shards/ccm test_fraction=0.2"))
 def folders(arguments: Arguments = None, dry_run: DryRun = False) -> None:
     """Pack a folder of images, masks and a table.csv, as shards/README.md describes."""
     _stage(FolderShardsConfig, "shards", arguments, dry_run, "folders")
 
 
-@shards.command(epilog=_example("ccmdist shards verify shards/phantom"))
+@shards.command(epilog=example("ccmdist shards verify shards/phantom"))
 def verify(
     folder: Annotated[Path, typer.Argument(help="Folder of a shard set.")],
     plan: Annotated[bool, typer.Option("--plan", help="Also compare a synthetic set with its plan.")] = False,
@@ -134,7 +132,7 @@ def verify(
         importlib.import_module("ccmdist.jobs.synthesize").verify(folder)
 
 
-@app.command(epilog=_example("ccmdist precompute configs/precompute/tiny.yaml"))
+@app.command(epilog=example("ccmdist precompute configs/precompute/tiny.yaml"))
 def precompute(arguments: Arguments = None, dry_run: DryRun = False) -> None:
     """Encode masks, prompts and images once, into the cache that training and synthesis read."""
     _stage(PrecomputeConfig, "precompute", arguments, dry_run)
@@ -146,7 +144,7 @@ AllowChange = Annotated[
 ]
 
 
-@app.command(epilog=_example("ccmdist train configs/train/tiny.yaml processes=2 num_steps=40"))
+@app.command(epilog=example("ccmdist train configs/train/tiny.yaml processes=2 num_steps=40"))
 def train(arguments: Arguments = None, dry_run: DryRun = False, allow_change: AllowChange = None) -> None:
     """Fine-tune an adapter. Run the same command again to resume after a stop."""
     config = _load(TrainConfig, arguments)
@@ -157,13 +155,13 @@ def train(arguments: Arguments = None, dry_run: DryRun = False, allow_change: Al
     raise typer.Exit(job.start(config, frozenset(allow_change or ())))
 
 
-@app.command(epilog=_example("ccmdist synthesize configs/synthesize/tiny.yaml adapter=runs/tiny/adapter"))
+@app.command(epilog=example("ccmdist synthesize configs/synthesize/tiny.yaml adapter=runs/tiny/adapter"))
 def synthesize(arguments: Arguments = None, dry_run: DryRun = False) -> None:
     """Draw images for the masks of a shard set, into shards of the same format."""
     _stage(SynthesizeConfig, "synthesize", arguments, dry_run)
 
 
-@app.command(epilog=_example("ccmdist evaluate configs/evaluate/tiny.yaml"))
+@app.command(epilog=example("ccmdist evaluate configs/evaluate/tiny.yaml"))
 def evaluate(arguments: Arguments = None, dry_run: DryRun = False) -> None:
     """Compare synthetic sets with a real one: report.json and report.html."""
     _stage(EvaluateConfig, "evaluate", arguments, dry_run)
@@ -175,7 +173,7 @@ Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 Model = Annotated[Path, typer.Option("--model", help="Folder of the base model.")]
 
 
-@model.command(epilog=_example("ccmdist model make --size tiny --fitted --out models/tiny"))
+@model.command(epilog=example("ccmdist model make --size tiny --fitted --out models/tiny"))
 def make(
     out: Out,
     size: Size = "tiny",
@@ -189,7 +187,7 @@ def make(
     importlib.import_module("ccmdist.jobs.model").make(size, version, out, seed, fitted)
 
 
-@model.command(epilog=_example("ccmdist model fit --out models/tiny-fit"))
+@model.command(epilog=example("ccmdist model fit --out models/tiny-fit"))
 def fit(
     out: Out,
     seed: int = 0,
@@ -202,25 +200,25 @@ def fit(
 Source = Annotated[Path, typer.Argument(help="Folder of an adapter, a run or a checkpoint.")]
 
 
-@adapter.command(epilog=_example("ccmdist adapter export runs/tiny --model models/tiny --out adapters/tiny"))
+@adapter.command(epilog=example("ccmdist adapter export runs/tiny --model models/tiny --out adapters/tiny"))
 def export(source: Source, model_folder: Model, out: Out) -> None:
     """Write the adapter for diffusers and for ComfyUI, with a model card, and verify what was written."""
     importlib.import_module("ccmdist.jobs.adapter").export(source, model_folder, out)
 
 
-@adapter.command(epilog=_example("ccmdist adapter merge runs/tiny --model models/tiny --out models/tiny-merged"))
+@adapter.command(epilog=example("ccmdist adapter merge runs/tiny --model models/tiny --out models/tiny-merged"))
 def merge(source: Source, model_folder: Model, out: Out) -> None:
     """Write a transformer folder with the adapter merged into its weights."""
     importlib.import_module("ccmdist.jobs.adapter").merge(source, model_folder, out)
 
 
-@adapter.command("verify", epilog=_example("ccmdist adapter verify adapters/tiny --model models/tiny"))
+@adapter.command("verify", epilog=example("ccmdist adapter verify adapters/tiny --model models/tiny"))
 def verify_adapter(source: Source, model_folder: Model) -> None:
     """Load the adapter with stock diffusers and compare its output with ours."""
     importlib.import_module("ccmdist.jobs.adapter").verify(source, model_folder)
 
 
-@adapter.command(epilog=_example("ccmdist adapter show runs/tiny"))
+@adapter.command(epilog=example("ccmdist adapter show runs/tiny"))
 def show(source: Source) -> None:
     """Print what an adapter adapts, how large it is and how far it has moved."""
     importlib.import_module("ccmdist.jobs.adapter").show(source)
@@ -229,7 +227,7 @@ def show(source: Source) -> None:
 Stage = Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGES))]
 
 
-@job.command(epilog=_example("ccmdist job snapshot train configs/train/tiny.yaml run=runs/tiny"))
+@job.command(epilog=example("ccmdist job snapshot train configs/train/tiny.yaml run=runs/tiny"))
 def snapshot(stage: Stage, arguments: Arguments = None) -> None:
     """Freeze the code and the settings of a stage; print the folder. A requeued job finds the one it has."""
     if stage not in STAGES:
@@ -238,13 +236,13 @@ def snapshot(stage: Stage, arguments: Arguments = None) -> None:
     print(importlib.import_module("ccmdist.jobs.job").snapshot(stage, config, arguments or []))
 
 
-@job.command(epilog=_example("ccmdist job begin runs/tiny/jobs/1234"))
+@job.command(epilog=example("ccmdist job begin runs/tiny/jobs/1234"))
 def begin(folder: Annotated[Path, typer.Argument(help="Folder that `ccmdist job snapshot` printed.")]) -> None:
     """Count a start of the job; refuse (78) when the last three have brought nothing new."""
     importlib.import_module("ccmdist.jobs.job").begin(folder)
 
 
-@app.command(epilog=_example("ccmdist status runs/tiny --watch"))
+@app.command(epilog=example("ccmdist status runs/tiny --watch"))
 def status(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -254,7 +252,7 @@ def status(
     importlib.import_module("ccmdist.diagnostics.status").show(run, as_json, watch)
 
 
-@app.command(epilog=_example("ccmdist doctor configs/train/wdlora.yaml --require gpu,slurm"))
+@app.command(epilog=example("ccmdist doctor configs/train/wdlora.yaml --require gpu,slurm"))
 def doctor(
     arguments: Arguments = None,
     require: Annotated[str, typer.Option("--require", help="Comma-separated: gpu, slurm, flash, quant, ranks.")] = "",
@@ -264,7 +262,7 @@ def doctor(
     raise typer.Exit(importlib.import_module("ccmdist.diagnostics.doctor").run(arguments or [], require, as_json))
 
 
-@app.command(epilog=_example("ccmdist demo --out runs/demo"))
+@app.command(epilog=example("ccmdist demo --out runs/demo"))
 def demo(out: Out = Path("runs/demo")) -> None:
     """Run the whole chain on this machine: phantoms, training that is preempted and resumed, synthesis, report."""
     importlib.import_module("ccmdist.jobs.demo").run(out)
@@ -276,10 +274,16 @@ def main() -> None:
     sys.exit(exit_code(sys.argv[1:]))
 
 
-def exit_code(arguments: list[str]) -> int:
-    """Run one command; its exit code. What the user can mend is told in one message."""
+def exit_code(arguments: list[str], command: typer.Typer = app, name: str = "ccmdist") -> int:
+    """Run one command; its exit code. What the user can mend is told in one message.
+
+    Args:
+        arguments: What follows the name.
+        command: This command line, or a script's own.
+        name: As the user typed it, for help texts.
+    """
     try:
-        code = typer.main.get_command(app).main(arguments, prog_name="ccmdist", standalone_mode=False) or 0
+        code = typer.main.get_command(command).main(arguments, prog_name=name, standalone_mode=False) or 0
     except Preempted as stop:
         return _told(str(stop), EXIT_REQUEUE)
     except CcmdistError as error:

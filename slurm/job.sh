@@ -2,6 +2,7 @@
 # What all jobs do before, around and after their tasks. Sourced by the scripts beside it, in the folder of submission.
 #
 #   begin_job STAGE ARGUMENTS...   freeze code and settings at the first start, count the start, set the environment
+#   begin_frozen_job STAGE FOLDER  the same for a job whose folder exists (launch/)
 #   run_tasks BAD_EXIT             one srun task per GPU; 1: the first that fails ends all, 0: each works for itself
 #   conclude CODE                  end the script with the contract's exit code; start again if there is work left
 #
@@ -19,16 +20,32 @@ say() { echo "$(date +%T) $REQUEUE_ID: $*" >&2; }
 begin_job() {
     STAGE=$1
     shift
-    SUBMITTED=("$@")
+    AS_SUBMITTED="sbatch${SLURM_ARRAY_TASK_ID:+ --array=...} slurm/$STAGE.sh $(printf '%q ' "$@")"
+    split_options "$@"
+    enter
+    [ -e "$JOB_LINK" ] || freeze
+    CCMDIST_JOB=$(readlink -f "$JOB_LINK")
+    start
+}
+
+# A launcher has frozen the job before it submitted it, and says where.
+begin_frozen_job() {
+    STAGE=$1 CCMDIST_JOB=$2
+    AS_SUBMITTED="python launch/$STAGE.py with the arguments in $2/job.json"
+    enter
+    start
+}
+
+enter() {
     CCMDIST_JOB_START=$(date +%s)
     # The shell outlives the signals that stop its tasks, so that it can say what becomes of the job.
     trap : USR1 USR2 TERM
     say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST"
-    split_options "$@"
     # shellcheck source=slurm/env.sh
     . "$SCRIPTS/env.sh" || exit 78
-    [ -e "$JOB_LINK" ] || freeze
-    CCMDIST_JOB=$(readlink -f "$JOB_LINK")
+}
+
+start() {
     export CCMDIST_JOB CCMDIST_JOB_START
     # Python shall not find the submit folder's code before the frozen one.
     export PYTHONPATH=$CCMDIST_JOB/code PYTHONSAFEPATH=1
@@ -110,6 +127,6 @@ again() {
         say "$1; Slurm has put it back into the queue"
     else
         say "$1, and cannot be put back into the queue (${answer:-no answer}); to go on:"
-        say "  sbatch${SLURM_ARRAY_TASK_ID:+ --array=...} slurm/$STAGE.sh $(printf '%q ' "${SUBMITTED[@]}")"
+        say "  $AS_SUBMITTED"
     fi
 }

@@ -14,10 +14,17 @@ from pydantic import BaseModel, ValidationError
 
 from ccmdist.commit import digest_of
 from ccmdist.config.settings import Settings, free_fields
+from ccmdist.config.slurm import SlurmSettings
 from ccmdist.errors import ConfigError
 
 S = TypeVar("S", bound=Settings)
 MAX_YAML_BYTES = 1 << 20
+
+
+def parted(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The words of a command line as YAML files and overrides; a file whose path holds a "=" is one if it exists."""
+    files = [a for a in arguments if "=" not in a or Path(a).is_file()]
+    return [Path(a) for a in files], [a for a in arguments if a not in files]
 
 
 def load(kind: type[S], files: Sequence[Path], overrides: Sequence[str] = ()) -> S:
@@ -31,6 +38,25 @@ def load(kind: type[S], files: Sequence[Path], overrides: Sequence[str] = ()) ->
     Raises:
         ConfigError: If a file cannot be read, or any field is unknown, missing, of the wrong type or out of range.
     """
+    return validate(kind, _values(files, overrides), _source(files))
+
+
+def load_for_slurm(kind: type[S], files: Sequence[Path], overrides: Sequence[str] = ()) -> tuple[S, SlurmSettings]:
+    """The settings of a stage, and of the job that is to run it: the section `slurm` of the same files and overrides.
+
+    Raises:
+        ConfigError: As :func:`load`; the problems of both are told at once.
+    """
+    values = _values(files, overrides)
+    section = values.pop("slurm", None)
+    config, problems = _checked(kind, values)
+    slurm, others = _checked(SlurmSettings, {} if section is None else section, "slurm")
+    if config is None or slurm is None:
+        raise _refusal(f"{kind.__name__} and its slurm section", _source(files), problems + others)
+    return config, slurm
+
+
+def _values(files: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:
     merged = OmegaConf.create({})
     for file in files:
         merged = _merge(merged, _read(file), str(file))
@@ -42,19 +68,32 @@ def load(kind: type[S], files: Sequence[Path], overrides: Sequence[str] = ()) ->
         except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
             raise ConfigError(f"override '{override}': {_first_line(error)}", "write overrides as key=value") from None
         merged = _merge(merged, addition, f"override '{override}'")
-    values = OmegaConf.to_container(merged, resolve=False)
-    _refuse_interpolation(values, "")
-    values = OmegaConf.to_container(merged, resolve=True)
-    return validate(kind, values, source=", ".join(map(str, files)) or "the command line")
+    _refuse_interpolation(OmegaConf.to_container(merged, resolve=False), "")
+    values: Any = OmegaConf.to_container(merged, resolve=True)
+    return values
+
+
+def _source(files: Sequence[Path]) -> str:
+    return ", ".join(map(str, files)) or "the command line"
 
 
 def validate(kind: type[S], values: Any, source: str) -> S:
     """Validate ``values`` as ``kind``; one ConfigError names every problem with its dotted path."""
+    config, problems = _checked(kind, values)
+    if config is None:
+        raise _refusal(kind.__name__, source, problems)
+    return config
+
+
+def _checked(kind: type[S], values: Any, section: str = "") -> tuple[S | None, list[str]]:
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(values), []
     except ValidationError as error:
-        problems = [_problem(kind, e) for e in error.errors()]
-        raise ConfigError(f"{kind.__name__} from {source}:\n  " + "\n  ".join(problems)) from None
+        return None, [_problem(kind, e, section) for e in error.errors()]
+
+
+def _refusal(what: str, source: str, problems: Sequence[str]) -> ConfigError:
+    return ConfigError(f"{what} from {source}:\n  " + "\n  ".join(problems))
 
 
 def read_resolved(kind: type[S], path: Path) -> S:
@@ -135,8 +174,8 @@ def _refuse_interpolation(values: Any, path: str) -> None:
         raise ConfigError(f"{path}: interpolation '{values}' is not allowed in a config", "write the value itself")
 
 
-def _problem(kind: type[BaseModel], error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+def _problem(kind: type[BaseModel], error: Any, section: str = "") -> str:
+    where = ".".join(str(part) for part in ((section,) if section else ()) + error["loc"])
     if error["type"] == "extra_forbidden":
         *parents, name = error["loc"]
         known = sorted({field for model in _models_at(kind, parents) for field in model.model_fields})

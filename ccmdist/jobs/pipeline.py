@@ -1,0 +1,101 @@
+"""The whole chain as one request: settings of each stage from one command line, and the jobs they make.
+
+How large the later arrays must be is not known before the earlier stages have run. It is told from the masks that will
+be drawn and the shards that will be measured; a few more or fewer workers than open units do no harm, because any
+number of workers does what is left.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from ccmdist.cluster.run_directory import RunDirectory
+from ccmdist.config.data import DataSettings
+from ccmdist.config.loading import load_for_slurm
+from ccmdist.config.settings import Settings
+from ccmdist.config.slurm import SlurmSettings
+from ccmdist.config.stages import STAGES
+from ccmdist.errors import ConfigError
+from ccmdist.jobs.launching import Request, evaluate_jobs, precompute_jobs, synthesize_jobs, train_jobs
+
+SHARED: Final = ("slurm", "data")
+"""Sections that may be given once for all stages that have them."""
+USAGE: Final = (
+    "write STAGE=FILE.yaml, STAGE.key=value, slurm.key=value or data.key=value, "
+    f"where STAGE is one of {', '.join(STAGES)}"
+)
+
+
+def pipeline_jobs(arguments: Sequence[str]) -> list[Request]:
+    """The jobs of all stages in order, from the words of a command line.
+
+    Raises:
+        ConfigError: If a word means no stage, a setting is wrong, or what one stage leaves is not what the next takes.
+        CcmdistError: If the shards or the model are not there.
+    """
+    words = _by_stage(arguments)
+    loaded = {stage: load_for_slurm(kind, *words[stage]) for stage, kind in STAGES.items()}
+    configs: dict[str, Any] = {stage: config for stage, (config, _) in loaded.items()}
+    slurm: dict[str, SlurmSettings] = {stage: section for stage, (_, section) in loaded.items()}
+    configs["synthesize"] = _with_adapter(configs)
+    _refuse_gaps(configs)
+    return [
+        *precompute_jobs(configs["precompute"], slurm["precompute"]),
+        *train_jobs(configs["train"], slurm["train"]),
+        *synthesize_jobs(configs["synthesize"], slurm["synthesize"]),
+        *evaluate_jobs(configs["evaluate"], slurm["evaluate"]),
+    ]
+
+
+def _by_stage(arguments: Sequence[str]) -> dict[str, tuple[list[Path], list[str]]]:
+    """Files and overrides of each stage; what is said to one stage wins over what is said to all."""
+    files: dict[str, list[Path]] = {stage: [] for stage in STAGES}
+    shared: dict[str, list[str]] = {stage: [] for stage in STAGES}
+    own: dict[str, list[str]] = {stage: [] for stage in STAGES}
+    for word in arguments:
+        name, is_set, value = word.partition("=")
+        first, _, rest = name.partition(".")
+        if first in STAGES and is_set and not rest:
+            files[first].append(Path(value))
+        elif first in STAGES and is_set:
+            own[first].append(f"{rest}={value}")
+        elif first in SHARED and is_set and rest:
+            for stage in STAGES:
+                if first == "slurm" or first in STAGES[stage].model_fields:
+                    shared[stage].append(word)
+        else:
+            raise ConfigError(f"'{word}' belongs to no stage", USAGE)
+    return {stage: (files[stage], shared[stage] + own[stage]) for stage in STAGES}
+
+
+def _with_adapter(configs: dict[str, Any]) -> Settings:
+    """The settings of synthesis, with the run that is trained before it as its adapter unless another one is named."""
+    synthesize: Settings = configs["synthesize"]
+    if configs["synthesize"].adapter is None:
+        return synthesize.model_copy(update={"adapter": RunDirectory(configs["train"].run).adapter})
+    return synthesize
+
+
+def _refuse_gaps(configs: dict[str, Any]) -> None:
+    """Refuse before days of computing what the next stage would not find."""
+    filled: DataSettings = configs["precompute"].data
+    for stage in ("train", "synthesize"):
+        for field in DataSettings.model_fields:
+            made, wanted = getattr(filled, field), getattr(configs[stage].data, field)
+            if made != wanted:
+                raise ConfigError(
+                    f"{stage}.data.{field} is {wanted}, but precompute fills the cache for {made}",
+                    f"give both the same, for instance with data.{field}=...",
+                )
+    drawn, compared = configs["synthesize"].out, configs["evaluate"]
+    if drawn not in compared.synthetic.values():
+        raise ConfigError(
+            f"evaluate.synthetic names {', '.join(map(str, compared.synthetic.values()))}, but not {drawn}, which "
+            "synthesize draws",
+            f"set evaluate.synthetic.NAME={drawn}",
+        )
+    if compared.real != filled.shards:
+        raise ConfigError(
+            f"evaluate.real is {compared.real}, but the images are drawn for masks of {filled.shards}",
+            f"set evaluate.real={filled.shards}",
+        )
