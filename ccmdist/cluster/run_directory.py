@@ -7,6 +7,7 @@ runs/NAME/
   checkpoints/      step-00001000/ ...
   tensorboard/      event files
   adapter/          the exported adapter of a finished run
+  ledger.jsonl      what the time of every attempt was spent on
   owner.json        host, process and job that hold the lock
 """
 
@@ -52,6 +53,7 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
         self.adapter = path / "adapter"
         self.config = path / "config.json"
+        self.ledger = path / "ledger.jsonl"
         self._lock = filelock.FileLock(path / ".lock", timeout=0)
 
     def hold(self) -> None:

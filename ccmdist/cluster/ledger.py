@@ -1,0 +1,114 @@
+"""The ledger of a run: what every attempt's wall time was spent on; one JSON object per line, only ever appended.
+
+    {"time", "attempt", "event": "attempt", "step", "began", "job", "restart", "ranks", "gpus", "host"}
+    {"time", "attempt", "event": "section", "section", "seconds", "step", "last_step"}
+    {"time", "attempt", "event": "commit", "step", "seconds"}
+    {"time", "attempt", "event": "end", "state", "reason", "step"}
+
+``time`` and ``began`` are Unix seconds. A section line holds what was spent since the line before, over the steps
+after ``step`` up to ``last_step``. An attempt that was killed has no "end"; its last line may be torn.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+Event = dict[str, Any]
+
+SECTIONS: Final = ("startup", "restore", "data_wait", "compute", "validation", "checkpoint")
+"""What a training process does; see :mod:`ccmdist.cluster.sections`."""
+OF_STEPS: Final = frozenset(("data_wait", "compute", "validation", "checkpoint"))
+"""Sections whose time is wasted when their steps have to be done again."""
+BUCKETS: Final = (*SECTIONS, "wasted", "queue", "other")
+
+
+def read_ledger(path: Path) -> list[Event]:
+    """The events in a ledger, oldest first; empty if there is none. What a kill has torn is left out."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    return [event for line in lines if (event := _event(line)) is not None]
+
+
+def buckets(events: Sequence[Event]) -> dict[str, float]:
+    """Seconds of a run's wall time by what they were spent on; they sum to the time since its first job began.
+
+    ``wasted`` is what went into steps that a later attempt had to do again, ``queue`` the time from an attempt's last
+    line to the start of the next job (so also what a killed attempt did after that line), ``other`` the rest.
+    """
+    attempts = _attempts(events)
+    spent = dict.fromkeys(BUCKETS, 0.0)
+    for number, lines in enumerate(attempts):
+        surviving = min((_first_step(later) for later in attempts[number + 1 :]), default=math.inf)
+        _add_attempt(spent, lines, surviving)
+    for before, after in pairwise(attempts):
+        spent["queue"] += max(after[0]["began"] - _last_time(before), 0.0)
+    return spent
+
+
+def ettr(spent: dict[str, float], with_queue: bool = True) -> float:
+    """Effective training time ratio, or goodput: steps that survive over all wall time; 0 before any time has passed.
+
+    Args:
+        spent: From :func:`buckets`.
+        with_queue: Whether the time between attempts counts as the run's.
+    """
+    wall_s = sum(spent.values()) - (0.0 if with_queue else spent["queue"])
+    return (spent["data_wait"] + spent["compute"]) / wall_s if wall_s > 0 else 0.0
+
+
+def _event(line: bytes) -> Event | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and event.keys() >= {"time", "attempt", "event"} else None
+
+
+def _attempts(events: Sequence[Event]) -> list[list[Event]]:
+    """The lines of every attempt, its "attempt" line first."""
+    starts = [event for event in events if event["event"] == "attempt"]
+    return [
+        [start, *(event for event in events if event["attempt"] == start["attempt"] and event is not start)]
+        for start in starts
+    ]
+
+
+def _first_step(lines: Sequence[Event]) -> int:
+    """Where an attempt went on: what was committed by name may have turned out to be broken when it was restored."""
+    restored = [line["step"] for line in lines if line.get("section") == "restore"]
+    return int(restored[0] if restored else lines[0]["step"])
+
+
+def _last_time(lines: Sequence[Event]) -> float:
+    return float(max(line["time"] for line in lines))
+
+
+def _add_attempt(spent: dict[str, float], lines: Sequence[Event], surviving: float) -> None:
+    """Add the time of one attempt, of which the steps up to ``surviving`` were not done again."""
+    known_s, committed = 0.0, _first_step(lines)
+    for line in lines:
+        if line["event"] == "commit":
+            committed = max(committed, line["step"])
+        elif line["event"] == "section" and line["section"] in SECTIONS:
+            share = _surviving_share(line, surviving, committed)
+            spent[line["section"]] += share * line["seconds"]
+            spent["wasted"] += (1 - share) * line["seconds"]
+            known_s += line["seconds"]
+    spent["other"] += max(_last_time(lines) - lines[0]["began"] - known_s, 0.0)
+
+
+def _surviving_share(line: Event, surviving: float, committed: int) -> float:
+    """The part of a line's time that went into what was not done again.
+
+    A line of the last surviving step itself is lost if it was written after that step had been committed: it tells of
+    the next step, which nobody saw the end of.
+    """
+    first, last = line["step"], line["last_step"]
+    if line["section"] not in OF_STEPS or last < surviving or last == surviving > committed:
+        return 1.0
+    return max(surviving - first, 0) / (last - first) if last > first else 0.0
