@@ -47,12 +47,14 @@ def synthesize(
     num_workers: int = 1,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Draw every batch of this worker that is not committed yet; whether the set is complete with that.
+    """Draw batches until no open one is left that nobody else draws; whether the set is complete with that.
+
+    A batch that another worker draws at the end is left to it, or to whoever is started in its place should it die.
 
     Args:
         config: Which masks, how many images, which sampler.
         adapter: What is merged into the model; None for the untuned model.
-        worker_index: This worker takes the batches ``worker_index::num_workers`` of the plan.
+        worker_index: This worker begins with the batches ``worker_index::num_workers`` of the plan.
         num_workers: Workers that share the batches without talking to each other.
         should_stop: Asked between batches.
 
@@ -71,9 +73,13 @@ def synthesize(
     output.accept()
     mine = output.open_batches(worker_index, num_workers)
     log.info("%s: %d of %d batches are this worker's and to be drawn", config.out, len(mine), len(plan.batches))
-    if mine:
+    # To load the model takes minutes, in which no batch is claimed.
+    if any(map(output.is_free, [*mine, *output.open_for_help(worker_index, num_workers)])):
         cache = LatentCache.open(config.data, encoders, (config.split,))
-        _draw_all(config, output, ImageSampler(plan, model, cache, adapter), Sources(config, cache), mine, should_stop)
+        worker = Worker(config, output, ImageSampler(plan, model, cache, adapter), Sources(config, cache), should_stop)
+        worker.draw(mine)
+        while worker.draw(output.open_for_help(worker_index, num_workers)):
+            log.info("%s: looking for batches that others have left meanwhile", config.out)
     return _told(output, output.finish())
 
 
@@ -164,27 +170,59 @@ class ImageSampler:
         return tensor.to(self.device, self.dtype)
 
 
-def _draw_all(
-    config: SynthesizeConfig,
-    output: SyntheticSet,
-    sampler: ImageSampler,
-    sources: Sources,
-    mine: list[int],
-    should_stop: Callable[[], bool],
-) -> None:
-    start, num_images = time.monotonic(), 0
-    for done, batch in enumerate(tracked(mine, "batches", len(mine))):
-        if should_stop():
+class Worker:
+    """One of the workers of a set: a model, and what it draws with it.
+
+    Args:
+        config: How often to tell how far it is.
+        output: The set.
+        sampler: Draws.
+        sources: What is drawn from.
+        should_stop: Asked before each batch that is to be drawn.
+    """
+
+    def __init__(
+        self,
+        config: SynthesizeConfig,
+        output: SyntheticSet,
+        sampler: ImageSampler,
+        sources: Sources,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.config, self.output, self.sampler, self.sources = config, output, sampler, sources
+        self.should_stop = should_stop
+        self.start, self.num_batches, self.num_images = time.monotonic(), 0, 0
+
+    def draw(self, batches: Sequence[int]) -> int:
+        """Draw and commit those of the batches that are open and that nobody else draws; how many that were.
+
+        Raises:
+            Preempted: If ``should_stop`` said so while there was work left.
+        """
+        before = self.num_batches
+        for batch in tracked(batches, "batches", len(batches)):
+            with self.output.claim(batch) as is_mine:
+                if is_mine:
+                    self._refuse_to_go_on()
+                    self._draw(batch)
+        return self.num_batches - before
+
+    def _refuse_to_go_on(self) -> None:
+        if self.should_stop():
             raise Preempted(
-                f"synthesize: stopped with {done} of {len(mine)} batches drawn and committed",
+                f"synthesize: stopped with {self.output.num_committed()} of {len(self.output.plan.batches)} batches "
+                "drawn and committed",
                 "run the same command again",
             )
-        requests = output.plan.batches[batch].requests
-        output.commit_batch(batch, _triples(output.plan, batch, sampler.draw(requests), sources))
-        num_images += len(requests)
-        if (done + 1) % config.log_every_batches == 0:
-            per_hour = num_images * S_PER_HOUR / max(time.monotonic() - start, 1e-9)
-            log.info("batch %d: %d images drawn, %.0f per hour", batch, num_images, per_hour)
+
+    def _draw(self, batch: int) -> None:
+        requests = self.output.plan.batches[batch].requests
+        images = self.sampler.draw(requests)
+        self.output.commit_batch(batch, _triples(self.output.plan, batch, images, self.sources))
+        self.num_batches, self.num_images = self.num_batches + 1, self.num_images + len(requests)
+        if self.num_batches % self.config.log_every_batches == 0:
+            per_hour = self.num_images * S_PER_HOUR / max(time.monotonic() - self.start, 1e-9)
+            log.info("batch %d: %d images drawn by this worker, %.0f per hour", batch, self.num_images, per_hour)
 
 
 def _triples(plan: Plan, batch: int, images_BHW: NDArray[np.uint8], sources: Sources) -> Iterator[Triple]:

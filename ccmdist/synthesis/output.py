@@ -3,6 +3,7 @@
 OUT/
   plan.json                what is to be drawn
   batches/test-000123.tar  images of batch 123, until its shard is there
+  claims/000124            locked by the worker that draws batch 124
   test-000004.tar          shard 4: the images of ``batches_per_shard`` consecutive batches
   manifest.json            when all shards are there
 
@@ -11,6 +12,7 @@ without talking to each other: whoever finds all batches of a shard makes the sh
 makes the manifest. Two who do so at once write the same bytes.
 """
 
+import contextlib
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -25,9 +27,11 @@ from ccmdist.data.reader import read_shard
 from ccmdist.data.triple import Triple
 from ccmdist.data.writer import write_shard
 from ccmdist.errors import ShardError
+from ccmdist.synthesis.claims import claimed, order_of_help, share
 from ccmdist.synthesis.plan import Plan, Request, accept_plan, mask_sha256
 
 BATCHES: Final = "batches"
+CLAIMS: Final = "claims"
 
 
 class SyntheticSet:
@@ -40,7 +44,7 @@ class SyntheticSet:
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder, self.plan = folder, plan
-        self._batches = folder / BATCHES
+        self._batches, self._claims = folder / BATCHES, folder / CLAIMS
 
     def accept(self) -> None:
         """Begin the set, or check that it was begun with the same plan.
@@ -57,8 +61,28 @@ class SyntheticSet:
 
     def open_batches(self, worker_index: int = 0, num_workers: int = 1) -> list[int]:
         """The batches ``worker_index::num_workers`` that are not committed."""
-        mine = range(worker_index, len(self.plan.batches), num_workers)
+        mine = share(len(self.plan.batches), worker_index, num_workers)
         return [batch for batch in mine if not self.is_committed(batch)]
+
+    def open_for_help(self, worker_index: int, num_workers: int) -> list[int]:
+        """All batches that are not committed, in the order in which this worker helps with them."""
+        order = order_of_help(len(self.plan.batches), worker_index, num_workers)
+        return [batch for batch in order if not self.is_committed(batch)]
+
+    @contextlib.contextmanager
+    def claim(self, batch: int) -> Iterator[bool]:
+        """Whether the batch is open and this process has it to itself while the body runs."""
+        if self.is_committed(batch):
+            yield False
+            return
+        with claimed(self._claims, batch) as is_mine:
+            # Whoever had the claim before may have committed the batch.
+            yield is_mine and not self.is_committed(batch)
+
+    def is_free(self, batch: int) -> bool:
+        """Whether the batch is open and no live process draws it."""
+        with self.claim(batch) as is_mine:
+            return is_mine
 
     def commit_batch(self, batch: int, triples: Iterable[Triple]) -> None:
         """Commit the images of a batch and, if they were the last ones of their shard, the shard."""
@@ -92,7 +116,8 @@ class SyntheticSet:
             return False
         if not self._has_manifest():
             self._commit_manifest()
-        shutil.rmtree(self._batches, ignore_errors=True)
+        for folder in (self._batches, self._claims):
+            shutil.rmtree(folder, ignore_errors=True)
         for left_by_a_kill in self.folder.glob(".*.tmp-*"):
             left_by_a_kill.unlink(missing_ok=True)
         return True

@@ -5,6 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from files_of_sets import images_of
 
 from ccmdist.config.loading import load
 from ccmdist.config.synthesize import SynthesizeConfig
@@ -115,3 +116,27 @@ def one_model(monkeypatch):
     """Build the model and the VAE once for all runs of a test; none of them may have an adapter, which changes it."""
     monkeypatch.setattr(generate.mmdit, "build", cache(generate.mmdit.build))
     monkeypatch.setattr(generate.LatentCodec, "load", cache(generate.LatentCodec.load))
+
+
+@pytest.fixture(scope="session")
+def drawn(sources, tmp_path_factory):
+    """The set that one uninterrupted worker draws."""
+    out = tmp_path_factory.mktemp("drawn") / "set"
+    assert generate.synthesize(config_for(sources, out), None)
+    return out
+
+
+@pytest.fixture
+def remembered(drawn, monkeypatch):
+    """Images come from the set that was drawn: for tests of what happens to images, not in them."""
+    images = images_of(drawn)
+
+    class Remembered:
+        def __init__(self, *_):
+            pass
+
+        def draw(self, requests):
+            return np.stack([images[request.key] for request in requests])
+
+    monkeypatch.setattr(generate, "ImageSampler", Remembered)
+    return Remembered

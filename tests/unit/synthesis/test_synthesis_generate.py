@@ -1,6 +1,5 @@
 """Drawing with the real tiny model: what a sample holds, and that workers, kills and restarts change no byte."""
 
-import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from files_of_sets import contents, images_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,54 +22,11 @@ from ccmdist.errors import AdapterError, Preempted, RunError, ShardError
 from ccmdist.jobs.synthesize import describe
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.precompute.views import resized_mask
-from ccmdist.synthesis import generate
 from ccmdist.synthesis import output as output_module
 from ccmdist.synthesis.generate import adapter_digest, synthesize
 from ccmdist.synthesis.output import BATCHES, SyntheticSet
 from ccmdist.synthesis.plan import PLAN, mask_sha256, read_plan
 from ccmdist.synthesis.verify import verify_against_plan
-
-
-def contents(folder):
-    """SHA-256 of every file of a set."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def images_of(folder):
-    return {triple.key: triple.image for triple in read_split(folder, "test")}
-
-
-@pytest.fixture(scope="module")
-def drawn(sources, tmp_path_factory):
-    """The set that one uninterrupted worker draws."""
-    out = tmp_path_factory.mktemp("drawn") / "set"
-    from ccmdist.config.loading import load
-    from ccmdist.config.synthesize import SynthesizeConfig
-
-    overrides = [f"data.{name}={sources}/{name}" for name in ("shards", "model", "cache")]
-    sizes = ["data.image_size_px=64", "data.dtype=fp32", "images_per_mask=2", "batch_size=2", "batches_per_shard=2"]
-    config = load(SynthesizeConfig, [], [f"out={out}", *overrides, *sizes, "denoise_steps=2", "guidance_scale=3"])
-    assert synthesize(config, None)
-    return out
-
-
-@pytest.fixture
-def remembered(drawn, monkeypatch):
-    """Images come from the set that was drawn: for tests of what happens to images, not in them."""
-    images = images_of(drawn)
-
-    class Remembered:
-        def __init__(self, *_):
-            pass
-
-        def draw(self, requests):
-            return np.stack([images[request.key] for request in requests])
-
-    monkeypatch.setattr(generate, "ImageSampler", Remembered)
 
 
 def test_a_set_is_complete_and_says_what_it_is(drawn):
@@ -136,16 +93,6 @@ def test_any_number_of_workers_in_any_order_writes_the_same_bytes(
     complete = [synthesize(config(out=out), None, worker, num_workers) for worker in workers]
     assert complete[-1]
     assert contents(tmp_path / out) == contents(drawn)
-
-
-def test_a_worker_draws_only_its_share_and_no_manifest_appears_before_the_last(config, remembered, tmp_path):
-    assert not synthesize(config(), None, 1, 2)
-    assert sorted(path.name for path in (tmp_path / "out" / BATCHES).iterdir()) == [
-        "test-000001.tar",
-        "test-000003.tar",
-    ]
-    assert not (tmp_path / "out" / MANIFEST).exists()
-    assert synthesize(config(), None, 0, 2)
 
 
 class Killed(BaseException):
