@@ -1,0 +1,128 @@
+"""Images measured by the workers of an array, and compared by one: the report of a single run, to the last byte."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ccmdist.commit import commit_json
+from ccmdist.config.data import PhantomShardsConfig
+from ccmdist.config.evaluate import EvaluateConfig
+from ccmdist.config.loading import load, resolved
+from ccmdist.data.manifest import read_manifest
+from ccmdist.data.phantom_shards import write_phantom_set
+from ccmdist.data.reader import read_keys, read_split
+from ccmdist.data.writer import write_set
+from ccmdist.errors import Preempted, ShardError
+from ccmdist.evaluation import comparison as comparison_module
+from ccmdist.evaluation.comparison import MEASURES_FOLDER, measure
+from ccmdist.evaluation.features import Measuring
+from ccmdist.jobs import evaluate
+
+SIZE_PX = 64
+
+
+def drawn(triple, number, image, source_key):
+    origin = {"source_key": source_key, "source_set_digest": "d", "seed": 3, "base_digest": "b", "adapter_digest": "a"}
+    meta = replace(triple.meta, source="synthetic", provenance={**origin, "denoise_steps": 12, "guidance_scale": 2.0})
+    return "test", replace(triple, key=f"{source_key}-{number:04d}", image=image, meta=meta)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """A dozen phantoms in three shards, and two images for each, in five; every third is one of a flipped view."""
+    root = tmp_path_factory.mktemp("sets")
+    phantoms = {"subjects_per_group": 4, "frames_per_subject": 2, "test_fraction": 0.5, "val_fraction": 0}
+    write_phantom_set(PhantomShardsConfig(out=root / "real", size_px=SIZE_PX, samples_per_shard=4, **phantoms))
+    rng = np.random.default_rng(0)
+
+    def images():
+        for index, triple in enumerate(read_split(root / "real", "test")):
+            for number in range(2):
+                noisy = np.clip(triple.image + rng.normal(0, 6, triple.image.shape), 0, 255).astype(np.uint8)
+                flipped = (index + number) % 3 == 0
+                image = np.ascontiguousarray(noisy[:, ::-1]) if flipped else noisy
+                yield drawn(triple, number, image, f"{triple.key}-hflip" if flipped else triple.key)
+
+    write_set(root / "close", "synthetic", images(), 5)
+    return root
+
+
+def config_of(sets, out):
+    values = [f"real={sets}/real", f"synthetic.close={sets}/close", f"out={out}", "num_bootstrap=100"]
+    return load(EvaluateConfig, [], [*values, "num_grid_images=2", "minimum.frechet_images=10"])
+
+
+def run(config, monkeypatch, worker=None, num_workers=3):
+    """Run the stage alone, or as a worker of a Slurm array."""
+    commit_json(config.out / "config.json", resolved(config))
+    with monkeypatch.context() as patch:
+        if worker is not None:
+            patch.setenv("SLURM_ARRAY_TASK_ID", str(worker))
+            patch.setenv("SLURM_ARRAY_TASK_COUNT", str(num_workers))
+        evaluate.run(str(config.out / "config.json"))
+
+
+def measured(out):
+    return {path.name: path.read_bytes() for path in (out / MEASURES_FOLDER).iterdir()}
+
+
+def test_an_array_and_one_who_compares_give_the_report_of_a_single_run(sets, tmp_path, monkeypatch, capsys):
+    single = config_of(sets, tmp_path / "single")
+    run(single, monkeypatch)
+    report = json.loads((single.out / "report.json").read_text())
+    assert report["synthetic"]["close"]["paired"]["num_images"] == 24
+    capsys.readouterr()
+
+    shared = config_of(sets, tmp_path / "shared")
+    # What is measured depends on nobody else: the images that are drawn of a mask do not wait for the real frames.
+    for worker, num_files in ((2, 2), (0, 5), (1, 8)):
+        run(shared, monkeypatch, worker)
+        assert len(measured(shared.out)) == num_files
+        assert not (shared.out / "report.json").exists()
+    assert capsys.readouterr().out == ""
+    files = {path: path.stat().st_mtime_ns for path in (shared.out / MEASURES_FOLDER).iterdir()}
+
+    run(shared, monkeypatch)
+    assert measured(shared.out) == measured(single.out)
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    told = (shared.out / "report.json").read_text().replace(str(shared.out), str(single.out))
+    assert told == (single.out / "report.json").read_text()
+    assert "report: " in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_who_compares_measures_what_a_killed_worker_has_left(sets, tmp_path, monkeypatch):
+    config = config_of(sets, tmp_path)
+    run(config, monkeypatch, worker=1)
+    run(config, monkeypatch)
+    assert len(measured(tmp_path)) == 8
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_stop_between_shards_keeps_what_is_measured(sets, tmp_path, monkeypatch):
+    config = config_of(sets, tmp_path)
+    with pytest.raises(Preempted) as stop:
+        measure(config, should_stop=iter([False] * 3 + [True]).__next__)
+    assert str(stop.value) == (
+        "evaluate: stopped with 3 of 8 shards measured and committed; run the same command again"
+    )
+    assert stop.value.exit_code == 75
+    assert comparison_module.num_unmeasured(config) == 5
+    again = []
+    table = Measuring.table
+    monkeypatch.setattr(Measuring, "table", lambda *arguments: again.append(arguments) or table(*arguments))
+    measure(config)
+    assert len(again) == 5
+
+
+def test_the_keys_of_a_shard_are_read_without_its_contents(sets, tmp_path):
+    shard = read_manifest(sets / "real").of_split("test")[1]
+    triples = list(read_split(sets / "real", "test"))
+    assert read_keys(sets / "real", shard) == [triple.key for triple in triples[4:8]]
+    shutil.copy(sets / "real" / shard.name, tmp_path)
+    with (tmp_path / shard.name).open("r+b") as tar:
+        tar.truncate(512)
+    with pytest.raises(ShardError, match=rf"{shard.name}: byte \d+: the tar ends without its end mark"):
+        read_keys(tmp_path, shard)
