@@ -15,7 +15,7 @@ REQUEUE_ID=$JOB_ID${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 # A link to the job's folder; what the links' names hold cannot be a setting, whatever the folder is called.
 JOB_LINK=slurm/logs/$JOB_ID.job
 
-say() { echo "$(date +%T) $REQUEUE_ID: $*" >&2; }
+say() { printf '%(%T)T %s: %s\n' -1 "$REQUEUE_ID" "$*" >&2; }
 
 begin_job() {
     STAGE=$1
@@ -37,7 +37,7 @@ begin_frozen_job() {
 }
 
 enter() {
-    CCMDIST_JOB_START=$(date +%s)
+    printf -v CCMDIST_JOB_START '%(%s)T' -1
     # The shell outlives the signals that stop its tasks, so that it can say what becomes of the job.
     trap : USR1 USR2 TERM
     say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST"
@@ -100,7 +100,7 @@ run_tasks() {
     trap 'kill -USR2 "$TASKS" 2>/dev/null; INTERRUPTED=1' USR1 USR2 TERM
     while
         INTERRUPTED=
-        wait "$TASKS" && code=0 || code=$?
+        { wait "$TASKS"; } 2>/dev/null && code=0 || code=$?
         [ -n "$INTERRUPTED" ]
     do :; done
     trap : USR1 USR2 TERM
