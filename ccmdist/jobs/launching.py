@@ -56,7 +56,13 @@ class Request:
         slurm = self.slurm
         array = f"{self.num_array_tasks} array tasks of " if self.num_array_tasks > 1 else ""
         gpu = " with a GPU each" if slurm.num_gpus_per_node else ""
-        return f"{array}{slurm.nodes} nodes x {slurm.num_tasks_per_node} processes{gpu}"
+        return f"{array}{_told(slurm.nodes, 'node')} x {_told(slurm.num_tasks_per_node, 'process')}{gpu}"
+
+
+def _told(number: int, what: str) -> str:
+    if number == 1:
+        return f"1 {what}"
+    return f"{number} {what}{'es' if what.endswith('s') else 's'}"
 
 
 def train_jobs(config: TrainConfig, slurm: SlurmSettings, options: tuple[str, ...] = ()) -> list[Request]:
@@ -91,7 +97,7 @@ def _array(stage: str, config: Settings, slurm: SlurmSettings, what: str) -> Req
     open_units = importlib.import_module(f"ccmdist.jobs.{stage}").open_units(config)
     wanted = math.ceil(open_units / _workers(slurm))
     most = f", but max_array_tasks is {slurm.max_array_tasks}" if wanted > slurm.max_array_tasks else ""
-    why = f"{open_units} {what}, {_workers(slurm)} workers in each array task{most}"
+    why = f"{open_units} {what}, {_told(_workers(slurm), 'worker')} in each array task{most}"
     return Request(stage, config, slurm, min(wanted, slurm.max_array_tasks), why)
 
 
