@@ -258,7 +258,12 @@ def doctor(
     require: Annotated[str, typer.Option("--require", help="Comma-separated: gpu, slurm, flash, quant, ranks.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check machine, cluster and file system, with a remedy for each finding; settings say which folders matter."""
+    """Check machine, cluster and file system, with a remedy for each finding.
+
+    Settings are those of `ccmdist train`; they say which model, shards, cache and run matter. Inside a job of several
+    nodes it also tries what lies between them. WARN: works, but. MISS: something that --require, the settings or
+    ccmdist itself needs is absent or broken; then the exit code is 78, else 0.
+    """
     raise typer.Exit(importlib.import_module("ccmdist.diagnostics.doctor").run(arguments or [], require, as_json))
 
 

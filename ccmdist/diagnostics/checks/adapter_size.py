@@ -1,0 +1,48 @@
+"""How large the checkpoints of a run will be, from the headers of the weight files alone."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from ccmdist.config.train import TrainConfig, WDLoRASettings
+from ccmdist.errors import ModelError
+from ccmdist.models.model_folder import ModelFolder
+
+GROUPS: Final = {"attn": (".attn.",), "mlp": ("_mlp.",)}
+BYTES_PER_VALUE: Final = 12
+"""An fp32 value and two moments of the optimizer."""
+
+
+def checkpoint_bytes(config: TrainConfig) -> int:
+    """About what the kept checkpoints of a run, the one that is being written, and its adapter take; 0 if unknown."""
+    try:
+        values = num_values(config)
+    except (ModelError, OSError, ValueError, KeyError):
+        return 0
+    per_checkpoint = values * (BYTES_PER_VALUE + (4 if config.optim.ema_decay is not None else 0))
+    return per_checkpoint * (config.checkpoint.keep + 1) + 4 * values
+
+
+def num_values(config: TrainConfig) -> int:
+    """About how many values of the adapter are trained: some of the last block are left out in truth."""
+    rank = config.adapter.lora_rank
+    magnitude = isinstance(config.adapter, WDLoRASettings)
+    parts = [part for target in config.adapter.targets for part in GROUPS.get(target, (target,))]
+    shapes = [shape for name, shape in _shapes(config.data.model) if any(part in name for part in parts)]
+    return sum(rank * (rows + columns) + magnitude * rows for rows, columns in shapes)
+
+
+def _shapes(model: Path) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Name and shape of every matrix in the blocks of the MMDiT."""
+    files = set(ModelFolder.open(model).weight_files("transformer").values())
+    for name, entry in (item for file in sorted(files) for item in _header(file).items()):
+        shape = entry.get("shape", ())
+        if name.startswith("transformer_blocks.") and name.endswith(".weight") and len(shape) == 2:
+            yield name, (shape[0], shape[1])
+
+
+def _header(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        header: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return header
