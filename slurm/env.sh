@@ -34,6 +34,11 @@ export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 # The words before every command: none in a virtual environment.
 CCMDIST_PREFIX=()
 if [ -n "$CCMDIST_CONTAINER" ]; then
+    if ! command -v apptainer >/dev/null; then
+        echo "ccmdist: there is no apptainer on $(hostname) for CCMDIST_CONTAINER=$CCMDIST_CONTAINER;" \
+            "load its module in slurm/env.sh" >&2
+        return 78
+    fi
     CCMDIST_PREFIX=(apptainer exec --nv --bind "$PWD${CCMDIST_BIND:+,$CCMDIST_BIND}" --pwd "$PWD" "$CCMDIST_CONTAINER")
 elif [ -r "$CCMDIST_VENV/bin/activate" ]; then
     # shellcheck source=/dev/null

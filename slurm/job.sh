@@ -20,7 +20,7 @@ say() { printf '%(%T)T %s: %s\n' -1 "$REQUEUE_ID" "$*" >&2; }
 begin_job() {
     STAGE=$1
     shift
-    AS_SUBMITTED="sbatch${SLURM_ARRAY_TASK_ID:+ --array=...} slurm/$STAGE.sh $(printf '%q ' "$@")"
+    AS_SUBMITTED="sbatch${SLURM_ARRAY_TASK_ID:+ --array=0-$SLURM_ARRAY_TASK_MAX} slurm/$STAGE.sh $(printf '%q ' "$@")"
     split_options "$@"
     enter
     [ -e "$JOB_LINK" ] || freeze
@@ -49,7 +49,7 @@ start() {
     export CCMDIST_JOB CCMDIST_JOB_START
     # Python shall not find the submit folder's code before the frozen one.
     export PYTHONPATH=$CCMDIST_JOB/code PYTHONSAFEPATH=1
-    in_environment python -m ccmdist job begin "$CCMDIST_JOB" || give_up $?
+    in_environment python3 -m ccmdist job begin "$CCMDIST_JOB" || give_up $?
     set_rendezvous
 }
 
@@ -70,9 +70,10 @@ in_environment() { "${CCMDIST_PREFIX[@]}" "$@"; }
 
 freeze() {
     local folder
-    folder=$(PYTHONSAFEPATH=1 in_environment python -m ccmdist job snapshot "$STAGE" "${SETTINGS[@]}") || give_up $?
+    folder=$(PYTHONSAFEPATH=1 in_environment python3 -m ccmdist job snapshot "$STAGE" "${SETTINGS[@]}") || give_up $?
     # Several tasks of an array may get here at once; a rename leaves one link, and all mean the same folder.
-    ln -s "$folder" "$JOB_LINK.$$" && mv -T "$JOB_LINK.$$" "$JOB_LINK"
+    mkdir -p "${JOB_LINK%/*}"
+    ln -s "$folder" "$JOB_LINK.$SLURM_JOB_ID" && mv -T "$JOB_LINK.$SLURM_JOB_ID" "$JOB_LINK"
 }
 
 # A job that cannot begin is no more lucky the next time, unless it was a signal that ended the attempt.
@@ -93,7 +94,7 @@ set_rendezvous() {
 
 run_tasks() {
     local code=0
-    srun --kill-on-bad-exit="$1" "${CCMDIST_PREFIX[@]}" python -m ccmdist "$STAGE" "$JOB_LINK/config.json" \
+    srun --kill-on-bad-exit="$1" "${CCMDIST_PREFIX[@]}" python3 -m ccmdist "$STAGE" "$JOB_LINK/config.json" \
         "${OPTIONS[@]}" &
     TASKS=$!
     # Slurm's own signals reach the tasks without us; one that was meant for the script alone is handed on.
@@ -121,12 +122,24 @@ conclude() {
 # Ask Slurm to start the job again; not fatal where Slurm does so by itself, or does not at all.
 again() {
     local answer
-    if answer=$(scontrol requeue "$REQUEUE_ID" 2>&1); then
+    if is_ended_by_slurm; then
+        say "$1; Slurm ends the job: it starts again if it was put back, and not if it was cancelled; then go on with"
+    elif answer=$(scontrol requeue "$REQUEUE_ID" 2>&1); then
         say "$1; it starts again by itself"
-    elif squeue --noheader --states=PENDING --jobs="$REQUEUE_ID" 2>/dev/null | grep -q .; then
-        say "$1; Slurm has put it back into the queue"
+        return
     else
-        say "$1, and cannot be put back into the queue (${answer:-no answer}); to go on:"
-        say "  $AS_SUBMITTED"
+        say "$1, but cannot be put back into the queue (${answer:-no answer}); go on with"
     fi
+    say "  $AS_SUBMITTED"
+}
+
+# Whether it was somebody else's will, which a requeue of ours would undo. A job whose time is up is ours to continue.
+is_ended_by_slurm() {
+    local state
+    state=$(squeue --noheader --jobs="$REQUEUE_ID" --format="%T %L" 2>/dev/null) || state=
+    case $state in
+        "COMPLETING 0:00") return 1 ;;
+        COMPLETING* | PENDING*) return 0 ;;
+        *) return 1 ;;
+    esac
 }
