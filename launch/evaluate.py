@@ -7,7 +7,7 @@ import typer
 from ccmdist.cli import SETTINGS, Arguments, DryRun, example, exit_code
 from ccmdist.config.evaluate import EvaluateConfig
 from ccmdist.config.loading import load_for_slurm, parted
-from ccmdist.jobs.launching import carry_out, evaluate_jobs
+from ccmdist.jobs.launching import carry_out, described, evaluate_jobs
 
 app = typer.Typer(**SETTINGS)
 
@@ -17,6 +17,7 @@ def evaluate(arguments: Arguments = None, dry_run: DryRun = False) -> None:
     """Compare synthetic sets with a real one, as a Slurm array and a last job. Section `slurm.`: launch/README.md."""
     words = arguments or []
     config, slurm = load_for_slurm(EvaluateConfig, *parted(words))
+    print(described("evaluate", config, slurm))
     for text in carry_out(evaluate_jobs(config, slurm), words, dry_run):
         print(text)
 

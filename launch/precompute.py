@@ -7,7 +7,7 @@ import typer
 from ccmdist.cli import SETTINGS, Arguments, DryRun, example, exit_code
 from ccmdist.config.data import PrecomputeConfig
 from ccmdist.config.loading import load_for_slurm, parted
-from ccmdist.jobs.launching import carry_out, precompute_jobs
+from ccmdist.jobs.launching import carry_out, described, precompute_jobs
 
 app = typer.Typer(**SETTINGS)
 
@@ -17,6 +17,7 @@ def precompute(arguments: Arguments = None, dry_run: DryRun = False) -> None:
     """Encode masks, prompts and images once, as a Slurm array. Fields of the section `slurm.`: launch/README.md."""
     words = arguments or []
     config, slurm = load_for_slurm(PrecomputeConfig, *parted(words))
+    print(described("precompute", config, slurm))
     for text in carry_out(precompute_jobs(config, slurm), words, dry_run):
         print(text)
 

@@ -7,7 +7,7 @@ import typer
 from ccmdist.cli import SETTINGS, Arguments, DryRun, example, exit_code
 from ccmdist.config.loading import load_for_slurm, parted
 from ccmdist.config.synthesize import SynthesizeConfig
-from ccmdist.jobs.launching import carry_out, synthesize_jobs
+from ccmdist.jobs.launching import carry_out, described, synthesize_jobs
 
 app = typer.Typer(**SETTINGS)
 
@@ -17,6 +17,7 @@ def synthesize(arguments: Arguments = None, dry_run: DryRun = False) -> None:
     """Draw images for the masks of a shard set, as a Slurm array. Fields of the section `slurm.`: launch/README.md."""
     words = arguments or []
     config, slurm = load_for_slurm(SynthesizeConfig, *parted(words))
+    print(described("synthesize", config, slurm))
     for text in carry_out(synthesize_jobs(config, slurm), words, dry_run):
         print(text)
 

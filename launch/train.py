@@ -7,7 +7,7 @@ import typer
 from ccmdist.cli import SETTINGS, AllowChange, Arguments, DryRun, example, exit_code
 from ccmdist.config.loading import load_for_slurm, parted
 from ccmdist.config.train import TrainConfig
-from ccmdist.jobs.launching import carry_out, train_jobs
+from ccmdist.jobs.launching import carry_out, described, train_jobs
 
 app = typer.Typer(**SETTINGS)
 
@@ -18,6 +18,7 @@ def train(arguments: Arguments = None, dry_run: DryRun = False, allow_change: Al
     words = arguments or []
     config, slurm = load_for_slurm(TrainConfig, *parted(words))
     options = tuple(f"--allow-change={field}" for field in allow_change or ())
+    print(described("train", config, slurm))
     for text in carry_out(train_jobs(config, slurm, options), words, dry_run):
         print(text)
 

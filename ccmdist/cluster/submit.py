@@ -82,8 +82,7 @@ def submit(job: BatchJob, work: Callable[[], None]) -> str:
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError
 
-    if shutil.which("sbatch") is None or shutil.which("srun") is None:
-        raise RunError("sbatch: not found on this machine", "submit on a node of the cluster, or look with --dry-run")
+    refuse_without_slurm()
     folder = _submitit_folder(job)
     folder.mkdir(mode=0o700, exist_ok=True)
     with outside_of_any_job():
@@ -96,6 +95,16 @@ def submit(job: BatchJob, work: Callable[[], None]) -> str:
             told = " ".join(str(error).split("stderr:")[-1].split())
             raise RunError(f"sbatch refused the job: {told}", "see `sinfo` and the slurm settings") from None
     return first.job_id.split("_")[0]
+
+
+def refuse_without_slurm() -> None:
+    """Refuse to submit where nothing can be submitted.
+
+    Raises:
+        RunError: If there is no Slurm here.
+    """
+    if shutil.which("sbatch") is None or shutil.which("srun") is None:
+        raise RunError("sbatch: not found on this machine", "submit on a node of the cluster, or look with --dry-run")
 
 
 def _parameters(job: BatchJob) -> dict[str, Any]:

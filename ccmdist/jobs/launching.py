@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ccmdist.cluster.job_folder import JobFolder
-from ccmdist.cluster.submit import BatchJob, batch_text, outside_of_any_job, submit
+from ccmdist.cluster.submit import BatchJob, batch_text, outside_of_any_job, refuse_without_slurm, submit
 from ccmdist.config.data import PrecomputeConfig
 from ccmdist.config.evaluate import EvaluateConfig
 from ccmdist.config.settings import Settings
@@ -63,6 +63,18 @@ def _told(number: int, what: str) -> str:
     if number == 1:
         return f"1 {what}"
     return f"{number} {what}{'es' if what.endswith('s') else 's'}"
+
+
+def described(stage: str, config: Settings, slurm: SlurmSettings) -> str:
+    """What the stage would do, as its own dry run tells it.
+
+    Raises:
+        CcmdistError: If it would refuse to start, which is better known before the job has waited in the queue.
+    """
+    if isinstance(config, TrainConfig):
+        config = config.model_copy(update={"processes": _workers(slurm)})
+    text: str = importlib.import_module(f"ccmdist.jobs.{stage}").describe(config)
+    return text
 
 
 def train_jobs(config: TrainConfig, slurm: SlurmSettings, options: tuple[str, ...] = ()) -> list[Request]:
@@ -116,6 +128,8 @@ def carry_out(requests: Sequence[Request], arguments: Sequence[str], is_dry_run:
     Raises:
         CcmdistError: If a job cannot be described in a batch file, or Slurm refuses it.
     """
+    if not is_dry_run:
+        refuse_without_slurm()
     submitted: list[str] = []
     for request in requests:
         shown = result_folder(request.config).absolute() / "jobs" / "NAME"

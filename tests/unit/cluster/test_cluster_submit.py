@@ -119,7 +119,7 @@ def test_a_refusal_of_sbatch_is_told_in_one_sentence(cluster):
 
 @pytest.mark.parametrize("name", ["a%jb", "a\\b", "a\nb", "a\u2028b", "a\x1bb"])
 def test_a_folder_that_cannot_stand_in_a_batch_file_is_refused(tmp_path, name):
-    with pytest.raises(ConfigError, match="cannot stand in a batch file.*choose a folder whose path is of other"):
+    with pytest.raises(ConfigError, match=r"cannot stand in a batch file.*choose a folder whose path is of other"):
         batch_text(job(tmp_path / name))
 
 
