@@ -244,9 +244,9 @@ def begin(folder: Annotated[Path, typer.Argument(help="Folder that `ccmdist job 
 
 @app.command(epilog=example("ccmdist status runs/tiny --watch"))
 def status(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or of a synthetic set while it is drawn.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every few seconds until ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew until it is done, refused, or ctrl-C.")] = False,
 ) -> None:
     """Tell where a run stands: state, step, time left, goodput, attempts, last checkpoint, why it last ended."""
     importlib.import_module("ccmdist.diagnostics.status").show(run, as_json, watch)

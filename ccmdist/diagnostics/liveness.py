@@ -20,7 +20,7 @@ from ccmdist.cluster.run_directory import RunDirectory
 T = TypeVar("T")
 State = Literal["new", "running", "waiting", "done", "refused", "killed"]
 
-DEFAULT_QUIET_LIMIT_S: Final = 1800.0
+DEFAULT_QUIET_LIMIT_MIN: Final = 60.0
 """Silence after which a run that cannot be looked at is taken for dead, where its settings do not say."""
 CLOCK_SKEW_S: Final = 300.0
 """Between a process's start and the time that a shared file system gives to what it writes."""
@@ -104,9 +104,9 @@ def _without_outcome(run: RunDirectory, job: SlurmJob | None, quiet_s: float) ->
 
 
 def quiet_limit_s(run: RunDirectory) -> float:
-    """Seconds of silence that no live run keeps: after them a collective that hangs would have ended it."""
-    minutes = settings(run).get("collective_timeout_min")
-    return 60.0 * minutes if isinstance(minutes, int | float) else DEFAULT_QUIET_LIMIT_S
+    """Seconds of silence that no live run keeps: the longest that its settings let anything take."""
+    limits = settings(run).get("timeouts") or {}
+    return 60 * max((limits[name] for name in limits if name.endswith("_min")), default=DEFAULT_QUIET_LIMIT_MIN)
 
 
 def settings(run: RunDirectory) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def write(folder, ledger, num_steps=20, owner=None, outcome=None, shift_s=0.0):
     folder.mkdir(parents=True, exist_ok=True)
     if owner is not None:
         (folder / "owner.json").write_text(json.dumps(owner))
-    settings = {"num_steps": num_steps, "checkpoint": {"every_steps": 10}, "collective_timeout_min": 30.0}
+    settings = {"num_steps": num_steps, "checkpoint": {"every_steps": 10}, "timeouts": {"step_min": 15.0, "meet_min": 30.0}}
     (folder / "config.json").write_text(json.dumps({"digest": "d", "settings": settings}))
     for line in ledger.lines:
         if line["event"] == "commit":
