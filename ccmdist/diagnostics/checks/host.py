@@ -101,15 +101,13 @@ def _threads(request: Request) -> Finding:
     processes, cores = request.config.processes if request.config else 1, len(os.sched_getaffinity(0))
     if not threads.isdigit():
         if request.in_job or processes > 1:
-            remedy = (
-                f"export OMP_NUM_THREADS={max(1, cores // processes)}: else each rank computes with all {cores} cores"
-            )
+            wanted = "$SLURM_CPUS_PER_TASK" if request.in_job else str(max(1, cores // processes))
+            remedy = f"export OMP_NUM_THREADS={wanted}: else each rank computes with all {cores} cores"
             return Finding("OMP_NUM_THREADS", "WARN", "not set, or no number", remedy)
         return Finding("OMP_NUM_THREADS", "OK", "not set; the batch scripts set it")
     if int(threads) * processes > cores:
-        found = (
-            f"{threads}, and {processes} processes on {cores} cores" if processes > 1 else f"{threads} on {cores} cores"
-        )
+        where = f" in each of {processes} processes, on" if processes > 1 else " on"
+        found = f"{threads}{where} {cores} cores"
         return Finding("OMP_NUM_THREADS", "WARN", found, f"export OMP_NUM_THREADS={max(1, cores // processes)}")
     return Finding("OMP_NUM_THREADS", "OK", threads)
 
