@@ -2,6 +2,7 @@
 
 Written under a temporary name beside the target, flushed to the disk, renamed, and the rename itself flushed.
 Neither torch, safetensors nor json ever calls fsync, so nothing that must survive is written by them directly.
+Python tells its audit hooks of every file that is opened, renamed or removed; flushes are told here, for drills.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import hashlib
 import json
 import os
 import stat
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,17 +19,27 @@ from typing import Any
 
 def sync_file(path: Path) -> None:
     """Flush the contents of one file to the disk."""
+    sys.audit("ccmdist.sync", str(path))
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
     """Flush a folder's entries (new names, renames) to the disk."""
+    sys.audit("ccmdist.sync", str(path))
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it; once it is made, a power cut does not take it away again."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
 
 
 def temporary_name(path: Path) -> Path:
@@ -38,7 +50,7 @@ def temporary_name(path: Path) -> Path:
 @contextlib.contextmanager
 def committed_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; on success it becomes ``path``, on an error it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = temporary_name(path)
     try:
         temporary.touch()

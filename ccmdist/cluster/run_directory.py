@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import filelock
 
-from ccmdist.commit import commit_json, temporary_name
+from ccmdist.commit import commit_json, make_folder, temporary_name
 from ccmdist.config.loading import differences, digest, resolved
 from ccmdist.config.settings import Settings
 from ccmdist.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_REFUSED, EXIT_REQUEUE, RunError
@@ -65,7 +65,7 @@ class RunDirectory:
             RunError: If another live process holds it, or the folder cannot be written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             self._lock.acquire()
         except filelock.Timeout:
             raise RunError(

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from ccmdist.cluster.faults import fault_point
 from ccmdist.cluster.process_group import ProcessGroup
-from ccmdist.commit import commit_json, committed_file, sha256_of_file, sync_folder
+from ccmdist.commit import commit_json, committed_file, make_folder, sha256_of_file, sync_folder
 from ccmdist.console import log
 from ccmdist.errors import CheckpointError
 from ccmdist.train.engine import LocalParameter
@@ -223,4 +223,5 @@ def _set_aside(path: Path) -> None:
 def _fresh(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    make_folder(folder.parent)
+    folder.mkdir()
