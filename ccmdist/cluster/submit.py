@@ -163,8 +163,9 @@ def _setup(job: BatchJob) -> list[str]:
     ]
 
 
-# -P: with -m, Python would look into the working folder first, where a clone holds later code than the snapshot.
-_PYTHON: Final = '"${CCMDIST_PREFIX[@]}" python -P'
+# slurm/job.sh has set PYTHONPATH to the snapshot, and PYTHONSAFEPATH: with -m, Python would look into the working folder
+# first, where a clone holds later code.
+_PYTHON: Final = '"${CCMDIST_PREFIX[@]}" python3'
 
 
 def _path(job: BatchJob) -> Path:

@@ -122,7 +122,7 @@ def test_a_folder_is_refused_or_reaches_every_command_as_it_is(name, tmp_path_fa
     assert calls[0] == ["source", f"{folder}/code/slurm/job.sh"]
     assert calls[1] == ["begin", "train", folder]
     assert calls[2][:4] == ["srun", "--unbuffered", "--output", log]
-    assert calls[2][-5:] == ["-P", "-u", "-m", "submitit.core._submit", f"{folder}/submitit"]
+    assert calls[2][-5:] == ["python3", "-u", "-m", "submitit.core._submit", f"{folder}/submitit"]
     assert calls[3] == ["conclude", "0"]
 
 
