@@ -61,7 +61,7 @@ class Job:
         original = importlib.import_module
 
         def module(name):
-            if not name.startswith("ccmdist.jobs."):
+            if not name.startswith(("ccmdist.jobs.", "ccmdist.diagnostics.")):
                 return original(name)
             self.module = name
             return self
