@@ -1,8 +1,9 @@
 """Settings of synthesis: which masks, which adapter, how many images, in which fixed batches."""
 
 from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ccmdist.config.data import DataSettings, Split
 from ccmdist.config.settings import Settings, free
@@ -18,6 +19,9 @@ class SynthesizeConfig(Settings):
     split: Split = "test"
     adapter: Path | None = None
     """Folder of an exported adapter, or of a run; without one, the untuned model draws."""
+    base: Literal["auto", "bf16", "nf4"] = "auto"
+    """How the base model is held: in bf16, or its blocks in 4 bits, which changes images a little. auto: in data.dtype
+    where the card that begins the set can hold it, else nf4; the plan of the set keeps what was chosen."""
     images_per_mask: int = Field(1, ge=1, le=10_000)
     batch_size: int = Field(8, ge=1, le=1024)
     """Images of one text length that are sampled together: the unit of work. Part of what decides an image's bytes."""
@@ -28,3 +32,9 @@ class SynthesizeConfig(Settings):
     """Of true classifier-free guidance; 1 means no second pass."""
     seed: int = Field(0, ge=0)
     log_every_batches: int = free(1, ge=1)
+
+    @model_validator(mode="after")
+    def _base_is_in_the_dtype_of_the_run(self) -> Self:
+        if self.base == "bf16" and self.data.dtype != "bf16":
+            raise ValueError(f"base: bf16, but data.dtype is {self.data.dtype}; set base=auto, or data.dtype=bf16")
+        return self

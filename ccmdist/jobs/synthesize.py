@@ -1,6 +1,7 @@
 """Drawing a synthetic set as one process of a machine or of a Slurm array, and checking one."""
 
 from pathlib import Path
+from typing import Final
 
 from ccmdist.cluster.preemption import StopFlag
 from ccmdist.cluster.ranks import ranks_from_environment, worker_from_environment
@@ -10,11 +11,13 @@ from ccmdist.console import log
 from ccmdist.errors import CcmdistError
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.synthesis.output import SyntheticSet
-from ccmdist.synthesis.plan import PLAN, UNTUNED, expected_batches, make_plan, read_plan, refuse_other_set
+from ccmdist.synthesis.plan import PLAN, UNTUNED, base_of, expected_batches, make_plan, read_plan, refuse_other_set
 from ccmdist.synthesis.verify import verify_against_plan
 
 FORCED_EXIT_S = 3600.0
 """A batch is drawn to its end before a stop signal is obeyed; after this long without that, the process ends itself."""
+
+AUTO: Final = "the form that the card of the first worker decides"
 
 
 def run(config_path: str) -> None:
@@ -46,13 +49,16 @@ def describe(config: SynthesizeConfig) -> str:
         # Taken as the one that the set was begun with: to know it would need torch.
         begun = (config.out / PLAN).exists()
         adapter_digest = read_plan(config.out).settings.adapter_digest if begun else "(not read)"
-    plan = make_plan(config, model, model.encoder_identity(), adapter_digest)
+    base = base_of(config)
+    # While the card has not decided yet, no set is begun either, and nothing that is told here depends on it.
+    plan = make_plan(config, model, model.encoder_identity(), adapter_digest, base or "nf4")
     refuse_other_set(config.out, plan)
     return (
         f"{config.out}: {plan.num_images} images of {plan.num_images // config.images_per_mask} masks in "
         f"{len(plan.batches)} batches and {plan.num_shards} shards; "
         f"{SyntheticSet(config.out, plan).num_committed()} batches are committed\n"
-        f"model: Qwen-Image-Edit {model.version} at {config.data.model}, adapter {config.adapter or 'none'}, "
+        f"model: Qwen-Image-Edit {model.version} at {config.data.model}, base in {base or AUTO}, "
+        f"adapter {config.adapter or 'none'}, "
         f"{config.denoise_steps} denoise steps, guidance {config.guidance_scale:g}"
     )
 

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ccmdist.adapters.merge import merge_into
 from ccmdist.adapters.state import AdapterState
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.console import log, tracked
@@ -33,8 +32,9 @@ from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.precompute.fill import DTYPES
 from ccmdist.precompute.views import views
+from ccmdist.synthesis import base
 from ccmdist.synthesis.output import SyntheticSet
-from ccmdist.synthesis.plan import UNTUNED, Plan, Request, make_plan, mask_sha256
+from ccmdist.synthesis.plan import UNTUNED, Plan, Request, base_of, make_plan, mask_sha256
 
 NUM_SHARDS_REMEMBERED = 2
 S_PER_HOUR = 3600
@@ -61,16 +61,13 @@ def synthesize(
     Raises:
         Preempted: If ``should_stop`` said so while there was work left; what was drawn is committed.
         AdapterError: If the adapter was trained on another base.
-        RunError: If the folder holds a set with another plan, or an image is not finite.
+        RunError: If the folder holds a set with another plan, the card cannot hold its base, or an image is not
+            finite.
     """
     model = ModelFolder.open(config.data.model)
     encoders = model.encoder_identity()
-    plan = make_plan(config, model, encoders, adapter_digest(adapter) if adapter else UNTUNED)
-    if adapter is not None:
-        # Before the plan is written: one with an adapter that does not fit would stand in the way of the right one.
-        _refuse_another_base(adapter, plan, config)
-    output = SyntheticSet(config.out, plan)
-    output.accept()
+    output = _begun(config, model, encoders, adapter)
+    plan = output.plan
     mine = output.open_batches(worker_index, num_workers)
     log.info("%s: %d of %d batches are this worker's and to be drawn", config.out, len(mine), len(plan.batches))
     # To load the model takes minutes, in which no batch is claimed.
@@ -81,6 +78,28 @@ def synthesize(
         while worker.draw(output.open_for_help(worker_index, num_workers)):
             log.info("%s: looking for batches that others have left meanwhile", config.out)
     return _told(output, output.finish())
+
+
+def _begun(
+    config: SynthesizeConfig, model: ModelFolder, encoders: dict[str, Any], adapter: AdapterState | None
+) -> SyntheticSet:
+    """The set, its plan accepted and fit to be drawn on this process's card."""
+    form = base_of(config)
+    digest = adapter_digest(adapter) if adapter else UNTUNED
+    plan = make_plan(config, model, encoders, digest, form or base.base_for_card(model, config.data.dtype))
+    if adapter is not None:
+        # Before the plan is written: one with an adapter that does not fit would stand in the way of the right one.
+        _refuse_another_base(adapter, plan, config)
+    base.refuse_small_card(config.out, model, plan.settings)
+    output = SyntheticSet(config.out, plan)
+    try:
+        output.accept()
+    except RunError:
+        # Another worker, on another card, may have begun the set meanwhile.
+        if form is not None or base_of(config) in (None, plan.settings.base):
+            raise
+        return _begun(config, model, encoders, adapter)
+    return output
 
 
 def adapter_digest(adapter: AdapterState) -> str:
@@ -126,9 +145,7 @@ class ImageSampler:
         settings = plan.settings
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = DTYPES[settings.dtype]
-        self.model = mmdit.build(model, self.dtype, None, device=self.device)
-        if adapter is not None:
-            merge_into(self.model, adapter)
+        self.model = base.load(model, settings, adapter, self.device)
         self.codec = LatentCodec.load(model, self.dtype, self.device)
         self.cache = cache
         self.entries: dict[str, CacheEntry] = {entry.key: entry for entry in cache.entries(settings.split)}

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,9 @@ PLAN: Final = "plan.json"
 UNTUNED: Final = "untuned"
 """Stands for the digest of an adapter where there is none."""
 MAX_BATCHES: Final = 1_000_000
+Base = Literal["bf16", "fp32", "nf4"]
+"""How the base model is held: in the dtype of the run, or its blocks in 4 bits."""
+NF4: Final = "nf4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,7 @@ class PlanSettings:
     adapter_digest: str
     """Of the adapter's settings and tensors, or "untuned"."""
     noise_schedule_digest: str
+    base: Base
     split: Split
     image_size_px: int
     dtype: Dtype
@@ -122,6 +126,7 @@ class Plan(BaseModel):
             "mask_sha256": mask_sha256,
             "seed": settings.seed,
             "base_digest": settings.base_digest,
+            "base": settings.base,
             "adapter_digest": settings.adapter_digest,
             "denoise_steps": settings.denoise_steps,
             "guidance_scale": settings.guidance_scale,
@@ -138,7 +143,20 @@ class Plan(BaseModel):
         return {"settings": asdict(self.settings), "batches": [asdict(batch) for batch in self.batches]}
 
 
-def make_plan(config: SynthesizeConfig, model: ModelFolder, encoders: dict[str, Any], adapter_digest: str) -> Plan:
+def base_of(config: SynthesizeConfig) -> Base | None:
+    """How the base is held, if the settings or the plan of a begun set say so; None if the card is to decide.
+
+    Raises:
+        ShardError: If the plan there cannot be read.
+    """
+    if config.base != "auto":
+        return config.base
+    return read_plan(config.out).settings.base if (config.out / PLAN).exists() else None
+
+
+def make_plan(
+    config: SynthesizeConfig, model: ModelFolder, encoders: dict[str, Any], adapter_digest: str, base: Base
+) -> Plan:
     """The plan of a config; writes nothing and draws nothing.
 
     Args:
@@ -146,6 +164,7 @@ def make_plan(config: SynthesizeConfig, model: ModelFolder, encoders: dict[str, 
         model: The folder that ``config`` names.
         encoders: Its ``encoder_identity()``, which reads weights.
         adapter_digest: Of the adapter that will draw, or "untuned".
+        base: How the base model will be held.
 
     Raises:
         CacheError: If no cache fits, or shards are missing in it.
@@ -163,6 +182,7 @@ def make_plan(config: SynthesizeConfig, model: ModelFolder, encoders: dict[str, 
         base_digest=model.transformer_digest(),
         adapter_digest=adapter_digest,
         noise_schedule_digest=digest_of(model.noise_schedule()),
+        base=base,
         split=config.split,
         image_size_px=data.image_size_px,
         dtype=data.dtype,

@@ -14,6 +14,7 @@ from ccmdist.data.latent_cache import EncodedSample, write_cache_shard
 from ccmdist.data.reader import read_shard
 from ccmdist.data.triple import Triple, TripleMeta, prompt_for
 from ccmdist.data.writer import write_set
+from ccmdist.models import mmdit
 from ccmdist.models.make import make_model
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.precompute.views import views
@@ -104,9 +105,9 @@ def config(sources, tmp_path):
 def plan_of():
     """The plan of a config."""
 
-    def plan_of(config, adapter_digest=UNTUNED):
+    def plan_of(config, adapter_digest=UNTUNED, base="fp32"):
         model = ModelFolder.open(config.data.model)
-        return make_plan(config, model, model.encoder_identity(), adapter_digest)
+        return make_plan(config, model, model.encoder_identity(), adapter_digest, base)
 
     return plan_of
 
@@ -114,7 +115,7 @@ def plan_of():
 @pytest.fixture
 def one_model(monkeypatch):
     """Build the model and the VAE once for all runs of a test; none of them may have an adapter, which changes it."""
-    monkeypatch.setattr(generate.mmdit, "build", cache(generate.mmdit.build))
+    monkeypatch.setattr(mmdit, "build", cache(mmdit.build))
     monkeypatch.setattr(generate.LatentCodec, "load", cache(generate.LatentCodec.load))
 
 

@@ -67,6 +67,7 @@ def test_a_sample_has_its_sources_mask_and_prompt_and_its_own_provenance(sources
                 "mask_sha256": mask_sha256(triple.nerve_mask),
                 "seed": 0,
                 "base_digest": ModelFolder.open(sources / "model").transformer_digest(),
+                "base": "fp32",
                 "adapter_digest": "untuned",
                 "denoise_steps": 2,
                 "guidance_scale": 3.0,

@@ -46,7 +46,9 @@ def test_requests_carry_subject_and_group(config, plan_of):
 def test_the_digest_covers_every_setting(name, config, plan_of):
     plan = plan_of(config())
     before = getattr(plan.settings, name)
-    other = {"split": "val", "dtype": "bf16"}.get(name, f"{before}x" if isinstance(before, str) else before + 1)
+    other = {"split": "val", "dtype": "bf16", "base": "nf4"}.get(
+        name, f"{before}x" if isinstance(before, str) else before + 1
+    )
     changed = Plan(settings=replace(plan.settings, **{name: other}), batches=plan.batches)
     assert changed.digest != plan.digest
 

@@ -140,7 +140,9 @@ def test_a_set_without_a_plan_is_refused(sources):
 def test_a_dry_run_tells_how_much_there_is_to_draw(sources, config):
     told = describe(config(f"adapter={sources}/adapter"))
     assert "10 images of 5 masks in 5 batches and 3 shards; 0 batches are committed" in told
-    assert f"Qwen-Image-Edit 2509 at {sources}/model, adapter {sources}/adapter, 2 denoise steps, guidance 3" in told
+    model = f"Qwen-Image-Edit 2509 at {sources}/model, base in the form that the card of the first worker decides"
+    assert f"{model}, adapter {sources}/adapter, 2 denoise steps, guidance 3" in told
+    assert f"{sources}/model, base in nf4, adapter none" in describe(config("base=nf4"))
 
 
 def test_a_dry_run_imports_no_torch(config):

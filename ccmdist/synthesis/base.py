@@ -1,0 +1,67 @@
+"""In which form the base model draws: as it is, or in 4 bits where a card cannot hold it."""
+
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from ccmdist.adapters.merge import merge_into
+from ccmdist.adapters.state import AdapterState
+from ccmdist.errors import RunError
+from ccmdist.models import mmdit, nf4
+from ccmdist.models.model_folder import ModelFolder
+from ccmdist.precompute.fill import DTYPES
+from ccmdist.synthesis.plan import NF4, Base, PlanSettings
+
+HEADROOM_BYTES: Final = 4 << 30
+"""Left for activations, the VAE and CUDA itself: an estimate for batches of 8 at 384 px, not measured on a card."""
+GIB: Final = 1 << 30
+
+
+def base_for_card(model: ModelFolder, dtype: str) -> Base:
+    """The form for this process's card: the base as it is, in ``dtype``, where it fits beside the head-room; else NF4.
+
+    Without a card, that is on a CPU, the base as it is.
+    """
+    as_it_is: Base = "bf16" if dtype == "bf16" else "fp32"
+    return as_it_is if _shortage(model, as_it_is, dtype) is None else NF4
+
+
+def refuse_small_card(folder: Path, model: ModelFolder, settings: PlanSettings) -> None:
+    """Check that this process's card can hold the base of the set in ``folder``.
+
+    Raises:
+        RunError: If it cannot; with both sizes.
+    """
+    if shortage := _shortage(model, settings.base, settings.dtype):
+        others = "" if settings.base == NF4 else ", or draw another set, in another out, with base=nf4"
+        raise RunError(f"{folder}: {shortage}", f"run it on cards with more memory{others}")
+
+
+def load(
+    model: ModelFolder, settings: PlanSettings, adapter: AdapterState | None, device: torch.device
+) -> mmdit.QwenImageTransformer2DModel:
+    """The MMDiT on a device, the adapter merged, in the form that the plan asks for.
+
+    For NF4 each process needs the host memory of the base in the plan's dtype while it loads: the adapter is merged
+    before anything is rounded to 4 bits.
+    """
+    in_nf4 = settings.base == NF4
+    built = mmdit.build(model, DTYPES[settings.dtype], None, device="cpu" if in_nf4 else device)
+    if adapter is not None:
+        merge_into(built, adapter)
+    return nf4.quantize_blocks(built, device) if in_nf4 else built
+
+
+def _shortage(model: ModelFolder, base: Base, dtype: str) -> str | None:
+    """What does not fit, in words; None if it does, or if there is no card."""
+    if not torch.cuda.is_available():
+        return None
+    card = torch.cuda.get_device_properties(torch.cuda.current_device())
+    needed = nf4.num_bytes(model, DTYPES[dtype], in_nf4=base == NF4)
+    if needed + HEADROOM_BYTES <= card.total_memory:
+        return None
+    return (
+        f"the base in {base} has {needed / GIB:.1f} GiB and needs {HEADROOM_BYTES / GIB:.1f} GiB beside it, "
+        f"{card.name} has {card.total_memory / GIB:.1f} GiB"
+    )
