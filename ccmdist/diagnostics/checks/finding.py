@@ -98,7 +98,7 @@ def last_line(text: str) -> str:
 def size(num_bytes: float) -> str:
     """A number of bytes for people, such as "71.5 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
+        if num_bytes < 1000:  # three digits are shown
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.3g} TiB"
