@@ -11,15 +11,20 @@ after ``step`` up to ``last_step``. An attempt that was killed has no "end"; its
 
 import json
 import math
+import os
+import socket
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
+from ccmdist.cluster.ranks import Job
+from ccmdist.cluster.run_directory import Outcome
+from ccmdist.cluster.sections import SECTIONS, Sections
+from ccmdist.console import log
+
 Event = dict[str, Any]
 
-SECTIONS: Final = ("startup", "restore", "data_wait", "compute", "validation", "checkpoint")
-"""What a training process does; see :mod:`ccmdist.cluster.sections`."""
 OF_STEPS: Final = frozenset(("data_wait", "compute", "validation", "checkpoint"))
 """Sections whose time is wasted when their steps have to be done again."""
 BUCKETS: Final = (*SECTIONS, "wasted", "queue", "other")
@@ -112,3 +117,92 @@ def _surviving_share(line: Event, surviving: float, committed: int) -> float:
     if line["section"] not in OF_STEPS or last < surviving or last == surviving > committed:
         return 1.0
     return max(surviving - first, 0) / (last - first) if last > first else 0.0
+
+
+class Ledger:
+    """Writes what one attempt does. Only rank 0 begins one; until then, and elsewhere, nothing is written.
+
+    A ledger that cannot be written (a full disk) is told once and never ends a run.
+    """
+
+    def __init__(self, path: Path, sections: Sections) -> None:
+        self.path, self.sections = path, sections
+        self._descriptor: int | None = None
+        self._is_torn = self._has_failed = False
+        self._start: Event = {}
+        self._earlier: list[Event] = []
+        self._spent_before = dict.fromkeys(BUCKETS, 0.0)
+        self._step = 0
+
+    def begin(self, step: int, job: Job | None, num_ranks: int, num_gpus: int) -> None:
+        """Open the ledger and write that an attempt begins, at ``step`` as far as is known before the restore."""
+        try:
+            self._earlier = read_ledger(self.path)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            size = os.fstat(self._descriptor).st_size
+            self._is_torn = size > 0 and os.pread(self._descriptor, 1, size - 1) != b"\n"
+        except OSError as error:
+            self._tell(error)
+        self._step = step
+        self._start = {
+            "attempt": 1 + max((event["attempt"] for event in self._earlier), default=-1),
+            "began": self.sections.began,
+            "ranks": num_ranks,
+            "gpus": num_gpus,
+            "job": job.job_id if job else "",
+            "restart": job.restart_count if job else 0,
+            "host": socket.gethostname(),
+        }
+        self._write("attempt", step=step, **self._start)
+
+    def resumed(self, step: int) -> None:
+        """Write what it took to come to ``step``, from where training goes on."""
+        self._step = step
+        if self._descriptor is not None:
+            here = self._start | {"event": "attempt", "time": self.sections.began, "step": step}
+            self._spent_before = buckets([*self._earlier, here])
+        self.flush(step)
+
+    def flush(self, step: int) -> None:
+        """Write what was spent in each section since the last time, now that ``step`` steps are done."""
+        first, self._step = self._step, max(step, self._step)
+        for section, seconds in self.sections.taken().items():
+            if seconds > 0:
+                line = {"section": section, "seconds": round(seconds, 6), "step": first, "last_step": self._step}
+                self._write("section", **line)
+
+    def commit(self, step: int, seconds: float) -> None:
+        """Write that ``step`` was committed by a save that kept the ranks waiting for ``seconds``."""
+        self.flush(step)
+        self._write("commit", step=step, seconds=round(seconds, 6))
+
+    def end(self, outcome: Outcome) -> None:
+        """Write how the attempt ended."""
+        self.flush(self.sections.done)
+        self._write("end", state=outcome.state, reason=outcome.reason, step=outcome.step)
+
+    def spent(self) -> dict[str, float]:
+        """The buckets of the run up to now, all earlier attempts included."""
+        now, spent = self.sections.now(), dict(self._spent_before)
+        totals = {section: self.sections.totals[section] for section in SECTIONS}
+        for section, seconds in totals.items():
+            spent[section] += seconds
+        spent["other"] += max(now - self.sections.began - sum(totals.values()), 0.0)
+        return spent
+
+    def _write(self, event: str, **values: Any) -> None:
+        if self._descriptor is None:
+            return
+        values = {"time": round(self.sections.now(), 6), "attempt": self._start["attempt"], "event": event} | values
+        line = ("\n" if self._is_torn else "") + json.dumps(values, ensure_ascii=False) + "\n"
+        try:
+            # One call, so that a kill tears at most this line, and what another process appends is never mixed in.
+            data = line.encode()
+            self._is_torn = os.write(self._descriptor, data) < len(data)
+        except OSError as error:
+            self._tell(error)
+
+    def _tell(self, error: OSError) -> None:
+        if not self._has_failed:
+            log.warning("%s: could not be written (%s); training goes on, its times are not kept", self.path, error)
+        self._has_failed = True

@@ -67,13 +67,18 @@ class StopFlag:
             if data[0] in STOP_SIGNALS:
                 self.signal_number = self.signal_number or data[0]
                 if not self._finished.wait(self.forced_exit_s):
-                    sys.stderr.write(
-                        f"forced exit: {self.reason} came {self.forced_exit_s:.0f} s ago and a step still hangs\n"
+                    show_stacks(
+                        f"forced exit: {self.reason} came {self.forced_exit_s:.0f} s ago and a step still hangs"
                     )
-                    faulthandler.dump_traceback(all_threads=True)
                     os._exit(EXIT_INTERNAL)
                 break
         os.close(self._read_end)
+
+
+def show_stacks(why: str) -> None:
+    """Write to stderr why, and where each thread of this process is."""
+    sys.stderr.write(f"{why}\n")
+    faulthandler.dump_traceback(all_threads=True)
 
 
 def hold_back_stop_signals() -> None:

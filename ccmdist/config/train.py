@@ -84,6 +84,27 @@ class MonitorSettings(Settings):
     denoise_steps: int = free(8, ge=2)
 
 
+class TimeoutSettings(Settings):
+    """How long a rank may stay in one place before it counts as hung: it says so, names who is waited for, and ends."""
+
+    setup_min: float = free(60.0, gt=0)
+    """Of loading and restoring, and of all in the first step, where kernels are built."""
+    step_min: float = free(15.0, gt=0)
+    """Of a step, of reading its data, and of what lies between steps."""
+    validation_min: float = free(30.0, gt=0)
+    """Of held-out losses and sampled images."""
+    checkpoint_min: float = free(20.0, gt=0)
+    meet_min: float = free(10.0, gt=0)
+    """Within which all ranks must have come together."""
+    answer_s: float = free(20.0, gt=0)
+    """Seconds that other ranks have to answer when one hangs."""
+
+    @property
+    def collective_min(self) -> float:
+        """Minutes after which a collective fails by itself: more than all others, so that a hang is first explained."""
+        return max(self.setup_min, self.step_min, self.validation_min, self.checkpoint_min) + 1 + self.answer_s / 20
+
+
 class TrainConfig(Settings):
     """`ccmdist train`: fine-tune an adapter on cached embeddings and latents."""
 
@@ -114,7 +135,7 @@ class TrainConfig(Settings):
     processes: int = free(1, ge=1, le=64)
     """Local processes to start when no cluster has started any; each is one rank."""
     num_loader_workers: int = free(0, ge=0, le=64)
-    collective_timeout_min: float = free(30.0, gt=0)
+    timeouts: TimeoutSettings = TimeoutSettings()
     forced_exit_s: float = free(600.0, gt=0)
     """Seconds after a stop signal at which a process that still hangs in a collective ends itself."""
 

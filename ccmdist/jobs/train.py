@@ -1,6 +1,7 @@
 """Start a training run, or tell what it would do. Imports no torch: that is left to the processes that train."""
 
 import importlib
+import os
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ from ccmdist.cluster.local_launch import launch
 from ccmdist.cluster.preemption import hold_back_stop_signals
 from ccmdist.cluster.ranks import Ranks, ranks_from_environment, rendezvous_from_environment
 from ccmdist.cluster.run_directory import RunDirectory
+from ccmdist.cluster.sections import job_began
 from ccmdist.commit import commit_json
 from ccmdist.config.data import DataSettings
 from ccmdist.config.loading import resolved
@@ -32,7 +34,8 @@ def start(config: TrainConfig, allowed_changes: frozenset[str] = frozenset()) ->
     hold_back_stop_signals()
     with tempfile.TemporaryDirectory(prefix="ccmdist-") as folder:
         job = Path(folder) / "job.json"
-        commit_json(job, {"settings": resolved(config), "allowed_changes": sorted(allowed_changes)})
+        values = {"settings": resolved(config), "allowed_changes": sorted(allowed_changes)}
+        commit_json(job, values | {"began": job_began(os.environ)})
         if (ranks := ranks_from_environment()) is not None:
             return _run_here(job, ranks, rendezvous_from_environment())
         if config.processes > 1:

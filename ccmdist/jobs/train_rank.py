@@ -10,10 +10,13 @@ import torch
 
 from ccmdist.adapters.state import write_adapter
 from ccmdist.cluster.job_folder import tell_job
+from ccmdist.cluster.ledger import Ledger
 from ccmdist.cluster.preemption import StopFlag
 from ccmdist.cluster.process_group import ProcessGroup, is_lost_connection
-from ccmdist.cluster.ranks import Ranks
+from ccmdist.cluster.ranks import Ranks, job_from_environment
 from ccmdist.cluster.run_directory import Outcome, RunDirectory
+from ccmdist.cluster.sections import Sections, job_began
+from ccmdist.cluster.watchdog import Watchdog
 from ccmdist.config.loading import validate
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import log, start_logging
@@ -30,55 +33,98 @@ def run_rank(job_path: str, ranks: Ranks, rendezvous: str) -> int:
     job = json.loads(Path(job_path).read_text())
     config = validate(TrainConfig, job["settings"], source=job_path)
     torch.set_num_threads(max((os.cpu_count() or 1) // ranks.world_size, 1))
-    run = RunDirectory(config.run)
-    is_held = False
-    with StopFlag(config.forced_exit_s) as stop:
-        try:
-            group = ProcessGroup(ranks, config.collective_timeout_min, rendezvous)
-            if problem := group.from_first(_hold(run, config, frozenset(job["allowed_changes"]), ranks)):
-                if ranks.is_first:
-                    sys.stderr.write(f"ccmdist train: {problem}\n")
-                    tell_job(Outcome("refused", problem, run.committed_step()))
-                return EXIT_REFUSED
-            is_held = True
-            outcome = train(config, EditObjective(config, group), group, run, stop)
+    sections = Sections(job.get("began") or job_began(os.environ))
+    return _Rank(config, frozenset(job["allowed_changes"]), ranks, sections).run(rendezvous)
+
+
+class _Rank:
+    """One rank; holds what its beginning, its training and its end share."""
+
+    def __init__(self, config: TrainConfig, allowed_changes: frozenset[str], ranks: Ranks, sections: Sections) -> None:
+        self.config, self.allowed_changes, self.ranks, self.sections = config, allowed_changes, ranks, sections
+        self.folder = RunDirectory(config.run)
+        self.ledger = Ledger(self.folder.ledger, sections)
+        self.is_held = False
+
+    def run(self, rendezvous: str) -> int:
+        """Train; the exit code, after whatever went wrong has been told."""
+        watchdog = Watchdog(self.sections, self.config.timeouts, self.ranks, self._flush)
+        with StopFlag(self.config.forced_exit_s) as stop, watchdog:
+            try:
+                return self._train(rendezvous, stop, watchdog)
+            except CcmdistError as error:
+                return self._refuse(error)
+            except Exception as error:
+                if not is_lost_connection(error):
+                    traceback.print_exc()
+                else:
+                    self._tell(
+                        f"rank {self.ranks.global_rank} lost the connection to another rank, whose own lines say why; "
+                        "run the same command again to continue from the last checkpoint"
+                    )
+                return EXIT_INTERNAL
+            finally:
+                self._flush()
+
+    def _train(self, rendezvous: str, stop: StopFlag, watchdog: Watchdog) -> int:
+        config, ranks, timeouts = self.config, self.ranks, self.config.timeouts
+        with self.sections("startup"):
+            group = ProcessGroup(ranks, timeouts.collective_min, rendezvous, timeouts.meet_min)
+            watchdog.listen(group.store)
+            problem = group.from_first(self._hold())
+        if problem:
             if ranks.is_first:
-                _finish(run, config, outcome)
+                self._tell(problem)
+                tell_job(Outcome("refused", problem, self.folder.committed_step()))
+            return EXIT_REFUSED
+        self.is_held = True
+        with self.sections("startup"):
+            objective = EditObjective(config, group)
+        outcome = train(config, objective, group, self.folder, stop, self.ledger)
+        with self.sections("checkpoint", outcome.step):
+            if ranks.is_first:
+                outcome = _finish(self.folder, config, outcome)
             group.barrier()
-            group.close()
-        except CcmdistError as error:
-            # The same refusal reaches several ranks; one of them tells it.
-            if not is_held or run.refuse(str(error)):
-                sys.stderr.write(f"ccmdist train: {error}\n")
-                tell_job(Outcome("refused", str(error), run.committed_step()))
-            return error.exit_code
-        except Exception as error:
-            if not is_lost_connection(error):
-                traceback.print_exc()
-            else:
-                sys.stderr.write(
-                    f"ccmdist train: rank {ranks.global_rank} lost the connection to another rank, whose own lines say "
-                    "why; run the same command again to continue from the last checkpoint\n"
-                )
-            return EXIT_INTERNAL
-    return EXIT_DONE
+        group.close()
+        self.ledger.end(outcome)
+        return EXIT_DONE
+
+    def _hold(self) -> str:
+        """Let rank 0 take the run; an empty text, or why it may not."""
+        if self.ranks.is_first:
+            try:
+                self.folder.hold()
+                self.folder.accept(self.config, self.allowed_changes)
+            except CcmdistError as error:
+                return str(error)
+            except OSError as error:
+                where = error.filename or self.folder.path
+                return f"{where}: {error.strerror}; see that it can be written and has space left"
+            num_gpus = self.ranks.world_size if torch.cuda.is_available() else 0
+            self.ledger.begin(self.folder.committed_step(), job_from_environment(), self.ranks.world_size, num_gpus)
+        return ""
+
+    def _refuse(self, error: CcmdistError) -> int:
+        """Tell why the run cannot go on; the same refusal reaches several ranks, and one of them tells it."""
+        if error.exit_code != EXIT_REFUSED:
+            self._tell(str(error))
+        elif not self.is_held or self.folder.refuse(str(error)):
+            self._tell(str(error))
+            outcome = Outcome("refused", str(error), self.folder.committed_step())
+            self.ledger.end(outcome)
+            tell_job(outcome)
+        return error.exit_code
+
+    def _flush(self) -> None:
+        """Write the time that an attempt without an end has spent."""
+        self.ledger.flush(self.sections.done)
+
+    def _tell(self, text: str) -> None:
+        sys.stderr.write(f"ccmdist train: {text}\n")
 
 
-def _hold(run: RunDirectory, config: TrainConfig, allowed_changes: frozenset[str], ranks: Ranks) -> str:
-    """Let rank 0 take the run; an empty text, or why it may not."""
-    if ranks.is_first:
-        try:
-            run.hold()
-            run.accept(config, allowed_changes)
-        except CcmdistError as error:
-            return str(error)
-        except OSError as error:
-            return f"{error.filename or config.run}: {error.strerror}; see that it can be written and has space left"
-    return ""
-
-
-def _finish(run: RunDirectory, config: TrainConfig, outcome: Outcome) -> None:
-    """Export the adapter of a finished run, then write how the attempt ended."""
+def _finish(run: RunDirectory, config: TrainConfig, outcome: Outcome) -> Outcome:
+    """Export the adapter of a finished run, then write how the attempt ended; the outcome that stands."""
     if outcome.state == "done":
         export_adapter(run, config)
     outcome = run.end_attempt(outcome)
@@ -93,6 +139,7 @@ def _finish(run: RunDirectory, config: TrainConfig, outcome: Outcome) -> None:
             "ssh -L 6006:localhost:6006 LOGIN_NODE, then open http://localhost:6006)",
             run.tensorboard,
         )
+    return outcome
 
 
 def export_adapter(run: RunDirectory, config: TrainConfig) -> None:

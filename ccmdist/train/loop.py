@@ -5,13 +5,13 @@ uninterrupted one does. Once per step, after it, the ranks agree on whether to s
 """
 
 import math
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ccmdist.cluster.faults import fault_point
+from ccmdist.cluster.ledger import Ledger
 from ccmdist.cluster.preemption import StopFlag
 from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.cluster.run_directory import Outcome, RunDirectory
@@ -27,22 +27,31 @@ from ccmdist.train.optim import learning_rate
 from ccmdist.train.resume import resume
 
 
-def train(config: TrainConfig, objective: Objective, group: ProcessGroup, run: RunDirectory, stop: StopFlag) -> Outcome:
+def train(
+    config: TrainConfig,
+    objective: Objective,
+    group: ProcessGroup,
+    run: RunDirectory,
+    stop: StopFlag,
+    ledger: Ledger,
+) -> Outcome:
     """Train until the last step or a stop signal; how it ended. Collective.
 
     Raises:
         RunError: If the loss is not finite too often in a row, or state cannot be saved.
         CheckpointError: If the run's checkpoints belong to other weights or data.
     """
-    engine = Engine(
-        objective.build(zero_config(config, group.ranks.world_size)), objective.parameter_sets(), config, group
-    )
-    attempt = group.from_first(len(run.attempts()))
-    store = CheckpointStore(run.checkpoints, group, config.checkpoint.keep, attempt)
-    start = resume(engine, objective, store)
+    with ledger.sections("startup"):
+        model = objective.build(zero_config(config, group.ranks.world_size))
+        engine = Engine(model, objective.parameter_sets(), config, group)
+    with ledger.sections("restore"):
+        attempt = group.from_first(len(run.attempts()))
+        store = CheckpointStore(run.checkpoints, group, config.checkpoint.keep, attempt)
+        start = resume(engine, objective, store)
+    ledger.resumed(start)
     if group.ranks.is_first:
         run.start_attempt(start)
-    loop = _Loop(config, objective, group, engine, store, stop, Monitor(config, group, run, start))
+    loop = _Loop(config, objective, group, engine, store, stop, ledger, Monitor(config, group, run, start, ledger))
     return loop.run(start)
 
 
@@ -57,10 +66,11 @@ class _Loop:
         engine: Engine,
         store: CheckpointStore,
         stop: StopFlag,
+        ledger: Ledger,
         monitor: Monitor,
     ) -> None:
         self.config, self.objective, self.group, self.engine = config, objective, group, engine
-        self.store, self.stop, self.monitor = store, stop, monitor
+        self.store, self.stop, self.sections, self.monitor = store, stop, ledger.sections, monitor
         self.nonfinite_in_a_row = 0
         self.failed_saves = 0
         self.committed = 0
@@ -69,19 +79,22 @@ class _Loop:
         """Train from ``start`` on."""
         config = self.config
         self.committed = start
-        self.monitor.start(self.objective)
-        if start == 0:
-            self._look(0)
+        with self.sections("validation", start):
+            self.monitor.start(self.objective)
+            if start == 0:
+                self._look(0)
         batches = iter(self.objective.batches(start))
         for step in range(start, config.num_steps):
-            report = self._step(step, batches)
+            with self.sections("compute", step):
+                report = self._step(step, batches)
+                stop_signal, is_nonfinite = self._agree(report)
             done = step + 1
-            stop_signal, is_nonfinite = self._agree(report)
             self._count_nonfinite(is_nonfinite, report, done)
             self.monitor.after_step(done, report, self.objective, self.nonfinite_in_a_row)
             last = done == config.num_steps
             if last or not stop_signal:  # whoever stops us gives little time: it is for the save
-                self._look(done)
+                with self.sections("validation", done):
+                    self._look(done)
             if stop_signal or last or done % config.checkpoint.every_steps == 0:
                 self._save(done)
             if stop_signal and not last:
@@ -95,12 +108,11 @@ class _Loop:
         fault_point("step", self.group.ranks.global_rank, step)
         lr = learning_rate(step, self.config.num_steps, self.config.optim)
         active = self.objective.sets_of_step(step)
-        losses, keys, wait_s, start = [], [], 0.0, time.monotonic()
+        losses, keys, start, waited = [], [], self.sections.now(), self.sections.totals["data_wait"]
         is_last = False
         while not is_last:
-            waited = time.monotonic()
-            batch = next(batches)
-            wait_s += time.monotonic() - waited
+            with self.sections("data_wait", step):
+                batch = next(batches)
             loss = self.objective.loss(self.engine.module, batch)
             losses.append(float(loss.detach()))
             keys += batch["keys"]
@@ -112,8 +124,8 @@ class _Loop:
             grad_norm = self.engine.step(active, lr)
         self.engine.update_average()
         self.objective.after_step()
-        loss_mean = sum(losses) / len(losses)
-        return StepReport(loss_mean, grad_norm, lr, wait_s, time.monotonic() - start, tuple(keys))
+        loss_mean, wait_s = sum(losses) / len(losses), self.sections.totals["data_wait"] - waited
+        return StepReport(loss_mean, grad_norm, lr, wait_s, self.sections.now() - start, tuple(keys))
 
     def _agree(self, report: StepReport) -> tuple[bool, bool]:
         """Whether any rank was told to stop, and whether the step was lost on any rank. Collective."""
@@ -150,11 +162,12 @@ class _Loop:
 
     def _save(self, done: int) -> None:
         """Commit the state; a failure is borne until it has happened too often in a row. Collective."""
-        start = time.monotonic()
-        problem = self.store.save(done, self.engine.local, self._facts(done))
+        start = self.sections.now()
+        with self.sections("checkpoint", done):
+            problem = self.store.save(done, self.engine.local, self._facts(done))
         if not problem:
             self.failed_saves, self.committed = 0, done
-            self.monitor.saved(done, time.monotonic() - start)
+            self.monitor.saved(done, self.sections.now() - start)
             return
         self.failed_saves += 1
         if self.failed_saves >= self.config.checkpoint.max_failed_saves or done == self.config.num_steps:

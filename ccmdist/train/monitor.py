@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 
+from ccmdist.cluster.ledger import Ledger, ettr
 from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.cluster.run_directory import RunDirectory
 from ccmdist.config.train import TrainConfig
@@ -44,8 +45,10 @@ class StepReport:
 class Monitor:
     """Scalars, pictures and log lines of one attempt. Methods are collective unless they say otherwise."""
 
-    def __init__(self, config: TrainConfig, group: ProcessGroup, run: RunDirectory, first_step: int) -> None:
-        self.config, self.group, self.first_step = config, group, first_step
+    def __init__(
+        self, config: TrainConfig, group: ProcessGroup, run: RunDirectory, first_step: int, ledger: Ledger
+    ) -> None:
+        self.config, self.group, self.first_step, self.ledger = config, group, first_step, ledger
         self._writer = self._opened(run) if group.ranks.is_first else None
         self._start = time.monotonic()
         self._sums = [0.0] * 4
@@ -83,8 +86,8 @@ class Monitor:
             "memory/max_gib": memory,
         }
         self._log(done, scalars)
-        scalars |= objective.describe()
-        self._add_scalars(done, scalars)
+        self.ledger.flush(done)
+        self._add_scalars(done, scalars | objective.describe() | self._goodput())
         sigmas = objective.drawn_sigmas()
         self._write(lambda w: w.add_histogram("sigma", sigmas, done))
 
@@ -103,12 +106,18 @@ class Monitor:
     def saved(self, done: int, seconds: float) -> None:
         """Note that a checkpoint was committed. Local."""
         log.info("step %d: checkpoint committed in %.2f s", done, seconds)
+        self.ledger.commit(done, seconds)
         self._add_scalars(done, {"time/save_s": seconds})
         self._write(lambda w: w.flush())
 
     def close(self) -> None:
         """Flush and close the event file. Local."""
         self._write(lambda w: w.close())
+
+    def _goodput(self) -> dict[str, float]:
+        """What the wall time of the run was spent on, over all its attempts."""
+        spent = self.ledger.spent()
+        return {f"goodput/{bucket}_s": seconds for bucket, seconds in spent.items()} | {"goodput/ettr": ettr(spent)}
 
     def _log(self, done: int, scalars: dict[str, float]) -> None:
         elapsed = time.monotonic() - self._start

@@ -21,7 +21,7 @@ SETTINGS = [
     "validation.sigmas=[0.3,0.7]",
     "monitor.log_every_steps=1",
     "monitor.images_every_steps=0",
-    "collective_timeout_min=1",
+    "timeouts.step_min=2",
 ]
 
 

@@ -7,7 +7,7 @@ import pytest
 from ccmdist.cluster.checkpoint_interval import daly_interval_s, young_interval_s
 
 CASES = [
-    # save, failure every, restart, Young, Daly, share of time in surviving work by a simulation of 2 x 10^5 failures
+    # save, failure every, restart, Young, Daly, share of time in surviving work by an independent simulation
     (60, 4 * 3600, 300, 1315, 1275, 0.8946),
     (30, 8 * 3600, 180, 1315, 1295, 0.9491),
     (5, 30 * 60, 60, 134, 131, 0.8974),
