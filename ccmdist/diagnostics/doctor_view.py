@@ -67,8 +67,7 @@ def _remedies(todo: Sequence[tuple[str, Finding]]) -> Table:
 def _verdict(report: Mapping[str, Sequence[Finding]], request: Request, seconds: float) -> Text:
     counts = Counter(finding.state for findings in report.values() for finding in findings)
     told = ", ".join(f"{counts[state]} {state}" for state in WORST_FIRST if counts[state])
-    asked = f" with {', '.join(sorted(request.required))} required" if request.required else ""
-    subject = "this machine and these settings" if request.config else "this machine"
-    if counts["MISS"]:
-        return Text(f"NOT FIT: {subject}{asked}: {told}; mend each MISS ({seconds:.1f} s)", STYLES["MISS"])
-    return Text(f"FIT: {subject}{asked}: {told} ({seconds:.1f} s)", STYLES["OK"])
+    asked = [*(["these settings"] if request.config else []), *sorted(request.required)]
+    subject = f"this machine{' with ' if asked else ''}{', '.join(asked)}"
+    verdict, style = ("NOT FIT", STYLES["MISS"]) if counts["MISS"] else ("FIT", STYLES["OK"])
+    return Text(f"{verdict}: {subject}: {told}, in {seconds:.1f} s", style)

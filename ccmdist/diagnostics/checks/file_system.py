@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Final
 
 from ccmdist.config.data import DataSettings
+from ccmdist.data.manifest import read_manifest
 from ccmdist.diagnostics.checks.adapter_size import checkpoint_bytes
 from ccmdist.diagnostics.checks.finding import Finding, Findings, Request, State, size
 from ccmdist.diagnostics.checks.mounts import Mount, mount_of, nearest_existing
 from ccmdist.diagnostics.checks.trial import clock_skew_s, failures, trial_folder
+from ccmdist.errors import ShardError
 
 FEW_FILES: Final = 2000
 """Free inodes below which it is told: checkpoints, TensorBoard events and caches are some hundred files per run."""
@@ -77,12 +79,21 @@ def folders_of(request: Request) -> list[Folder]:
     if request.config is None:
         return [Folder("here", Path.cwd(), is_written=True)]
     data: DataSettings = request.config.data
+    real = _is_of_patients(data.shards)
     return [
-        Folder("run", request.config.run, True, True, checkpoint_bytes(request.config)),
-        Folder("cache", data.cache, True, True),
-        Folder("shards", data.shards, holds_patients=True),
+        Folder("run", request.config.run, True, real, checkpoint_bytes(request.config)),
+        Folder("cache", data.cache, True, real),
+        Folder("shards", data.shards, holds_patients=real),
         Folder("model", data.model),
     ]
+
+
+def _is_of_patients(shards: Path) -> bool:
+    """Whether the set may hold frames of real people; one that cannot be read may."""
+    try:
+        return read_manifest(shards).kind != "phantom"
+    except ShardError:
+        return True
 
 
 def judge(folder: Folder) -> Finding:
@@ -110,7 +121,7 @@ def _written(folder: Folder, mount: Mount, there: Path, problems: dict[str, str]
     free, files = status.f_bavail * status.f_frsize, status.f_favail
     # Some file systems have no fixed number of inodes and report 0 of 0.
     counts_files = status.f_files > 0
-    space = f"{size(free)}" + (f" and {files} files" if counts_files else "")
+    space = size(free) + (f" and {_many(files)} files" if counts_files else "")
     about = f"{folder.path} on {mount.kind}, {space} free" + ("" if there == folder.path else ", will be made")
     if problems:
         found = "; ".join(f"{name}: {text}" for name, text in problems.items())
@@ -119,6 +130,10 @@ def _written(folder: Folder, mount: Mount, there: Path, problems: dict[str, str]
         remedy = "free space, choose another folder, or lower checkpoint.keep"
         return Finding(folder.role, "MISS", f"{about}, about {size(folder.num_bytes)} needed", remedy)
     return _with_risks(folder, mount, about, free, files if counts_files else FEW_FILES, skew)
+
+
+def _many(number: int) -> str:
+    return f"{number / 1e6:.3g} million" if number >= 1e6 else str(number)
 
 
 def _with_risks(folder: Folder, mount: Mount, about: str, free: int, files: int, skew: float) -> Finding:

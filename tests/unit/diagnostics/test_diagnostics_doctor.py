@@ -91,7 +91,7 @@ def test_what_is_required_and_missing_gives_78_and_warnings_give_0(without_torch
     assert "\nFIT: this machine: " in capsys.readouterr().out
     assert exit_code(["doctor", "--require", "slurm"]) == 78
     out = capsys.readouterr().out
-    assert "NOT FIT: this machine with slurm required: 1 MISS, " in out
+    assert "NOT FIT: this machine with slurm: 1 MISS, " in out
     assert out.index("->  Slurm") < out.index("->  GPU")
 
 
@@ -115,8 +115,7 @@ def test_the_report_fits_100_columns_and_shows_texts_as_they_are(capsys):
     assert any("[bold]not markup[/bold]" in line for line in lines)
     states = [line.split()[0] for line in lines[1:] if line.startswith("      ") and line.split()[0].isupper()]
     assert states == ["MISS", "WARN", "OK"]
-    verdict = " ".join(" ".join(lines[-2:]).split())
-    assert "NOT FIT: this machine and these settings with gpu required: 1 MISS, 1 WARN, 1 OK; mend each MISS" in verdict
+    assert lines[-1].strip() == "NOT FIT: this machine with these settings, gpu: 1 MISS, 1 WARN, 1 OK, in 1.0 s"
 
 
 def test_no_value_of_an_unknown_variable_is_shown(without_torch, monkeypatch, capsys):

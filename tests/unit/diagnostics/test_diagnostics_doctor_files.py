@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ccmdist.data.manifest import ShardEntry, commit_manifest
 from ccmdist.diagnostics.checks import file_system, trial
 from ccmdist.diagnostics.checks.file_system import Folder, judge, readable_by_all
 from ccmdist.diagnostics.checks.mounts import mount_of, nearest_existing
@@ -152,6 +153,17 @@ def test_folders_of_patients_that_everybody_may_read_are_told_with_the_command(t
     assert findings["shards folder"].state == "WARN"
     assert findings["shards folder"].remedy.startswith(f"chmod o-rwx {tmp_path}/shards: ")
     assert "run folder" not in findings
+
+
+def test_phantoms_may_be_read_by_everybody(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_system, "readable_by_all", lambda path: True)
+    (tmp_path / "shards").mkdir()
+    shard = ShardEntry("train-000000.tar", "train", 1, 1, "0" * 64, ("a",), {"Control": 1})
+    config = settings(f"run={tmp_path}/run", f"data.shards={tmp_path}/shards", f"data.cache={tmp_path}/cache")
+    for kind, expected in {"phantom": False, "real": True, "synthetic": True}.items():
+        commit_manifest(tmp_path / "shards", kind, [shard])
+        names = {finding.what for finding in file_system.check(request(config=config))}
+        assert ("shards folder" in names) is expected, kind
 
 
 def test_a_scratch_folder_and_a_shared_one_come_with_what_no_call_tells(tmp_path, monkeypatch):
