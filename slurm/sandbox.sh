@@ -25,7 +25,7 @@
 #   USER_SIGNAL  1: a preempted job gets the signal of its --signal; 0: SIGTERM only            1
 #   REQUEUE      0: the cluster starts no job again (JobRequeue=0)    1
 #   NODE_TIMEOUT seconds until a silent node is down                  10
-#   KILL_WAIT    seconds between SIGTERM and SIGKILL                  5
+#   KILL_WAIT    seconds between SIGTERM and SIGKILL                  30
 #   NAMESPACES   1, 0, or auto                                        auto
 #   EXTRA        further lines of slurm.conf
 # Partitions: gpu (default), whose jobs are preempted by those of the partition high. A job that was put back waits 5 s;
@@ -154,7 +154,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=1
 SlurmdTimeout=$(setting NODE_TIMEOUT 10)
-KillWait=$(setting KILL_WAIT 5)
+KillWait=$(setting KILL_WAIT 30)
 MinJobAge=86400
 # ids are never used twice, also not by the next cluster
 FirstJobId=$(($(date +%s) % 60000000 + 1))

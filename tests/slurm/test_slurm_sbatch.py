@@ -1,0 +1,169 @@
+"""Training by `sbatch slurm/train.sh` on a real Slurm: stopped in every way, it ends where the undisturbed run ends."""
+
+import re
+import shlex
+import sys
+
+import pytest
+import torch
+
+from ccmdist.cluster.run_directory import RunDirectory
+from tests.distributed.small_world import SETTINGS, data_overrides, losses, weights
+
+pytestmark = pytest.mark.slurm
+
+NUM_STEPS = 32
+SETTINGS_HERE = [*SETTINGS, f"num_steps={NUM_STEPS}", "checkpoint.every_steps=8", "validation.every_steps=16"]
+TWO_BY_TWO = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2"]
+ALONE = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1"]
+BEGUN = "training adapter: "
+
+
+@pytest.fixture(scope="module")
+def submit(project, world):
+    """Submit a training run by the script that a user submits; the job's id."""
+
+    def run(folder, *overrides, shape=ALONE, options=(), **environment):
+        words = ["configs/train/tiny.yaml", f"run={folder}", *data_overrides(world), *SETTINGS_HERE, *overrides]
+        return project.sbatch(*shape, *options, "slurm/train.sh", *words, **environment)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def straight(cluster, project, submit):
+    """Folder of an undisturbed run of four ranks on two nodes."""
+    folder = project.folder / "runs" / "straight"
+    job = submit(folder, shape=TWO_BY_TWO)
+    cluster.wait_for(job, "COMPLETED")
+    assert cluster.exit_code(job) == 0
+    assert "4 ranks" in project.log(job)
+    return folder
+
+
+def preempt(cluster, project, job):
+    """Let a job of the partition high take all nodes, until the preempted one has made way."""
+    other = project.sbatch("--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 120")
+    cluster.wait_until_back(job, cluster.restarts(job))
+    cluster.run("scancel", other)
+
+
+def signal(cluster, project, job):
+    """Send what Slurm sends when the time is nearly up."""
+    cluster.run("scancel", "--signal=USR2", job)
+    cluster.wait_until_back(job, cluster.restarts(job))
+
+
+def put_back(cluster, project, job):
+    """Put the job back by hand, as an administrator does."""
+    restarts = cluster.restarts(job)
+    cluster.run("scontrol", "requeue", job)
+    cluster.wait_until_back(job, restarts)
+
+
+def cut_power(cluster, project, job):
+    """Lose the node on which the batch script runs."""
+    node, restarts = cluster.batch_node(job), cluster.restarts(job)
+    cluster.cut_power(node)
+    cluster.wait_until_back(job, restarts)
+    cluster.restore_power(node)
+
+
+STOPS = (preempt, signal, put_back, cut_power)
+
+
+@pytest.fixture(scope="module")
+def stopped(cluster, project, submit):
+    """Folder and job of a run that was stopped in every way."""
+    folder = project.folder / "runs" / "stopped"
+    job = submit(folder, shape=TWO_BY_TWO)
+    for number, stop in enumerate(STOPS, 1):
+        project.wait_for_line(job, BEGUN, number)
+        begun = len(re.findall("step .*/", project.log(job)))
+        project.wait_for_line(job, r"step \d+/", begun + 3)
+        stop(cluster, project, job)
+    cluster.wait_for(job, "COMPLETED")
+    return folder, job
+
+
+@pytest.mark.timeout(1200)
+def test_a_run_that_was_stopped_in_every_way_ends_bitwise_like_the_undisturbed_one(straight, stopped):
+    expected, found = weights(straight), weights(stopped[0])
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
+    for path in sorted((straight / "adapter").iterdir()):
+        assert path.read_bytes() == (stopped[0] / "adapter" / path.name).read_bytes(), path.name
+
+
+def test_only_a_lost_node_costs_steps(stopped):
+    attempts = RunDirectory(stopped[0]).attempts()
+    assert len(attempts) == len(STOPS) + 1
+    for stop, before, after in zip(STOPS, attempts, attempts[1:], strict=False):
+        if stop is not cut_power:
+            assert before["last_step"] > before["first_step"], stop
+            assert after["first_step"] == before["last_step"], stop
+    assert attempts[-1]["last_step"] == NUM_STEPS
+
+
+def test_the_curve_has_no_gap_and_no_overlap(straight, stopped):
+    assert [step for step, _ in losses(straight)] == list(range(1, NUM_STEPS + 1))
+    assert losses(stopped[0]) == losses(straight)
+    assert losses(stopped[0], "held_out/mean") == losses(straight, "held_out/mean")
+
+
+def test_one_log_tells_every_start_and_every_end(project, stopped):
+    log = project.log(stopped[1])
+    assert re.findall(r": start (\d+) on ", log) == [str(number) for number in range(1, len(STOPS) + 2)]
+    assert "stopped by SIGUSR2" in log
+    assert log.count("stopped with its work committed; it starts again by itself") == 2
+    assert log.rstrip().endswith(": done")
+    steps = [int(step) for step in re.findall(r"step (\d+)/", log)]
+    assert sorted(set(steps)) == list(range(1, NUM_STEPS + 1))
+
+
+def test_a_second_job_on_a_run_is_refused_and_names_the_first(cluster, project, submit, tmp_path):
+    hold = (
+        f"import time; from pathlib import Path; from ccmdist.cluster.run_directory import RunDirectory\n"
+        f"run = RunDirectory(Path({str(tmp_path)!r})); run.hold(); print('held', flush=True); time.sleep(200)"
+    )
+    script = tmp_path / "first.sh"
+    script.write_text(f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(hold)}\n")
+    first = project.sbatch("--output=slurm/logs/first-%j.out", script)
+    project.wait_for_line(first, "held")
+    second = submit(tmp_path)
+    cluster.wait_for(second, "FAILED")
+    cluster.run("scancel", first)
+    assert cluster.exit_code(second) == 78
+    assert re.search(rf"is in use by process \d+ of job {first} on n\d; wait for it to end", project.log(second))
+    assert cluster.restarts(second) == 0
+
+
+def test_a_run_that_always_dies_is_started_three_times(cluster, project, submit, tmp_path):
+    job = submit(tmp_path / "run", CCMDIST_FAULT="sigkill@step:rank=0,step=0")
+    for restarts in range(3):
+        cluster.wait_until_back(job, restarts)
+    cluster.wait_for(job, "FAILED")
+    assert cluster.exit_code(job) == 78
+    assert cluster.restarts(job) == 3
+    assert project.log(job).count("a task ended with 137; it starts again by itself") == 3
+    assert "the last 3 starts of this job ended without anything new committed (still 0 steps)" in project.log(job)
+
+
+def test_a_bad_config_ends_the_job_at_once(cluster, project, submit, tmp_path):
+    job = submit(tmp_path / "run", "optim.lr=fast")
+    cluster.wait_for(job, "FAILED")
+    assert cluster.exit_code(job) == 78
+    assert "optim.lr: should be a valid number" in project.log(job)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cancelled_job_commits_and_stays_cancelled(cluster, project, submit, tmp_path):
+    job = submit(tmp_path / "run", "checkpoint.every_steps=100")
+    project.wait_for_line(job, r"step \d+/", 2)
+    cluster.run("scancel", job)
+    cluster.wait_for(job, "CANCELLED")
+    assert RunDirectory(tmp_path / "run").committed_step() >= 2
+    assert "Slurm ends the job" in project.log(job)
+    assert "sbatch slurm/train.sh configs/train/tiny.yaml run=" in project.log(job)
+    assert cluster.restarts(job) == 0
