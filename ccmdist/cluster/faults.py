@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from ccmdist.errors import RunError
@@ -40,7 +41,7 @@ def fault_point(name: str, global_rank: int, step: int) -> None:
             raise RunError(f"{VARIABLE}: cannot read {text!r}", "write ACTION@POINT:rank=R,step=S[,operation=K]")
         if (match["point"], int(match["rank"]), int(match["step"])) == (name, global_rank, step):
             if match["operation"]:
-                sys.addaudithook(_at_operation(int(match["operation"]), lambda m=match: _strike(m)))
+                sys.addaudithook(_at_operation(int(match["operation"]), partial(_strike, match)))
             else:
                 _strike(match)
 
