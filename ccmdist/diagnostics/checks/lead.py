@@ -1,4 +1,4 @@
-"""Is the time between Slurm's signal and the end of a job enough to finish a step and commit?"""
+"""Times that were measured against those that are set: is there enough to commit, is a slow step taken for a hang."""
 
 import math
 import re
@@ -11,6 +11,7 @@ from typing import Any, Final
 import ccmdist
 from ccmdist.cluster.ledger import read_ledger
 from ccmdist.cluster.run_directory import RunDirectory
+from ccmdist.config.train import TrainConfig
 from ccmdist.diagnostics.checks.finding import Finding, Findings, Request
 
 SCRIPT: Final = Path("slurm/train.sh")
@@ -19,6 +20,8 @@ SAVE_FACTOR: Final = 1.5
 """A save on a busy file system takes longer than those that were measured."""
 SPARE_S: Final = 30.0
 """For ranks that notice the signal in different steps, and for the batch script to conclude."""
+SLOWEST_FACTOR: Final = 5.0
+"""Between what was measured and the time at which a rank counts as hung."""
 IN_A_STEP: Final = ("data_wait", "compute")
 
 
@@ -47,7 +50,7 @@ def check(request: Request, slurm: Mapping[str, str], graces: Mapping[str, int |
     """
     lead_s, source = planned(request)
     yield from _forced_exit(request, lead_s, source)
-    measured = measure(read_ledger(RunDirectory(request.config.run).ledger)) if request.config else None
+    measured = measured_of(request.config) if request.config else None
     if measured is None:
         if lead_s is not None:
             found = f"{lead_s} s ({source}); no save was measured yet, ask again after a run's first checkpoints"
@@ -55,6 +58,27 @@ def check(request: Request, slurm: Mapping[str, str], graces: Mapping[str, int |
         return
     yield _lead(lead_s, source, measured)
     yield from _graces(graces, measured, slurm)
+
+
+def timeouts(config: TrainConfig) -> Findings:
+    """Compare the times at which a rank counts as hung with what the run took so far."""
+    if (measured := measured_of(config)) is None:
+        return
+    taken = {"step": measured.step_s, "validation": measured.validation_s, "checkpoint": measured.save_s}
+    allowed = {name: 60 * getattr(config.timeouts, f"{name}_min") for name in taken}
+    short = [name for name in taken if allowed[name] < SLOWEST_FACTOR * taken[name]]
+    told = ", ".join(f"{name} {taken[name]:.1f} of {allowed[name]:.0f} s" for name in taken)
+    if short:
+        numbers = {name: math.ceil(SLOWEST_FACTOR * taken[name] / 60) for name in short}
+        setting = " ".join(f"timeouts.{name}_min={minutes}" for name, minutes in numbers.items())
+        yield Finding("timeouts", "WARN", told, f"set {setting}: a slow one would be taken for a rank that hangs")
+    else:
+        yield Finding("timeouts", "OK", told)
+
+
+def measured_of(config: TrainConfig) -> Measured | None:
+    """What the run of these settings took so far; None before its first commit."""
+    return measure(read_ledger(RunDirectory(config.run).ledger))
 
 
 def planned(request: Request) -> tuple[int | None, str]:

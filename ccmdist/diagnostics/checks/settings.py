@@ -7,6 +7,7 @@ from ccmdist.config.data import DataSettings
 from ccmdist.data.cache_index import cache_folder, fingerprint, indexes, no_cache, read_fingerprint
 from ccmdist.data.manifest import read_manifest
 from ccmdist.diagnostics.checks.finding import DoctorConfig, Finding, Findings, Request, size
+from ccmdist.diagnostics.checks.lead import timeouts
 from ccmdist.errors import CcmdistError, ShardError
 from ccmdist.models.model_folder import WEIGHT_FILES, ModelFolder
 
@@ -23,6 +24,7 @@ def check(request: Request) -> Findings:
     if all(finding.state == "OK" for finding in sources):  # both are part of the cache's name
         yield _told("cached samples", lambda: _cache(config.data))
     yield _batch(config)
+    yield from timeouts(config)
 
 
 def _told(what: str, look: Callable[[], str]) -> Finding:

@@ -177,3 +177,15 @@ def test_before_the_first_save_the_lead_is_shown_and_nothing_is_claimed(tmp_path
     finding = one(advised(tmp_path, "slurm.signal_lead_s=120", events=[]), "signal lead")
     assert finding.state == "OK"
     assert "no save was measured yet" in finding.found
+
+
+def test_a_timeout_that_a_slow_step_may_reach_is_told_with_the_one_to_set(tmp_path):
+    advised(tmp_path)
+    config = settings(f"run={tmp_path}", "timeouts.step_min=0.5", "timeouts.checkpoint_min=4")
+    (finding,) = lead.timeouts(config)
+    assert finding.state == "WARN"
+    assert finding.found == "step 12.0 of 30 s, validation 30.0 of 1800 s, checkpoint 60.0 of 240 s"
+    assert finding.remedy.startswith("set timeouts.step_min=1 timeouts.checkpoint_min=5: ")
+    (finding,) = lead.timeouts(settings(f"run={tmp_path}"))
+    assert finding.state == "OK"
+    assert list(lead.timeouts(settings(f"run={tmp_path}/none"))) == []
