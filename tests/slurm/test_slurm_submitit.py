@@ -1,6 +1,5 @@
 """The launchers on a real Slurm: what is signalled, killed or out of time comes back, and ends as if undisturbed."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -82,7 +81,7 @@ def test_a_signalled_run_comes_back_and_ends_as_an_undisturbed_one(cluster, laun
     wait_for_text(log, f"step 2/{NUM_STEPS}")
     cluster.run("scancel", "--signal=USR2", job)
     cluster.wait_until_back(job, 0)
-    cluster.wait_for(job, "COMPLETED", log=log)
+    cluster.wait_for(job, "COMPLETED")
     told = log.read_text()
     assert "stopped by SIGUSR2" in told
     assert not any(text in told for text in SUBMITITS_OWN), told
@@ -131,15 +130,15 @@ def test_a_chain_ends_with_a_report_although_a_worker_is_killed(cluster, launch,
     cluster.run("scancel", "--signal=KILL", f"{drawing}_1")
     cluster.wait_until_back(f"{drawing}_1", 0)
     for job, log in jobs:
-        cluster.wait_for(job, "COMPLETED", log=log)
+        cluster.wait_for(job, "COMPLETED")
     assert cluster.restarts(f"{drawing}_0") == 0, "an array task was started again that had not failed"
     assert (place / "report" / "report.html").is_file()
     cluster.run(sys.executable, "-m", "ccmdist", "shards", "verify", str(out), "--plan")
 
 
-@pytest.mark.drill
 def test_a_stage_that_is_refused_cancels_those_after_it(cluster, place, monkeypatch):
-    monkeypatch.setattr(os, "environ", os.environ | cluster.environment)
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
     settings = SlurmSettings(gpus_per_node=0, cpus_per_task=1)
     first, second = (JobFolder(place / name) for name in ("first", "second"))
     for folder in (first, second):
@@ -149,7 +148,7 @@ def test_a_stage_that_is_refused_cancels_those_after_it(cluster, place, monkeypa
     job = submit(one, SubmittedStage("train", str(first.path)))
     other = BatchJob("evaluate", second, settings, after=(job,))
     cancelled = submit(other, SubmittedStage("evaluate", str(second.path)))
-    cluster.wait_for(job, "FAILED", log=one.log(job))
+    cluster.wait_for(job, "FAILED")
     cluster.wait_for(cancelled, "CANCELLED")
     assert cluster.exit_code(job) == 78
     assert "is not the folder of a job" in one.log(job).read_text()

@@ -16,13 +16,16 @@ PROCESS = """
 import os, signal, sys, time
 from ccmdist import cli
 from ccmdist.cluster.preemption import StopFlag
+from ccmdist.jobs import submitted
+
+held_back = submitted.hold_back_stop_signals
+submitted.hold_back_stop_signals = lambda: (held_back(), os.kill(os.getpid(), signal.SIGUSR1))
 
 def exit_code(arguments):
     os.kill(os.getpid(), signal.SIGUSR2)
     print("called with", *arguments, flush=True)
     with StopFlag(60) as stop:
-        while not stop:
-            time.sleep(0.01)
+        time.sleep(0.05)
         print("stopped by", stop.reason, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGCONT)
@@ -70,7 +73,7 @@ def process(tmp_path):
 def test_an_attempt_that_is_not_the_last_leaves_no_result(process, code, state, expected, tmp_path):
     found, told, result = process(code, state)
     assert found == expected, told
-    assert f"called with train {tmp_path}/config.json --allow-change=seed\nstopped by SIGUSR2\n" in told
+    assert f"called with train {tmp_path}/config.json --allow-change=seed\nstopped by SIGUSR1\n" in told
     assert not any(text in told for text in ("Bypassing", "Caught signal", "checkpoint method", "Requeued")), told
     assert not result.exists()
 
