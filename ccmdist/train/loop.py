@@ -15,6 +15,7 @@ from ccmdist.cluster.ledger import Ledger
 from ccmdist.cluster.preemption import StopFlag
 from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.cluster.run_directory import Outcome, RunDirectory
+from ccmdist.cluster.sections import Sections
 from ccmdist.config.loading import digest
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import log
@@ -28,12 +29,7 @@ from ccmdist.train.resume import resume
 
 
 def train(
-    config: TrainConfig,
-    objective: Objective,
-    group: ProcessGroup,
-    run: RunDirectory,
-    stop: StopFlag,
-    ledger: Ledger,
+    config: TrainConfig, objective: Objective, group: ProcessGroup, run: RunDirectory, stop: StopFlag, ledger: Ledger
 ) -> Outcome:
     """Train until the last step or a stop signal; how it ended. Collective.
 
@@ -49,10 +45,11 @@ def train(
         store = CheckpointStore(run.checkpoints, group, config.checkpoint.keep, attempt)
         start = resume(engine, objective, store)
     ledger.resumed(start)
-    if group.ranks.is_first:
-        run.start_attempt(start)
-    loop = _Loop(config, objective, group, engine, store, stop, ledger, Monitor(config, group, run, start, ledger))
-    return loop.run(start)
+    with ledger.sections("startup", start):
+        if group.ranks.is_first:
+            run.start_attempt(start)
+        monitor = Monitor(config, group, run, start, ledger)
+    return _Loop(config, objective, group, engine, store, stop, ledger.sections, monitor).run(start)
 
 
 class _Loop:
@@ -66,11 +63,11 @@ class _Loop:
         engine: Engine,
         store: CheckpointStore,
         stop: StopFlag,
-        ledger: Ledger,
+        sections: Sections,
         monitor: Monitor,
     ) -> None:
         self.config, self.objective, self.group, self.engine = config, objective, group, engine
-        self.store, self.stop, self.sections, self.monitor = store, stop, ledger.sections, monitor
+        self.store, self.stop, self.sections, self.monitor = store, stop, sections, monitor
         self.nonfinite_in_a_row = 0
         self.failed_saves = 0
         self.committed = 0
