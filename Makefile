@@ -1,5 +1,5 @@
 # make demo   the whole chain on this machine, CPU only, in minutes
-# make test   all tests
+# make test   all tests; those of Slurm where it is installed and we are root
 # make check  linters, types, layers, shell scripts
 # Each makes .venv and installs by itself; only Python 3.11+, make, git and a C compiler are needed.
 PYTHON ?= python3
@@ -7,10 +7,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test check drill bench clean install
+.PHONY: demo slurm-demo slurm-drill test check drill bench clean install
 
 demo: install
 	$(RUN) ccmdist demo --out runs/demo
+
+# The demo as jobs on a real Slurm of four nodes, preempted and with a power cut. Needs root and the packages
+# slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge.
+slurm-demo: install
+	$(RUN) ccmdist demo --slurm --out runs/slurm-demo
 
 test: install
 	$(RUN) TORCH_EXTENSIONS_DIR="$${TMPDIR:-/tmp}/ccmdist-test-extensions-$$$$" pytest
@@ -26,6 +31,10 @@ check: install
 drill: install
 	$(RUN) python benchmarks/crash_drill.py
 	$(RUN) pytest -m drill --ignore=tests/slurm
+
+# All of tests/slurm: also time limits, clusters of other kinds, containers, nodes that fall silent.
+slurm-drill: install
+	$(RUN) pytest -m "slurm or drill" tests/slurm
 
 bench: install
 	$(RUN) sh -c 'for script in $(filter-out benchmarks/crash_drill.py,$(sort $(wildcard benchmarks/*.py))); do python "$$script" || exit 1; done'

@@ -268,9 +268,12 @@ def doctor(
 
 
 @app.command(epilog=example("ccmdist demo --out runs/demo"))
-def demo(out: Out = Path("runs/demo")) -> None:
+def demo(
+    out: Out = Path("runs/demo"),
+    slurm: Annotated[bool, typer.Option("--slurm", help="As jobs on a Slurm of its own; needs root.")] = False,
+) -> None:
     """Run the whole chain on this machine: phantoms, training that is preempted and resumed, synthesis, report."""
-    importlib.import_module("ccmdist.jobs.demo").run(out)
+    importlib.import_module("ccmdist.jobs.slurm_demo" if slurm else "ccmdist.jobs.demo").run(out)
 
 
 def main() -> None:

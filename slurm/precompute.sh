@@ -17,7 +17,10 @@ cd "${SLURM_SUBMIT_DIR:?is not set: start this script with sbatch}"
 SCRIPTS=slurm/logs/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}.job/code/slurm # as they were at the first start
 [ -e "$SCRIPTS" ] || SCRIPTS=slurm
 # shellcheck source=slurm/job.sh
-. "$SCRIPTS/job.sh"
+. "$SCRIPTS/job.sh" || {
+    echo "ccmdist: there is no slurm/job.sh in $PWD; submit from the clone of the project" >&2
+    exit 78
+}
 
 begin_job precompute "$@"
 code=0

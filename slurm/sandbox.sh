@@ -23,7 +23,6 @@
 #   ACCOUNTING   dbd: slurmdbd and a MariaDB of its own; shim: a stand-in for sacct; none       dbd where installed
 #   GRACE        seconds between the signal of a preemption and the kill                        20
 #   USER_SIGNAL  1: a preempted job gets the signal of its --signal; 0: SIGTERM only            1
-#   REQUEUE      0: the cluster starts no job again (JobRequeue=0)    1
 #   NODE_TIMEOUT seconds until a silent node is down                  10
 #   KILL_WAIT    seconds between SIGTERM and SIGKILL                  30
 #   NAMESPACES   1, 0, or auto                                        auto
@@ -149,7 +148,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=1
-JobRequeue=$(setting REQUEUE 1)
+JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=1

@@ -86,29 +86,38 @@ def run(out: Path) -> None:
     """
     console = Console()
     for command in chain(out):
-        # A run that was already beyond the step of the drill when the demo was stopped ends without one.
-        expected = (EXIT_REQUEUE, EXIT_DONE) if command.fault else (EXIT_DONE,)
-        if command.done is not None and command.done.exists():
-            continue
-        drill = "kill -USR2 one rank of: " if command.fault else ""
-        console.print(f"\n$ {drill}ccmdist {shlex.join(command.words)}", markup=False, highlight=False, soft_wrap=True)
-        code = _execute(command)
-        if code not in expected:
-            raise RunError(
-                f"demo: `ccmdist {shlex.join(command.words)}` ended with exit code {code}, expected {expected[0]}",
-                "read the lines above; the same command goes on from what is done",
-            )
-    _summarise(out, console)
+        execute(command, console)
+    summarise(out, console)
 
 
-def _execute(command: Command) -> int:
+def execute(command: Command, console: Console) -> None:
+    """Show a command and run it, unless what it makes is there.
+
+    Raises:
+        RunError: If it ends with another exit code than it should.
+    """
+    # A run that was already beyond the step of the drill when the demo was stopped ends without one.
+    expected = (EXIT_REQUEUE, EXIT_DONE) if command.fault else (EXIT_DONE,)
+    if command.done is not None and command.done.exists():
+        return
+    drill = "kill -USR2 one rank of: " if command.fault else ""
+    console.print(f"\n$ {drill}ccmdist {shlex.join(command.words)}", markup=False, highlight=False, soft_wrap=True)
+    code = _exit_code(command)
+    if code not in expected:
+        raise RunError(
+            f"demo: `ccmdist {shlex.join(command.words)}` ended with exit code {code}, expected {expected[0]}",
+            "read the lines above; the same command goes on from what is done",
+        )
+
+
+def _exit_code(command: Command) -> int:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     if command.fault:
         environment[VARIABLE] = command.fault
     return subprocess.run([sys.executable, "-m", "ccmdist", *command.words], env=environment, check=False).returncode
 
 
-def _summarise(out: Path, console: Console) -> None:
+def summarise(out: Path, console: Console) -> None:
     """Print a short table of what was measured, and where everything lies."""
     run = RunDirectory(out / "run")
     console.print(_table(json.loads((out / "report" / "report.json").read_text())))

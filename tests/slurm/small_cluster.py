@@ -8,11 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+from tests.distributed.small_world import SETTINGS, data_overrides
+
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare")
 PACKAGES = "slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge"
 PATIENCE_S = 240
 UNDER_WAY = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "PREEMPTED", "NODE_FAIL"}
+ALONE = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1")
+TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2")
 NOT_INHERITED = ("SLURM", "SBATCH", "CCMDIST")
 
 
@@ -137,6 +141,11 @@ class Project:
         ours = {"CCMDIST_VENV": sys.prefix, "CCMDIST_NODE_TMP": str(self.folder)}
         words = ["sbatch", "--parsable", "--cpus-per-task=1", *map(str, words)]
         return self.cluster.run(*words, cwd=self.folder, **(ours | environment))
+
+    def train(self, world, folder, *overrides, shape=ALONE, options=(), **environment):
+        """Submit a training run by the script that a user submits; the job's id."""
+        words = [f"run={folder}", *data_overrides(world), *SETTINGS, *overrides]
+        return self.sbatch(*shape, *options, "slurm/train.sh", "configs/train/tiny.yaml", *words, **environment)
 
     def log(self, job):
         """The log of a job or of an array task such as "12_3"; empty before it begins."""

@@ -8,33 +8,21 @@ import pytest
 import torch
 
 from ccmdist.cluster.run_directory import RunDirectory
-from tests.distributed.small_world import SETTINGS, data_overrides, losses, weights
+from tests.distributed.small_world import losses, weights
+from tests.slurm.small_cluster import TWO_BY_TWO
 
 pytestmark = pytest.mark.slurm
 
 NUM_STEPS = 32
-SETTINGS_HERE = [*SETTINGS, f"num_steps={NUM_STEPS}", "checkpoint.every_steps=8", "validation.every_steps=16"]
-TWO_BY_TWO = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2"]
-ALONE = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1"]
+LENGTH = (f"num_steps={NUM_STEPS}", "checkpoint.every_steps=8", "validation.every_steps=16")
 BEGUN = "training adapter: "
 
 
 @pytest.fixture(scope="module")
-def submit(project, world):
-    """Submit a training run by the script that a user submits; the job's id."""
-
-    def run(folder, *overrides, shape=ALONE, options=(), **environment):
-        words = ["configs/train/tiny.yaml", f"run={folder}", *data_overrides(world), *SETTINGS_HERE, *overrides]
-        return project.sbatch(*shape, *options, "slurm/train.sh", *words, **environment)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def straight(cluster, project, submit):
+def straight(cluster, project, world):
     """Folder of an undisturbed run of four ranks on two nodes."""
     folder = project.folder / "runs" / "straight"
-    job = submit(folder, shape=TWO_BY_TWO)
+    job = project.train(world, folder, *LENGTH, shape=TWO_BY_TWO)
     cluster.wait_for(job, "COMPLETED")
     assert cluster.exit_code(job) == 0
     assert "4 ranks" in project.log(job)
@@ -73,10 +61,10 @@ STOPS = (preempt, signal, put_back, cut_power)
 
 
 @pytest.fixture(scope="module")
-def stopped(cluster, project, submit):
+def stopped(cluster, project, world):
     """Folder and job of a run that was stopped in every way."""
     folder = project.folder / "runs" / "stopped"
-    job = submit(folder, shape=TWO_BY_TWO)
+    job = project.train(world, folder, *LENGTH, shape=TWO_BY_TWO)
     for number, stop in enumerate(STOPS, 1):
         project.wait_for_line(job, BEGUN, number)
         begun = len(re.findall("step .*/", project.log(job)))
@@ -122,7 +110,7 @@ def test_one_log_tells_every_start_and_every_end(project, stopped):
     assert sorted(set(steps)) == list(range(1, NUM_STEPS + 1))
 
 
-def test_a_second_job_on_a_run_is_refused_and_names_the_first(cluster, project, submit, tmp_path):
+def test_a_second_job_on_a_run_is_refused_and_names_the_first(cluster, project, world, tmp_path):
     hold = (
         f"import time; from pathlib import Path; from ccmdist.cluster.run_directory import RunDirectory\n"
         f"run = RunDirectory(Path({str(tmp_path)!r})); run.hold(); print('held', flush=True); time.sleep(200)"
@@ -131,7 +119,7 @@ def test_a_second_job_on_a_run_is_refused_and_names_the_first(cluster, project, 
     script.write_text(f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(hold)}\n")
     first = project.sbatch("--output=slurm/logs/first-%j.out", script)
     project.wait_for_line(first, "held")
-    second = submit(tmp_path)
+    second = project.train(world, tmp_path)
     cluster.wait_for(second, "FAILED")
     cluster.run("scancel", first)
     assert cluster.exit_code(second) == 78
@@ -139,8 +127,8 @@ def test_a_second_job_on_a_run_is_refused_and_names_the_first(cluster, project, 
     assert cluster.restarts(second) == 0
 
 
-def test_a_run_that_always_dies_is_started_three_times(cluster, project, submit, tmp_path):
-    job = submit(tmp_path / "run", CCMDIST_FAULT="sigkill@step:rank=0,step=0")
+def test_a_run_that_always_dies_is_started_three_times(cluster, project, world, tmp_path):
+    job = project.train(world, tmp_path / "run", CCMDIST_FAULT="sigkill@step:rank=0,step=0")
     for restarts in range(3):
         cluster.wait_until_back(job, restarts)
     cluster.wait_for(job, "FAILED")
@@ -150,16 +138,16 @@ def test_a_run_that_always_dies_is_started_three_times(cluster, project, submit,
     assert "the last 3 starts of this job ended without anything new committed (still 0 steps)" in project.log(job)
 
 
-def test_a_bad_config_ends_the_job_at_once(cluster, project, submit, tmp_path):
-    job = submit(tmp_path / "run", "optim.lr=fast")
+def test_a_bad_config_ends_the_job_at_once(cluster, project, world, tmp_path):
+    job = project.train(world, tmp_path / "run", "optim.lr=fast")
     cluster.wait_for(job, "FAILED")
     assert cluster.exit_code(job) == 78
     assert "optim.lr: should be a valid number" in project.log(job)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_cancelled_job_commits_and_stays_cancelled(cluster, project, submit, tmp_path):
-    job = submit(tmp_path / "run", "checkpoint.every_steps=100")
+def test_a_cancelled_job_commits_and_stays_cancelled(cluster, project, world, tmp_path):
+    job = project.train(world, tmp_path / "run", "checkpoint.every_steps=100")
     project.wait_for_line(job, r"step \d+/", 2)
     cluster.run("scancel", job)
     cluster.wait_for(job, "CANCELLED")
