@@ -11,11 +11,12 @@ from typing import Any, Final, Literal
 
 from ccmdist.cluster.ledger import read_ledger
 from ccmdist.cluster.run_directory import Outcome, RunDirectory
+from ccmdist.data.manifest import MANIFEST
 from ccmdist.diagnostics import liveness
 from ccmdist.diagnostics.goodput import Attempt, Goodput, attempts_of, goodput
 from ccmdist.diagnostics.liveness import SlurmJob, State, known, modified
 from ccmdist.errors import RunError
-from ccmdist.synthesis.output import SyntheticSet
+from ccmdist.synthesis.output import BATCHES, SyntheticSet
 from ccmdist.synthesis.plan import PLAN, read_plan
 
 FORMAT: Final = 1
@@ -145,14 +146,13 @@ def _of_set(folder: Path) -> Standing:
     plan = read_plan(folder)
     done, wanted = SyntheticSet(folder, plan).num_committed(), len(plan.batches)
     job = liveness.ask_slurm(liveness.job_of(RunDirectory(folder)))
-    newest = max((modified(path) for path in (folder / "batches", folder)), default=0.0)
-    quiet_s = _age(newest or None)
+    quiet_s = _age(max(modified(folder), modified(folder / BATCHES)) or None)
     state: State = "waiting"
-    detail = f"{done} of {wanted} batches are committed; the same command, or more tasks of it, draws the rest"
-    if (folder / "manifest.json").exists():
-        state, detail = "done", f"all {wanted} batches, {plan.num_images} images, {plan.num_shards} shards"
+    detail = f"{wanted - done} of {wanted} batches are open; the same command, or an array of it, draws them"
+    if (folder / MANIFEST).exists():
+        state, detail = "done", f"{plan.num_images} images in {plan.num_shards} shards"
     elif (job and job.state in liveness.RUNS) or (quiet_s is not None and quiet_s < RECENT_S):
-        state, detail = "running", str(job) if job else "the last batch was committed a moment ago"
+        state, detail = "running", str(job) if job else "the folder changed a moment ago"
     return Standing("synthetic set", str(folder), state, detail, done, wanted, quiet_s=quiet_s, slurm=job)
 
 

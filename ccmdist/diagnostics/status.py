@@ -6,6 +6,7 @@ not known; with ``--watch``, one object per line whenever one of them has change
 
 import contextlib
 import dataclasses
+import io
 import json
 import shutil
 import sys
@@ -37,6 +38,8 @@ def show(run: Path, as_json: bool, watch: bool) -> None:
     Raises:
         RunError: If the folder holds neither, or may not be read.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows bars as question marks
     if not watch:
         now = standing(run)
         Console(width=_width()).print(page(now)) if not as_json else _tell(_as_json(now, indent=2))

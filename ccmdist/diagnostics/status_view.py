@@ -115,7 +115,7 @@ def _rows(now: Standing) -> Iterator[tuple[str, RenderableType]]:
     if now.detail:
         yield NAME_OF_DETAIL[now.state], now.detail
     if now.step is not None and now.num_steps:
-        yield _unit(now), _progress(now.step, now.num_steps)
+        yield _unit(now), _progress(now.step, now.num_steps, STYLES[now.state])
     if now.goodput and now.goodput.step_s and now.state in ("running", "waiting", "killed"):
         yield "time left", f"{duration(now.seconds_left or 0)} at {now.goodput.step_s:.3g} s per step"
     if now.committed_step:
@@ -129,9 +129,10 @@ def _rows(now: Standing) -> Iterator[tuple[str, RenderableType]]:
         yield "no progress", Text(f"in the last {now.attempts_without_progress} attempts", style="yellow")
 
 
-def _progress(done: int, total: int) -> Table:
+def _progress(done: int, total: int, style: str) -> Table:
     row = Table.grid(padding=(0, 2))
-    row.add_row(f"{done}/{total}", ProgressBar(total, min(done, total), width=BAR_WIDTH), f"{done / total:.0%}")
+    bar = ProgressBar(total, min(done, total), width=BAR_WIDTH, complete_style=style, finished_style=style)
+    row.add_row(f"{done}/{total}", bar, f"{done / total:.0%}")
     return row
 
 
@@ -146,7 +147,8 @@ def _attempts(now: Standing) -> RenderableType:
     if hidden:
         table.add_row(f"1 - {hidden}", "...")
     for attempt in now.attempts[hidden:]:
-        steps, took = f"{attempt.first_step} → {attempt.last_step}", duration(attempt.seconds)
+        quiet_s = now.quiet_s or 0.0 if attempt.state == "running" else 0.0
+        steps, took = f"{attempt.first_step} → {attempt.last_step}", duration(attempt.seconds + quiet_s)
         cells = [str(attempt.number + 1), steps, took, *([attempt.job] if with_jobs else []), attempt.host]
         table.add_row(*map(Text, cells), _ending(attempt))
     return Padding(table, (0, 0, 0, 2))
@@ -166,29 +168,26 @@ def _share(figures: Goodput) -> str:
 
 
 def _costs(now: Standing, figures: Goodput) -> Iterator[tuple[str, RenderableType]]:
-    yield "failures", _failures(figures)
+    """What failures cost, and how often to save."""
+    told = "none seen"
+    if figures.mean_s_between_failures is not None:
+        running_s = figures.num_failures * figures.mean_s_between_failures
+        told = f"{figures.num_failures} in {duration(running_s)} of running"
+        told += f", {figures.lost_steps_per_failure:.3g} steps lost each" if figures.lost_steps_per_failure else ""
+    yield "failures", told
+    if num_restarts := len(now.attempts) - 1:
+        stops = f", {figures.num_stops} after a clean stop" if figures.num_stops else ""
+        took = f", {duration(figures.recovery_s)} until a new step" if figures.recovery_s is not None else ""
+        yield "restarts", f"{num_restarts}{stops}{took}"
     if figures.advice is not None:
         yield "saves", _advice(figures.advice, now.commit_every_steps)
-
-
-def _failures(figures: Goodput) -> str:
-    told = ["none seen"]
-    if figures.mean_s_between_failures is not None:
-        told = [f"{figures.num_failures}, one per {duration(figures.mean_s_between_failures)} of running"]
-        told.append(f"{figures.lost_steps_per_failure:.3g} steps lost each")
-    if figures.num_stops:
-        told.append(_count(figures.num_stops, "clean stop"))
-    if figures.recovery_s is not None:
-        told.append(f"{duration(figures.recovery_s)} until a new step")
-    return ", ".join(told)
 
 
 def _advice(advice: Advice, every_steps: int | None) -> str:
     steps = f" = {_count(advice.interval_steps, 'step')}" if advice.interval_steps else ""
     now = f" (now {every_steps})" if every_steps else ""
-    cause = f"one failure per {duration(advice.failure_every_s)}"
-    cause = f"if there were {cause}, which is assumed" if advice.is_assumed else f"for {cause}"
-    return f"{duration(advice.save_s)} each; best every {duration(advice.interval_s)}{steps}{now} {cause}"
+    rate = f"assuming a failure per {duration(advice.failure_every_s)}" if advice.is_assumed else "at this rate"
+    return f"{duration(advice.save_s)} each, {rate} best every {duration(advice.interval_s)}{steps}{now}"
 
 
 def _time(figures: Goodput) -> RenderableType:

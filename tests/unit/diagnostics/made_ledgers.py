@@ -2,6 +2,9 @@
 
 import json
 
+from ccmdist.synthesis.output import BATCHES
+from ccmdist.synthesis.plan import Batch, Plan, PlanSettings, Request, accept_plan
+
 T0 = 1_700_000_000.0
 
 
@@ -76,7 +79,11 @@ def write(folder, ledger, num_steps=20, owner=None, outcome=None, shift_s=0.0):
     folder.mkdir(parents=True, exist_ok=True)
     if owner is not None:
         (folder / "owner.json").write_text(json.dumps(owner))
-    settings = {"num_steps": num_steps, "checkpoint": {"every_steps": 10}, "timeouts": {"step_min": 15.0, "meet_min": 30.0}}
+    settings = {
+        "num_steps": num_steps,
+        "checkpoint": {"every_steps": 10},
+        "timeouts": {"step_min": 15.0, "meet_min": 30.0},
+    }
     (folder / "config.json").write_text(json.dumps({"digest": "d", "settings": settings}))
     for line in ledger.lines:
         if line["event"] == "commit":
@@ -88,4 +95,17 @@ def write(folder, ledger, num_steps=20, owner=None, outcome=None, shift_s=0.0):
         for line in ledger.lines
     ]
     (folder / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in moved))
+    return folder
+
+
+def begin_set(folder):
+    """A synthetic set of three batches of two images, two batches to a shard, of which nothing is drawn yet."""
+    digests = ("source_set_digest", "cache_digest", "base_digest", "adapter_digest", "noise_schedule_digest")
+    sizes = {"image_size_px": 64, "images_per_mask": 1, "batch_size": 2, "batches_per_shard": 2, "denoise_steps": 2}
+    kinds = {"base": "fp32", "split": "test", "dtype": "fp32"}
+    settings = PlanSettings(**dict.fromkeys(digests, "0" * 64), **sizes, **kinds, guidance_scale=1.0, seed=0)
+    batches = [Batch(9, tuple(Request(f"k{b}{i}", "k", 0, "s", "Control") for i in range(2))) for b in range(3)]
+    folder.mkdir(parents=True)
+    accept_plan(folder, Plan(settings=settings, batches=tuple(batches)))
+    (folder / BATCHES).mkdir()
     return folder

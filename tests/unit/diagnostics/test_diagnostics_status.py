@@ -22,7 +22,7 @@ from ccmdist.diagnostics.standing import standing
 from ccmdist.diagnostics.status import show
 from ccmdist.diagnostics.status_view import duration, line, page
 from ccmdist.errors import RunError
-from tests.unit.diagnostics.made_ledgers import Ledger, killed, preempted, refused, straight, write
+from tests.unit.diagnostics.made_ledgers import Ledger, begin_set, killed, preempted, refused, straight, write
 
 HERE = {"host": socket.gethostname(), "pid": os.getpid(), "job": ""}
 GONE = {"host": socket.gethostname(), "pid": 2**22 + 1, "job": ""}  # above the largest process id of Linux
@@ -235,6 +235,27 @@ def test_the_folder_of_another_stage_is_no_run(tmp_path):
     (tmp_path / "jobs" / "31" / "job.json").write_text('{"stage": "precompute"}')
     with pytest.raises(RunError, match="is neither a training run nor a synthetic set"):
         standing(tmp_path)
+
+
+def test_a_synthetic_set_counts_its_batches(tmp_path):
+    folder = begin_set(tmp_path / "set")
+    (folder / "test-000000.tar").write_bytes(b"two batches")
+    now = standing(folder)
+    assert (now.kind, now.state, now.step, now.num_steps) == ("synthetic set", "running", 2, 3)
+    assert "batch        2/3" in printed(now)
+    assert line(now) == "running  batch 2/3"
+    for path in (folder, folder / "batches"):
+        os.utime(path, (1.0e9, 1.0e9))
+    now = standing(folder)
+    assert (now.state, now.detail) == (
+        "waiting",
+        "1 of 3 batches are open; the same command, or an array of it, draws them",
+    )
+    (folder / "batches" / "test-000002.tar").write_bytes(b"the last batch")
+    (folder / "manifest.json").write_text("{}")
+    now = standing(folder)
+    assert (now.state, now.step, now.detail) == ("done", 3, "6 images in 2 shards")
+    assert dataclasses.asdict(now).keys() == KEYS
 
 
 def test_a_look_changes_nothing_in_the_folder(tmp_path):
