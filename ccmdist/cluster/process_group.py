@@ -116,21 +116,31 @@ class ProcessGroup:
 def _meet(ranks: Ranks, rendezvous: str, timeout: datetime.timedelta) -> Any:
     """The store that all ranks share, once each of them has been there; it names those that do not come."""
     store = _store(ranks, rendezvous, timeout)
-    store.set(_here(ranks.global_rank), "")
+    store.set(_here(ranks.global_rank), str(ranks.world_size))
     try:
         if ranks.is_first:
             store.wait([_here(global_rank) for global_rank in range(ranks.world_size)], timeout)
+            _check_worlds([int(store.get(_here(global_rank))) for global_rank in range(ranks.world_size)])
             store.set(ALL_HERE, "")
         else:
             store.wait([ALL_HERE], timeout)
     except RuntimeError:
         raise MissingRanks(
-            f"rank {ranks.global_rank} waited {_minutes(timeout)} and did not meet {_missing(store, ranks.world_size)} "
-            f"of {ranks.world_size}",
+            f"rank {ranks.global_rank} did not meet {_missing(store, ranks.world_size)} of {ranks.world_size} "
+            f"within {_minutes(timeout)}",
             "look for the last lines of who is missing and at their nodes; "
             "ranks that only start slowly need a larger timeouts.meet_min",
         ) from None
     return store
+
+
+def _check_worlds(world_sizes: list[int]) -> None:
+    """Raise if some ranks were told of another number of ranks than rank 0."""
+    if others := [rank for rank, size in enumerate(world_sizes) if size != world_sizes[0]]:
+        raise MissingRanks(
+            f"rank 0 was started as one of {world_sizes[0]} ranks, rank {others[0]} as one of {world_sizes[others[0]]}",
+            "start all ranks by one command; MASTER_ADDR and MASTER_PORT of another job would also do this",
+        )
 
 
 def _missing(store: Any, world_size: int) -> str:
@@ -156,7 +166,7 @@ def _store(ranks: Ranks, rendezvous: str, timeout: datetime.timedelta) -> Any:
                 "see that MASTER_ADDR names this node, and take another MASTER_PORT if the port is in use",
             ) from None
         raise MissingRanks(
-            f"rank {ranks.global_rank} waited {_minutes(timeout)} and did not find rank 0 at {host}:{port}",
+            f"rank {ranks.global_rank} did not find rank 0 at {host}:{port} within {_minutes(timeout)}",
             "look for the last lines of rank 0, and see that MASTER_ADDR names its node and the nodes reach each other",
         ) from None
 

@@ -108,12 +108,13 @@ class _Rank:
         """Tell why the run cannot go on; the same refusal reaches several ranks, and one of them tells it."""
         if error.exit_code != EXIT_REFUSED:
             self._tell(str(error))
-        elif not self.is_held or self.folder.refuse(str(error)):
+            return error.exit_code
+        outcome = Outcome("refused", str(error), self.folder.committed_step())
+        self.ledger.end(outcome)
+        if not self.is_held or self.folder.refuse(str(error)):
             self._tell(str(error))
-            outcome = Outcome("refused", str(error), self.folder.committed_step())
-            self.ledger.end(outcome)
             tell_job(outcome)
-        return error.exit_code
+        return EXIT_REFUSED
 
     def _flush(self) -> None:
         """Write the time that an attempt without an end has spent."""

@@ -3,6 +3,8 @@
 import functools
 import os
 import re
+import signal
+import socket
 import time
 from pathlib import Path
 
@@ -79,22 +81,99 @@ def test_a_rank_that_hangs_in_reading_data_is_named_although_it_answers(train_ra
     assert "rank 1 hang: data_wait after step 2 for" in (folder / "stderr-1").read_text()
 
 
-def meet_alone(folder):
-    """Be rank 0 of two; the other never comes."""
+def meet(folder, rank, port, world_size=2):
+    """Be a rank that only meets the others, through a host and port as under srun; rank 0 keeps their store."""
     from ccmdist.cluster.process_group import MissingRanks, ProcessGroup
     from ccmdist.cluster.ranks import Ranks
 
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
-        ProcessGroup(Ranks(0, 0, 2), 1.0, f"file://{folder}/rendezvous", meet_min=0.02)
+        return ProcessGroup(Ranks(rank, rank, world_size), timeout_min=1.0, meet_min=0.02 if folder else 2.0)
     except MissingRanks as error:
-        (Path(folder) / "error").write_text(str(error))
+        (Path(folder) / f"error-{rank}").write_text(str(error))
         os._exit(error.exit_code)
 
 
-def test_ranks_that_never_come_are_named(forkserver, tmp_path):
-    child = forkserver.Process(target=meet_alone, args=(str(tmp_path),))
+def free_port():
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        return any_port.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"),
+    [
+        (0, "rank 0 did not meet rank 1 of 2 within 0.02 min; look for the last lines of who is missing"),
+        (1, "rank 1 did not find rank 0 at 127.0.0.1:"),
+    ],
+)
+def test_ranks_that_never_come_are_named(forkserver, tmp_path, rank, expected):
+    child = forkserver.Process(target=meet, args=(str(tmp_path), rank, free_port()))
     child.start()
     child.join(timeout=100)
     assert child.exitcode == 70
-    error = (tmp_path / "error").read_text()
-    assert error.startswith("rank 0 waited 0.02 min and did not meet rank 1 of 2; look for the last lines")
+    assert (tmp_path / f"error-{rank}").read_text().startswith(expected)
+
+
+def test_ranks_of_different_worlds_are_told(forkserver, tmp_path):
+    port = free_port()
+    children = [forkserver.Process(target=meet, args=(str(tmp_path), rank, port, 2 + rank)) for rank in (0, 1)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(timeout=100)
+    assert [child.exitcode for child in children] == [70, 70]
+    error = (tmp_path / "error-0").read_text()
+    assert error.startswith("rank 0 was started as one of 2 ranks, rank 1 as one of 3; start all ranks by one command")
+
+
+def test_a_port_that_is_in_use_is_told(forkserver, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        child = forkserver.Process(target=meet, args=(str(tmp_path), 0, port))
+        child.start()
+        child.join(timeout=100)
+    assert child.exitcode == 70
+    error = (tmp_path / "error-0").read_text()
+    assert error.startswith(f"rank 0: cannot listen on 127.0.0.1:{port} (")
+    assert "take another MASTER_PORT if the port is in use" in error
+
+
+def stop_one_of_two(folder, rank, port, stopped):
+    """Two ranks that meet; one is then stopped, and the other waits for it in a collective."""
+    from ccmdist.cluster.ranks import Ranks
+    from ccmdist.cluster.sections import Sections
+    from ccmdist.cluster.watchdog import Watchdog
+    from ccmdist.config.train import TimeoutSettings
+    from ccmdist.console import start_logging
+
+    keep_stderr(folder, rank)
+    start_logging(rank)
+    sections = Sections(time.time())
+    timeouts = TimeoutSettings(setup_min=1.0, step_min=0.05, answer_s=2.0)
+    with Watchdog(sections, timeouts, Ranks(rank, rank, 2), lambda: None) as watchdog:
+        group = meet("", rank, port)
+        watchdog.listen(group.store)
+        for step in (0, 1):
+            with sections("compute", step):
+                if step == 1 and rank == stopped:
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                group.barrier()
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_also_the_rank_that_keeps_the_store_may_be_the_stopped_one(forkserver, tmp_path, stopped):
+    port = free_port()
+    children = [
+        forkserver.Process(target=stop_one_of_two, args=(str(tmp_path), rank, port, stopped)) for rank in (0, 1)
+    ]
+    for child in children:
+        child.start()
+    children[1 - stopped].join(timeout=100)
+    children[stopped].kill()
+    assert children[1 - stopped].exitcode == 70
+    log = (tmp_path / f"stderr-{1 - stopped}").read_text()
+    assert "hang: compute after step 1 for" in log
+    assert f"hang: rank {stopped} does not answer (stopped, dead or unreachable)" in log
