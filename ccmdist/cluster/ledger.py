@@ -28,10 +28,17 @@ Event = dict[str, Any]
 OF_STEPS: Final = frozenset(("data_wait", "compute", "validation", "checkpoint"))
 """Sections whose time is wasted when their steps have to be done again."""
 BUCKETS: Final = (*SECTIONS, "wasted", "queue", "other")
+NUMBERS: Final = {
+    "attempt": ("step", "began"),
+    "section": ("seconds", "step", "last_step"),
+    "commit": ("step", "seconds"),
+    "end": ("step",),
+}
+"""What a line must hold beside ``time`` and ``attempt`` to be reckoned with."""
 
 
 def read_ledger(path: Path) -> list[Event]:
-    """The events in a ledger, oldest first; empty if there is none. What a kill has torn is left out."""
+    """The events in a ledger, oldest first; empty if there is none. What is torn or cannot be read is left out."""
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
@@ -71,7 +78,10 @@ def _event(line: bytes) -> Event | None:
         event = json.loads(line)
     except ValueError:
         return None
-    return event if isinstance(event, dict) and event.keys() >= {"time", "attempt", "event"} else None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return None
+    numbers = [event.get(name) for name in ("time", "attempt", *NUMBERS.get(event["event"], ()))]
+    return event if all(isinstance(number, int | float) and 0 <= number < 1e12 for number in numbers) else None
 
 
 def _attempts(events: Sequence[Event]) -> list[list[Event]]:
@@ -194,7 +204,7 @@ class Ledger:
         if self._descriptor is None:
             return
         values = {"time": round(self.sections.now(), 6), "attempt": self._start["attempt"], "event": event} | values
-        line = ("\n" if self._is_torn else "") + json.dumps(values, ensure_ascii=False) + "\n"
+        line = ("\n" if self._is_torn else "") + json.dumps(values) + "\n"
         try:
             # One call, so that a kill tears at most this line, and what another process appends is never mixed in.
             data = line.encode()

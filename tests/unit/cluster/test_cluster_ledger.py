@@ -221,6 +221,23 @@ def test_a_line_torn_at_any_byte_costs_that_line_alone(tmp_path_factory, cut, ru
     assert next(event["event"] for event in events if event["time"] > 1e6 + 32) == "attempt"
 
 
+values = st.one_of(st.none(), st.integers(), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=2))
+keys = ("time", "attempt", "event", "step", "last_step", "began", "seconds", "section", "state")
+kinds = st.one_of(values, st.sampled_from(["attempt", "section", "commit", "end"]))
+strange = st.fixed_dictionaries({}, optional=dict.fromkeys(keys, values | st.integers(0, 9)) | {"event": kinds})
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(strange, max_size=6))
+def test_whatever_a_ledger_holds_an_attempt_can_begin_and_its_times_are_sound(tmp_path_factory, lines):
+    path = tmp_path_factory.mktemp("run") / "ledger.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ledger = Ledger(path, Sections(0.0))
+    ledger.begin(0, None, 1, 0)
+    ledger.resumed(0)
+    assert all(0 <= seconds < 1e14 for seconds in (buckets(read_ledger(path)) | ledger.spent()).values())
+
+
 def test_a_ledger_that_is_not_there_is_empty(tmp_path):
     assert read_ledger(tmp_path / "ledger.jsonl") == []
     assert buckets([]) == dict.fromkeys(BUCKETS, 0.0)
