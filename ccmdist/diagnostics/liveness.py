@@ -43,11 +43,17 @@ class SlurmJob:
         if self.state == "GONE":
             return f"job {self.job_id} is not in the queue"
         told = [f"on {self.nodes}"] if self.nodes else []
-        if self.state in RUNS and self.time_left:
+        if self.state in RUNS and self.time_left not in ("", "UNLIMITED", "INVALID"):
             told.append(f"{self.time_left} left")
         if self.state in WILL_RUN and self.reason not in ("", "None"):
             told.append(f"({self.reason})")
         return " ".join([f"job {self.job_id}", self.state, *told])
+
+    @property
+    def what_next(self) -> str:
+        """Of a job that waits: whether somebody has to do something."""
+        is_held = "held" in self.reason.lower() or "HOLD" in self.state
+        return f"{self}; `scontrol release {self.job_id}` lets it run" if is_held else f"{self}; it goes on by itself"
 
 
 @dataclass(frozen=True)
@@ -89,14 +95,15 @@ def _without_outcome(run: RunDirectory, job: SlurmJob | None, quiet_s: float) ->
     if is_here and _is_alive(owner.get("pid"), run.path / "owner.json"):
         return Life("running", _holder(owner, job))
     if job and job.state in WILL_RUN:
-        return Life("waiting", f"its ranks were killed; {job}")
+        return Life("waiting", f"its ranks were killed; {job.what_next}")
     if is_here and job and job.state in RUNS:
         return Life("waiting", f"its ranks have ended or do not run yet; {job}")
     if job and job.state in RUNS:
         return Life("running", _holder(owner, job))
     go_on = "run the same command again to go on from the last commit"
     if is_here or job:
-        return Life("killed", f"{_holder(owner, job)} ended without a word; {go_on}")
+        told = f", {job}" if job else ""
+        return Life("killed", f"{_holder(owner, None)} ended without a word{told}; {go_on}")
     limit_s = quiet_limit_s(run)
     if quiet_s <= limit_s:
         return Life("running", _holder(owner, job))
@@ -169,7 +176,7 @@ def modified(path: Path) -> float:
 def _what_next(job: SlurmJob | None) -> str:
     if job is None or job.state == "GONE":
         return "run the same command again to go on"
-    return f"{job}; it goes on by itself" if job.state in WILL_RUN else f"{job}, between two attempts"
+    return job.what_next if job.state in WILL_RUN else f"{job}, between two attempts"
 
 
 def _holder(owner: dict[str, Any], job: SlurmJob | None) -> str:

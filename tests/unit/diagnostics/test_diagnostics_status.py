@@ -129,9 +129,11 @@ def test_a_refused_run_tells_the_whole_reason(tmp_path):
 @pytest.mark.parametrize(
     ("answer", "state", "detail"),
     [
-        ("PENDING|BeginTime||1:00:00", "waiting", "its ranks were killed; job 12 PENDING (BeginTime)"),
+        ("PENDING|BeginTime||1:00:00", "waiting", "its ranks were killed; job 12 PENDING (BeginTime); it goes on by"),
+        ("PENDING|JobHeldAdmin||1:00", "waiting", "(JobHeldAdmin); `scontrol release 12` lets it run"),
+        ("RUNNING|None|n1|UNLIMITED", "running", "process 1 on another-node, job 12 RUNNING on n1"),
         ("RUNNING|None|n[1-2]|1:02:03", "running", "process 1 on another-node, job 12 RUNNING on n[1-2] 1:02:03 left"),
-        ("", "killed", "job 12 is not in the queue ended without a word"),
+        ("", "killed", "process 1 on another-node ended without a word, job 12 is not in the queue; run"),
     ],
 )
 def test_slurm_says_whether_a_run_on_another_node_lives(tmp_path, squeue, answer, state, detail):
@@ -141,6 +143,7 @@ def test_slurm_says_whether_a_run_on_another_node_lives(tmp_path, squeue, answer
     assert now.state == state
     assert detail in now.detail
     assert now.slurm.job_id == "12"
+    assert "UNLIMITED" not in now.detail
 
 
 def test_a_stopped_run_under_slurm_goes_on_by_itself(tmp_path, squeue):
