@@ -122,24 +122,29 @@ conclude() {
 # Ask Slurm to start the job again; not fatal where Slurm does so by itself, or does not at all.
 again() {
     local answer
-    if is_ended_by_slurm; then
-        say "$1; Slurm ends the job: it starts again if it was put back, and not if it was cancelled; then go on with"
+    if is_put_back; then
+        say "$1; Slurm has put the job back, and it starts again by itself"
+    elif is_cancelled; then
+        say "$1; the job was cancelled; to go on:"
+        say "  $AS_SUBMITTED"
     elif answer=$(scontrol requeue "$REQUEUE_ID" 2>&1); then
         say "$1; it starts again by itself"
-        return
     else
-        say "$1, but cannot be put back into the queue (${answer:-no answer}); go on with"
+        say "$1, but cannot be put back into the queue (${answer:-no answer}); to go on:"
+        say "  $AS_SUBMITTED"
     fi
-    say "  $AS_SUBMITTED"
 }
 
-# Whether it was somebody else's will, which a requeue of ours would undo. A job whose time is up is ours to continue.
-is_ended_by_slurm() {
+# Preempted without grace, or by `scontrol requeue`: Slurm counts the next start before this one has ended.
+is_put_back() {
+    local restarts
+    restarts=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p') || restarts=
+    ((${restarts:-0} > ${SLURM_RESTART_COUNT:-0}))
+}
+
+# Ended from outside although there was time left. A requeue of ours would undo that; a job whose time is up goes on.
+is_cancelled() {
     local state
     state=$(squeue --noheader --jobs="$REQUEUE_ID" --format="%T %L" 2>/dev/null) || state=
-    case $state in
-        "COMPLETING 0:00") return 1 ;;
-        COMPLETING* | PENDING*) return 0 ;;
-        *) return 1 ;;
-    esac
+    [[ $state = COMPLETING* && $state != "COMPLETING 0:00" ]]
 }

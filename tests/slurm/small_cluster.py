@@ -17,6 +17,8 @@ PATIENCE_S = 240
 UNDER_WAY = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "PREEMPTED", "NODE_FAIL"}
 ALONE = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1")
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2")
+NUM_STEPS = 32
+LENGTH = (f"num_steps={NUM_STEPS}", "checkpoint.every_steps=8", "validation.every_steps=16")
 NOT_INHERITED = ("SLURM", "SBATCH", "CCMDIST")
 
 
@@ -103,12 +105,10 @@ class Cluster:
             return self.restarts(job) > restarts and self.states(job) != ["COMPLETING"]
 
         until(is_back, lambda: f"job {job} to be put back, it is {self.states(job)}")
-        subprocess.run(
-            ["scontrol", "update", f"jobid={job}", "starttime=now"],
-            env=self.environment,
-            capture_output=True,
-            check=False,
-        )
+        # A start in the second in which the last one was ended fails: "Job credential revoked".
+        time.sleep(2)
+        words = ["scontrol", "update", f"jobid={job}", "starttime=now"]
+        subprocess.run(words, env=self.environment, capture_output=True, check=False)
 
     def batch_node(self, job):
         """Node on which the batch script runs."""

@@ -102,7 +102,7 @@ def test_an_array_fills_the_cache_with_the_bytes_of_a_single_worker(cluster, pro
 
 
 def test_an_array_measures_and_a_job_that_depends_on_it_reports(cluster, project, world, synthetic, place):
-    words = [f"real={world}/shards", f"synthetic.tiny={synthetic[1]}", f"out={place}/report"]
+    words = [f"real={world}/shards", f"synthetic.wdlora={synthetic[1]}", f"out={place}/report"]
     script = ["slurm/evaluate.sh", "configs/evaluate/tiny.yaml", *words]
     measure = project.sbatch("--array=0-1", *script)
     after = [f"--dependency=afterok:{measure}", "--kill-on-invalid-dep=yes"]
@@ -110,7 +110,7 @@ def test_an_array_measures_and_a_job_that_depends_on_it_reports(cluster, project
     cluster.wait_for(measure, "COMPLETED")
     assert not (place / "report" / "report.json").exists()
     cluster.wait_for(report, "COMPLETED")
-    assert json.loads((place / "report" / "report.json").read_text())["synthetic"].keys() == {"tiny"}
+    assert json.loads((place / "report" / "report.json").read_text())["synthetic"].keys() == {"wdlora"}
 
 
 def test_what_waits_for_a_job_that_was_refused_is_cancelled(cluster, project, world, place):

@@ -62,6 +62,7 @@ def test_without_grace_time_slurm_is_first_to_put_the_job_back_and_that_is_no_er
     job = project.train(world, tmp_path / "run", *LONG)
     project.wait_for_line(job, r"step \d+/")
     preempt(cluster, project, job)
+    assert "Slurm has put the job back, and it starts again by itself" in project.log(job)
     comes_back(cluster, project, job, tmp_path / "run")
 
 

@@ -9,24 +9,11 @@ import torch
 
 from ccmdist.cluster.run_directory import RunDirectory
 from tests.distributed.small_world import losses, weights
-from tests.slurm.small_cluster import TWO_BY_TWO
+from tests.slurm.small_cluster import LENGTH, NUM_STEPS, TWO_BY_TWO
 
 pytestmark = pytest.mark.slurm
 
-NUM_STEPS = 32
-LENGTH = (f"num_steps={NUM_STEPS}", "checkpoint.every_steps=8", "validation.every_steps=16")
 BEGUN = "training adapter: "
-
-
-@pytest.fixture(scope="module")
-def straight(cluster, project, world):
-    """Folder of an undisturbed run of four ranks on two nodes."""
-    folder = project.folder / "runs" / "straight"
-    job = project.train(world, folder, *LENGTH, shape=TWO_BY_TWO)
-    cluster.wait_for(job, "COMPLETED")
-    assert cluster.exit_code(job) == 0
-    assert "4 ranks" in project.log(job)
-    return folder
 
 
 def preempt(cluster, project, job):
@@ -105,6 +92,7 @@ def test_one_log_tells_every_start_and_every_end(project, stopped):
     assert re.findall(r": start (\d+) on ", log) == [str(number) for number in range(1, len(STOPS) + 2)]
     assert "stopped by SIGUSR2" in log
     assert log.count("stopped with its work committed; it starts again by itself") == 2
+    assert log.count("stopped with its work committed; Slurm has put the job back") == 1
     assert log.rstrip().endswith(": done")
     steps = [int(step) for step in re.findall(r"step (\d+)/", log)]
     assert sorted(set(steps)) == list(range(1, NUM_STEPS + 1))
@@ -152,6 +140,6 @@ def test_a_cancelled_job_commits_and_stays_cancelled(cluster, project, world, tm
     cluster.run("scancel", job)
     cluster.wait_for(job, "CANCELLED")
     assert RunDirectory(tmp_path / "run").committed_step() >= 2
-    assert "Slurm ends the job" in project.log(job)
+    assert "stopped with its work committed; the job was cancelled; to go on:" in project.log(job)
     assert "sbatch slurm/train.sh configs/train/tiny.yaml run=" in project.log(job)
     assert cluster.restarts(job) == 0
