@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.small_world import make_world
-from tests.slurm.small_cluster import Cluster, Project, why_not
+from tests.slurm.small_cluster import LENGTH, TWO_BY_TWO, Cluster, Project, why_not
 
 PORT = 26800 + 100 * (os.getpid() % 50)
 """Of the cluster of this session; others may run beside it."""
@@ -61,4 +61,15 @@ def world(forkserver, tmp_path_factory):
     child.start()
     child.join(timeout=300)
     assert child.exitcode == 0, "the test world could not be made"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def straight(cluster, project, world):
+    """Folder of an undisturbed run of four ranks on two nodes, started by sbatch."""
+    folder = project.folder / "runs" / "straight"
+    job = project.train(world, folder, *LENGTH, shape=TWO_BY_TWO)
+    cluster.wait_for(job, "COMPLETED")
+    assert cluster.exit_code(job) == 0
+    assert "4 ranks" in project.log(job)
     return folder

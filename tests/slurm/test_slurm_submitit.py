@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,12 +14,11 @@ from ccmdist.cluster.submit import BatchJob, submit
 from ccmdist.config.slurm import SlurmSettings
 from ccmdist.jobs.submitted import SubmittedStage
 from tests.distributed.small_world import SETTINGS, data_overrides, losses, weights
-from tests.slurm.small_cluster import ROOT, until
+from tests.slurm.small_cluster import LENGTH, NUM_STEPS, ROOT, until
 
 pytestmark = pytest.mark.slurm
 
-NUM_STEPS = 14
-TRAIN = [*SETTINGS, f"num_steps={NUM_STEPS}", "checkpoint.every_steps=100", "validation.every_steps=7"]
+TRAIN = [*SETTINGS, *LENGTH]
 CPUS = ["slurm.gpus_per_node=0", "slurm.cpus_per_task=1", "slurm.signal_lead_s=5"]
 SUBMITITS_OWN = ("Caught signal", "Bypassing", "checkpoint method", "Requeued job")
 
@@ -54,16 +52,6 @@ def said(log):
     return log.read_text() if log.exists() else ""
 
 
-def straight(place, world, name):
-    """The run as four processes of this machine, undisturbed."""
-    words = [f"run={place / name}", *data_overrides(world), *TRAIN, "processes=4"]
-    done = subprocess.run(
-        [sys.executable, "-m", "ccmdist", "train", *words], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return place / name
-
-
 def same_run(first, second):
     """Whether two runs ended with the same adapter, to the bit, and the same curve."""
     one, other = weights(first), weights(second)
@@ -73,10 +61,12 @@ def same_run(first, second):
     assert losses(first) == losses(second)
 
 
-def test_a_signalled_run_comes_back_and_ends_as_an_undisturbed_one(cluster, launch, world, place):
+def test_a_signalled_run_comes_back_and_ends_as_one_that_sbatch_started(cluster, launch, world, place, straight):
     run = place / "it's $(touch MARKER) é"
     words = [f"run={run}", *data_overrides(world), *TRAIN, "slurm.nodes=2", "slurm.tasks_per_node=2"]
-    ((job, log),) = launch("train", *words, 'slurm.comment="it\'s #1; $(touch MARKER)"')
+    ((job, log),) = launch(
+        "train", f"{ROOT}/configs/train/tiny.yaml", *words, 'slurm.comment="it\'s #1; $(touch MARKER)"'
+    )
     assert "Comment=it's #1; $(touch MARKER)" in cluster.run("scontrol", "show", "job", job)
     wait_for_text(log, f"step 2/{NUM_STEPS}")
     cluster.run("scancel", "--signal=USR2", job)
@@ -88,7 +78,7 @@ def test_a_signalled_run_comes_back_and_ends_as_an_undisturbed_one(cluster, laun
     assert told.count("Job completed successfully") == 1
     first, second = RunDirectory(run).attempts()
     assert first["last_step"] == second["first_step"] > 1, "the signal lost steps, or came too late"
-    same_run(run, straight(place, world, "straight"))
+    same_run(run, straight)
     assert not list(place.rglob("MARKER"))
 
 
@@ -106,12 +96,13 @@ def test_a_run_whose_time_is_up_goes_on_in_the_next_one(cluster, launch, world, 
 
 
 @pytest.mark.drill
+@pytest.mark.timeout(1200)
 def test_a_chain_ends_with_a_report_although_a_worker_is_killed(cluster, launch, world, place):
     out = place / "synthetic"
     (place / "precompute.yaml").write_text("{}\n")
     (place / "train.yaml").write_text(f"run: {place}/run\n")
     (place / "synthesize.yaml").write_text(
-        f"out: {out}\nbatch_size: 1\nbatches_per_shard: 2\ndenoise_steps: 2\nguidance_scale: 1\nimages_per_mask: 8\n"
+        f"out: {out}\nbatch_size: 1\nbatches_per_shard: 2\ndenoise_steps: 16\nguidance_scale: 1\nimages_per_mask: 8\n"
     )
     (place / "evaluate.yaml").write_text(
         f"out: {place}/report\nreal: {world}/shards\nsynthetic:\n  a: {out}\nnum_bootstrap: 100\n"
@@ -126,10 +117,10 @@ def test_a_chain_ends_with_a_report_although_a_worker_is_killed(cluster, launch,
     jobs = launch("pipeline", *words, "slurm.max_array_tasks=3")
     assert len(jobs) == 5
     drawing, log = jobs[2]
-    until(lambda: list(out.rglob("*.tar")), lambda: f"an image:\n{said(log)}")
-    cluster.run("scancel", "--signal=KILL", f"{drawing}_1")
+    wait_for_text(log.with_name(f"{drawing}_1_0_log.out"), "batch ")
+    cluster.run("scancel", "--signal=KILL", f"{drawing}_1.0")
     cluster.wait_until_back(f"{drawing}_1", 0)
-    for job, log in jobs:
+    for job, _ in jobs:
         cluster.wait_for(job, "COMPLETED")
     assert cluster.restarts(f"{drawing}_0") == 0, "an array task was started again that had not failed"
     assert (place / "report" / "report.html").is_file()
