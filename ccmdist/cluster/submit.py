@@ -163,8 +163,8 @@ def _setup(job: BatchJob) -> list[str]:
     ]
 
 
-# slurm/job.sh has set PYTHONPATH to the snapshot, and PYTHONSAFEPATH: with -m, Python would look into the working folder
-# first, where a clone holds later code.
+# slurm/job.sh has set PYTHONPATH to the snapshot, and PYTHONSAFEPATH: with -m, Python would look into the working
+# folder first, where a clone holds later code.
 _PYTHON: Final = '"${CCMDIST_PREFIX[@]}" python3'
 
 
