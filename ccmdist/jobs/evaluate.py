@@ -34,12 +34,13 @@ def run(config_path: str) -> None:
         ShardError: If a shard is damaged.
         Preempted: If a stop signal came while there were shards left to measure.
     """
-    from ccmdist.evaluation.comparison import compare, measure
-    from ccmdist.evaluation.report import write_report
-
     config = read_resolved(EvaluateConfig, Path(config_path))
     worker_index, num_workers = worker_from_environment()
+    # Before anything heavy is imported: a signal that comes meanwhile is obeyed as one between two shards.
     with StopFlag(FORCED_EXIT_S) as stop:
+        from ccmdist.evaluation.comparison import compare, measure
+        from ccmdist.evaluation.report import write_report
+
         measure(config, worker_index, num_workers, should_stop=lambda: bool(stop))
     if num_workers > 1:
         told = "%s: worker %d of %d has measured its share; the same command alone, after all, writes the report"

@@ -20,12 +20,13 @@ def run(config_path: str) -> None:
     Raises:
         Preempted: If a stop signal came while there was work left.
     """
-    from ccmdist.cluster.device import take_device
-    from ccmdist.precompute.fill import fill_cache
-
     config = read_resolved(PrecomputeConfig, Path(config_path))
-    take_device(ranks_from_environment())
+    # Before anything heavy is imported or loaded: a signal that comes meanwhile is obeyed as one between two shards.
     with StopFlag(FORCED_EXIT_S) as stop:
+        from ccmdist.cluster.device import take_device
+        from ccmdist.precompute.fill import fill_cache
+
+        take_device(ranks_from_environment())
         fill_cache(config, *worker_from_environment(), should_stop=lambda: bool(stop))
 
 

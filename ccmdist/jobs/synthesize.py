@@ -26,14 +26,15 @@ def run(config_path: str) -> None:
     Raises:
         Preempted: If a stop signal came while there was work left.
     """
-    from ccmdist.cluster.device import take_device
-    from ccmdist.jobs.adapter import find
-    from ccmdist.synthesis.generate import synthesize
-
     config = read_resolved(SynthesizeConfig, Path(config_path))
-    take_device(ranks_from_environment())
-    adapter = find(config.adapter) if config.adapter else None
+    # Before anything heavy is imported or loaded: a signal that comes meanwhile is obeyed as one between two batches.
     with StopFlag(FORCED_EXIT_S) as stop:
+        from ccmdist.cluster.device import take_device
+        from ccmdist.jobs.adapter import find
+        from ccmdist.synthesis.generate import synthesize
+
+        take_device(ranks_from_environment())
+        adapter = find(config.adapter) if config.adapter else None
         synthesize(config, adapter, *worker_from_environment(), should_stop=lambda: bool(stop))
 
 
