@@ -21,7 +21,7 @@ from ccmdist.data.triple import Triple
 from ccmdist.errors import Preempted
 from ccmdist.models.encoders import LatentCodec, PromptEncoder
 from ccmdist.models.model_folder import ModelFolder
-from ccmdist.precompute.plan import fill_plan
+from ccmdist.precompute.plan import FillPlan, fill_plan
 from ccmdist.precompute.views import views
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -57,7 +57,17 @@ def fill_cache(
                     "run the same command again",
                 )
             write_cache_shard(plan.folder, shard.name, encoders.encoded(shard))
+    _tell(plan)
     return plan.folder
+
+
+def _tell(plan: FillPlan) -> None:
+    num_committed, num_shards = plan.num_committed, len(plan.all_shards)
+    if num_committed == num_shards:
+        log.info("%s: complete, %d shards", plan.folder, num_shards)
+    else:
+        told = "%s: %d of %d shards are committed; other workers encode the rest, or the same command run again"
+        log.info(told, plan.folder, num_committed, num_shards)
 
 
 class Encoders:

@@ -17,15 +17,17 @@ class FillPlan:
     folder: Path
     """Of the cache."""
     fingerprint: dict[str, Any]
+    all_shards: tuple[ShardEntry, ...]
+    """The source shards of all workers."""
     shards: tuple[ShardEntry, ...]
-    """The source shards of this worker, done or not."""
+    """Those of this worker, done or not."""
     open_shards: tuple[ShardEntry, ...]
-    """Those that are not committed yet."""
+    """Those of this worker that were not committed when the plan was made."""
 
     @property
     def num_committed(self) -> int:
-        """Those that are."""
-        return len(self.shards) - len(self.open_shards)
+        """Shards of all workers that are committed by now."""
+        return len(self.all_shards) - len(_open(self.folder, self.all_shards))
 
 
 def fill_plan(config: PrecomputeConfig, model: ModelFolder, worker_index: int = 0, num_workers: int = 1) -> FillPlan:
@@ -33,5 +35,10 @@ def fill_plan(config: PrecomputeConfig, model: ModelFolder, worker_index: int = 
     manifest = read_manifest(config.data.shards)
     wanted = fingerprint(config.data, manifest.digest, model.encoder_identity())
     folder = cache_folder(config.data, wanted)
-    shards = tuple(shard for split in config.splits for shard in manifest.of_split(split))[worker_index::num_workers]
-    return FillPlan(folder, wanted, shards, tuple(shard for shard in shards if not is_committed(folder, shard.name)))
+    shards = tuple(shard for split in config.splits for shard in manifest.of_split(split))
+    mine = shards[worker_index::num_workers]
+    return FillPlan(folder, wanted, shards, mine, _open(folder, mine))
+
+
+def _open(folder: Path, shards: tuple[ShardEntry, ...]) -> tuple[ShardEntry, ...]:
+    return tuple(shard for shard in shards if not is_committed(folder, shard.name))

@@ -17,7 +17,7 @@ from ccmdist.errors import CacheError, Preempted, ShardError
 from ccmdist.models.encoders import LatentCodec, PromptEncoder
 from ccmdist.models.make import make_model
 from ccmdist.models.model_folder import ModelFolder
-from ccmdist.precompute.fill import fill_cache
+from ccmdist.precompute.fill import Encoders, fill_cache
 from ccmdist.precompute.plan import fill_plan
 
 SIZE_PX = 64
@@ -106,6 +106,35 @@ def test_any_number_of_workers_gives_the_same_bytes(world, filled, tmp_path):
         folder = fill_cache(settings, worker, 3)
     assert folder.name == filled[1].name
     assert files_of(folder) == files_of(filled[1])
+
+
+def test_two_workers_with_one_share_write_the_same_bytes_at_the_same_time(world, filled, tmp_path, monkeypatch):
+    settings, encoded = config(world, tmp_path), Encoders.encoded
+
+    def overtaken(self, shard):
+        samples = encoded(self, shard)
+        yield next(samples)
+        # While this tar is half written, another process fills the whole cache.
+        monkeypatch.setattr(Encoders, "encoded", encoded)
+        fill_cache(settings, 0, 1)
+        yield from samples
+
+    monkeypatch.setattr(Encoders, "encoded", overtaken)
+    folder = fill_cache(settings, 0, 1)
+    assert Encoders.encoded is encoded, "the race was not staged"
+    assert files_of(folder) == files_of(filled[1])
+
+
+def test_a_worker_ends_with_how_far_the_cache_is(world, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("ccmdist"), "propagate", True)
+    settings = config(world, tmp_path, splits=("val", "test"))
+    with caplog.at_level(logging.INFO, "ccmdist"):
+        folder = fill_cache(settings, 0, 2)
+        assert caplog.messages[-1] == (
+            f"{folder}: 2 of 4 shards are committed; other workers encode the rest, or the same command run again"
+        )
+        fill_cache(settings, 1, 2)
+        assert caplog.messages[-1] == f"{folder}: complete, 4 shards"
 
 
 def test_an_interrupted_run_keeps_what_it_committed_and_goes_on_to_the_same_bytes(world, filled, tmp_path, monkeypatch):
