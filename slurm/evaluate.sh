@@ -2,6 +2,7 @@
 # sbatch --array=0-3 slurm/evaluate.sh configs/evaluate/tiny.yaml     each task measures its share
 # sbatch slurm/evaluate.sh configs/evaluate/tiny.yaml                 measures what is left, compares, and reports
 #SBATCH --job-name=ccmdist-evaluate
+#SBATCH --array=0
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=8

@@ -2,6 +2,7 @@
 # sbatch --array=0-3 slurm/precompute.sh configs/precompute/tiny.yaml
 # Fill the cache, one GPU per array task; any number of tasks does what is left. Without --array, one task does it all.
 #SBATCH --job-name=ccmdist-precompute
+#SBATCH --array=0
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=1

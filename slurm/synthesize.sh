@@ -3,6 +3,7 @@
 # sbatch --array=0-3 --ntasks-per-node=4 --gpus-per-node=4 slurm/synthesize.sh ...     whole nodes: 16 workers
 # Draw a synthetic set, one GPU per worker; any number of workers draws what is left, and the images are the same.
 #SBATCH --job-name=ccmdist-synthesize
+#SBATCH --array=0
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=1

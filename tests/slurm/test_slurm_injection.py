@@ -19,7 +19,7 @@ def test_no_argument_runs_anything_or_adds_a_line_to_the_batch_script(cluster, p
     assert cluster.exit_code(job) == 78
     folder = JobFolder(tmp_path / EVIL / "jobs" / job)
     assert json.loads(folder.about.read_text())["arguments"] == ["configs/precompute/tiny.yaml", *words]
-    assert "nowhere" in project.log(job)
+    assert "nowhere" in project.log(f"{job}_0")
     told = cluster.run("scontrol", "show", "job", job)
     assert "Comment" not in told
     assert "JobName=ccmdist-precompute" in told

@@ -5,6 +5,7 @@ import shlex
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 
 from ccmdist.cluster.run_directory import RunDirectory
@@ -44,6 +45,11 @@ def cut_power(cluster, project, job):
     cluster.restore_power(node)
 
 
+def adapter(run):
+    """Tensors of the exported adapter."""
+    return safetensors.torch.load_file(run / "adapter" / "pytorch_lora_weights.safetensors")
+
+
 STOPS = (preempt, signal, put_back, cut_power)
 
 
@@ -67,8 +73,9 @@ def test_a_run_that_was_stopped_in_every_way_ends_bitwise_like_the_undisturbed_o
     assert expected.keys() == found.keys()
     for name in expected:
         assert torch.equal(expected[name], found[name]), name
-    for path in sorted((straight / "adapter").iterdir()):
-        assert path.read_bytes() == (stopped[0] / "adapter" / path.name).read_bytes(), path.name
+    expected, found = adapter(straight), adapter(stopped[0])
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_only_a_lost_node_costs_steps(stopped):
@@ -132,14 +139,3 @@ def test_a_bad_config_ends_the_job_at_once(cluster, project, world, tmp_path):
     assert cluster.exit_code(job) == 78
     assert "optim.lr: should be a valid number" in project.log(job)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_cancelled_job_commits_and_stays_cancelled(cluster, project, world, tmp_path):
-    job = project.train(world, tmp_path / "run", "checkpoint.every_steps=100")
-    project.wait_for_line(job, r"step \d+/", 2)
-    cluster.run("scancel", job)
-    cluster.wait_for(job, "CANCELLED")
-    assert RunDirectory(tmp_path / "run").committed_step() >= 2
-    assert "stopped with its work committed; the job was cancelled; to go on:" in project.log(job)
-    assert "sbatch slurm/train.sh configs/train/tiny.yaml run=" in project.log(job)
-    assert cluster.restarts(job) == 0
