@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare")
 PACKAGES = "slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge"
 PATIENCE_S = 240
-UNDER_WAY = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "PREEMPTED", "NODE_FAIL"}
+UNDER_WAY = {"PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "COMPLETING", "SUSPENDED", "PREEMPTED", "NODE_FAIL"}
 ALONE = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1")
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2")
 NUM_STEPS = 32
