@@ -25,7 +25,7 @@ print(json.dumps(found))
 
 
 def counts(*commands):
-    """Open and committed units for each list of a stage and its settings, told by a process that does not load torch."""
+    """Open and committed units for each list of a stage and its settings, told without torch."""
     ended = subprocess.run(
         [sys.executable, "-c", COUNTS, json.dumps(commands)], capture_output=True, text=True, check=False
     )
@@ -80,12 +80,13 @@ def test_what_is_not_there_is_no_progress_and_cannot_be_counted(tmp_path):
     from ccmdist.jobs import evaluate, precompute, synthesize
 
     none = [f"data.{name}={tmp_path}/none" for name in ("shards", "model")]
+    sets = [f"real={tmp_path}/none", f"synthetic.a={tmp_path}"]
     wanted = {
         precompute: ("precompute", none, ModelError),
         synthesize: ("synthesize", [*none, f"out={tmp_path}/out"], ShardError),
         evaluate: (
             "evaluate",
-            [f"real={tmp_path}/none", f"synthetic.a={tmp_path}", f"out={tmp_path}"],
+            [*sets, f"out={tmp_path}"],
             EvaluationError,
         ),
     }
