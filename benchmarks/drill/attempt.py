@@ -1,5 +1,6 @@
 """One attempt at a run, as srun would start it: real ranks, real signals, real files, watched from outside."""
 
+import math
 import os
 import re
 import resource
@@ -16,7 +17,7 @@ from ccmdist.cluster.preemption import STOP_SIGNALS, hold_back_stop_signals
 from ccmdist.cluster.ranks import Ranks
 
 SECONDS_FOR_THE_OTHERS = 3.0
-SECONDS_OF_AN_ATTEMPT = 240.0
+SECONDS_OF_SILENCE = 120.0
 STEP_DONE = re.compile(r"step (\d+)/\d+  (loss \S+ \(max \S+\)  grad norm \S+)")
 STARTED = re.compile(r"training .* from step (\d+)")
 COMMITTED = re.compile(r"step (\d+): checkpoint committed")
@@ -32,6 +33,7 @@ class Attempt:
         exit_codes: Of all ranks; a negative number is the signal that ended a rank.
         lines: What the ranks said, and when it was read.
         struck: When the fault struck, or None.
+        fell_silent: Whether it had to be killed because for minutes no rank said anything.
     """
 
     start: float
@@ -39,6 +41,7 @@ class Attempt:
     exit_codes: list[int] = field(default_factory=list)
     lines: list[tuple[float, str]] = field(default_factory=list)
     struck: float | None = None
+    fell_silent: bool = False
 
     @property
     def first_step(self) -> int | None:
@@ -121,7 +124,7 @@ def _watch(
     read: Callable[[], None],
     look: Callable[[Attempt], None],
 ) -> None:
-    deadline = attempt.start + SECONDS_OF_AN_ATTEMPT
+    deadline = math.inf
     pending = order.signal_at
     while True:
         alive = [child for child in children if child.exitcode is None]
@@ -140,7 +143,9 @@ def _watch(
             deadline = min(deadline, now + SECONDS_FOR_THE_OTHERS)
             if order.file_limit and attempt.struck is None:
                 attempt.struck = now  # the kernel does not say when it killed
-        if now > deadline:
+        if now - (attempt.lines[-1][0] if attempt.lines else attempt.start) > SECONDS_OF_SILENCE:
+            attempt.fell_silent, deadline = True, now
+        if now >= deadline:
             for child in alive:
                 child.kill()
         time.sleep(0.01)

@@ -5,7 +5,7 @@ from pathlib import Path
 IMAGE_SIZE_PX = 64
 EVERY_STEPS = 3
 SETTINGS = [
-    "global_batch_size=4",
+    "global_batch_size=2",
     "micro_batch_size=1",
     "base_dtype=fp32",
     "optim.lr=1e-2",

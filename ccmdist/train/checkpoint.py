@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 
 from ccmdist.cluster.faults import fault_point
 from ccmdist.cluster.process_group import ProcessGroup
-from ccmdist.commit import commit_json, committed_file, make_folder, sha256_of_file, sync_folder
+from ccmdist.commit import commit_json, committed_file, digest_of, make_folder, sha256_of_file, sync_folder
 from ccmdist.console import log
 from ccmdist.errors import CheckpointError
 from ccmdist.train.engine import LocalParameter
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 COMMITTED = re.compile(r"step-(\d{8})")
 BROKEN_SUFFIX = ".broken"
 
@@ -84,6 +84,8 @@ def _verified(path: Path) -> Checkpoint:
     manifest = json.loads((path / "manifest.json").read_text())
     if manifest.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}")
+    if manifest != sealed(manifest):
+        raise CheckpointError(f"{path}: manifest.json differs from what was committed")
     for name, facts in manifest["files"].items():
         file = path / name
         if not file.is_file():
@@ -91,6 +93,12 @@ def _verified(path: Path) -> Checkpoint:
         if file.stat().st_size != facts["num_bytes"] or sha256_of_file(file) != facts["sha256"]:
             raise CheckpointError(f"{path}: {name} differs from what was committed")
     return Checkpoint(path, manifest)
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the digest of all that it says: a flipped bit in it may otherwise be read as another number."""
+    said = {name: value for name, value in manifest.items() if name != "digest"}
+    return said | {"digest": digest_of(said)}
 
 
 def newest_valid(folder: Path) -> Checkpoint | None:
@@ -204,7 +212,7 @@ class CheckpointStore:
             "files": {report["name"]: report["facts"] for report in reports},
             "slices": {report["name"]: report["slices"] for report in reports},
         }
-        commit_json(temporary / "manifest.json", manifest)
+        commit_json(temporary / "manifest.json", sealed(manifest))
         fault_point("checkpoint.before_rename", self.group.ranks.global_rank, step)
         temporary.rename(final)
         sync_folder(self.folder)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ccmdist.cluster.run_directory import Outcome, RunDirectory
-from ccmdist.train.checkpoint import committed_paths
+from ccmdist.train.checkpoint import committed_paths, sealed
 from tests.distributed.small_world import losses, weights
 
 pytestmark = pytest.mark.distributed
@@ -135,7 +135,7 @@ def test_settings_data_and_weights_of_a_run_do_not_change_silently(train_ranks, 
     assert train_ranks("a", 1, "num_steps=3", allow=["num_steps"]) == [0]
     manifest = folder / "a" / "checkpoints" / "step-00000003" / "manifest.json"
     values = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(values | {"base_digest": "0" * 64}))
+    manifest.write_text(json.dumps(sealed(values | {"base_digest": "0" * 64})))
     assert train_ranks("a", 1, "num_steps=4", allow=["num_steps"]) == [78]
     assert "was trained on base weights 000000000000" in RunDirectory(folder / "a").outcome().reason
 
