@@ -145,6 +145,6 @@ is_put_back() {
 # Ended from outside although there was time left. A requeue of ours would undo that; a job whose time is up goes on.
 is_cancelled() {
     local state
-    state=$(squeue --noheader --jobs="$REQUEUE_ID" --format="%T %L" 2>/dev/null) || state=
-    [[ $state = COMPLETING* && $state != "COMPLETING 0:00" ]]
+    state=$(squeue --noheader --jobs="$REQUEUE_ID" --format="%T %r" 2>/dev/null) || state=
+    [[ $state = COMPLETING* && $state != *TimeLimit ]]
 }

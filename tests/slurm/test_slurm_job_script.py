@@ -72,6 +72,14 @@ def test_a_cancelled_job_stays_cancelled_and_tells_how_to_go_on(cluster, project
     assert "sbatch slurm/train.sh again" in log
 
 
+@pytest.mark.drill
+def test_a_job_whose_time_is_up_is_put_back(cluster, project, begin):
+    job = begin("time-limit", "--time=1")
+    log = ended(cluster, project, job, "COMPLETED", 0, restarts=1)
+    assert "DUE TO TIME LIMIT" in log
+    assert "stopped with its work committed; it starts again by itself" in log
+
+
 def test_a_job_that_slurm_has_put_back_is_left_to_it(cluster, project, begin):
     job = begin("put-back")
     cluster.run("scontrol", "requeue", job)
