@@ -11,7 +11,7 @@
 #SBATCH --time=08:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=USR2@180
+#SBATCH --signal=USR2@300
 #SBATCH --output=slurm/logs/%x-%j.out
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?is not set: start this script with sbatch}"

@@ -79,7 +79,7 @@ class SlurmSettings(Settings):
     Any length will do. Submitit, left to itself, would treat every signal to a job of 10 minutes or less as its time
     limit and stop requeueing after a few; here its handler is never reached once a stage runs, and the requeue is ours.
     """
-    signal_lead_s: int = Field(180, ge=1, le=65535)
+    signal_lead_s: int = Field(300, ge=1, le=65535)
     """Seconds before the time limit, or of a preemption's grace, in which to finish a step and commit; Slurm's own
     clock may send the signal up to 60 s earlier. `ccmdist doctor` compares it with the measured time of a save."""
     partition: Names = ""

@@ -136,7 +136,7 @@ class TrainConfig(Settings):
     """Local processes to start when no cluster has started any; each is one rank."""
     num_loader_workers: int = free(0, ge=0, le=64)
     timeouts: TimeoutSettings = TimeoutSettings()
-    forced_exit_s: float = free(600.0, gt=0)
+    forced_exit_s: float = free(240.0, gt=0)
     """Seconds after a stop signal at which a process that still hangs in a collective ends itself."""
 
     @model_validator(mode="after")

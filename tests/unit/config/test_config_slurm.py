@@ -70,9 +70,9 @@ def test_a_process_drives_one_gpu_whichever_of_the_two_is_given():
 
 
 def test_a_signal_that_would_come_before_the_start_is_refused():
-    with pytest.raises(ConfigError, match="signal_lead_s 180 must be shorter than time_limit_min 3, which is 180 s"):
-        settings("slurm.time_limit_min=3")
-    assert settings("slurm.time_limit_min=4").signal_lead_s == 180
+    with pytest.raises(ConfigError, match="signal_lead_s 300 must be shorter than time_limit_min 5, which is 300 s"):
+        settings("slurm.time_limit_min=5")
+    assert settings("slurm.time_limit_min=6").signal_lead_s == 300
 
 
 def test_problems_of_a_stage_and_of_its_job_are_told_at_once():
