@@ -58,8 +58,8 @@ split_options() {
     SETTINGS=() OPTIONS=()
     while (($#)); do
         case $1 in
-            --*=*) OPTIONS+=("$1") ;;
-            --*) OPTIONS+=("$1" "${2-}") && shift ;;
+            --allow-change) OPTIONS+=("$1" "${2-}") && shift ;;
+            --*) OPTIONS+=("$1") ;;
             *) SETTINGS+=("$1") ;;
         esac
         (($# == 0)) || shift

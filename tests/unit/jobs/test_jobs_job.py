@@ -166,3 +166,21 @@ def test_a_finished_run_may_be_started_as_often_as_one_likes(tmp_path):
 def test_a_folder_that_is_no_job_is_refused(tmp_path):
     with pytest.raises(RunError, match="is not the folder of a job; name one that `ccmdist job snapshot` printed"):
         begin(tmp_path)
+
+
+def test_the_batch_script_tells_settings_from_options():
+    program = '. slurm/job.sh; split_options "$@"; printf "%s\\n" "${SETTINGS[@]}" -- "${OPTIONS[@]}"'
+    words = ["a b.yaml", "run=x y", "--allow-change", "num_steps", "--allow-change=seed", "note='; touch marker"]
+    environment = os.environ | {"SLURM_JOB_ID": "1"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", program, "_", *words], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == [
+        "a b.yaml",
+        "run=x y",
+        "note='; touch marker",
+        "--",
+        "--allow-change",
+        "num_steps",
+        "--allow-change=seed",
+    ]
