@@ -57,7 +57,7 @@ ENVIRONMENT = {
 RESULTS = Path(__file__).parent / "results" / "crash_drill.json"
 MAX_ATTEMPTS_TO_END = 5
 STEPS_PER_FAULT = 2.5
-STEPS_FOR_OPERATIONS = 50
+STEPS_FOR_OPERATIONS = 60
 
 
 @dataclass
@@ -147,6 +147,8 @@ class Drill:
     def suffer(self, fault: Fault) -> Record:
         """Start the run once more and let the fault strike."""
         start = newest_step(self.run)
+        if start + kinds.MAX_OFFSET + EVERY_STEPS > self.num_steps:
+            raise SystemExit(f"the run is at step {start} of {self.num_steps}, too near its end for {fault}")
         self._corrupt = []
         damaged = ""
         if fault.kind == kinds.DAMAGE and start:
@@ -164,6 +166,8 @@ class Drill:
         record = Record(fault, attempt, committed, lost, corrupt=self._corrupt)
         if damaged and attempt.first_step == start:
             record.corrupt.append(f"step {start} was loaded though {damaged} had been damaged ({fault.action})")
+        if not damaged and attempt.first_step not in (None, start):
+            record.wrong.append(f"went on from step {attempt.first_step} though {start} was committed")
         record.wrong += _wrong_ends(record, RunDirectory(self.run).outcome())
         self.records.append(record)
         return record
@@ -263,6 +267,8 @@ def _wrong_ends(record: Record, outcome: Outcome | None) -> list[str]:
             wrong.append(f"{record.lost} steps lost to a signal")
         if any(attempt.exit_codes) or outcome is None or outcome.state != "requeue":
             wrong.append(f"a signal ended with {attempt.exit_codes} and {outcome}")
+    if attempt.first_step is None and fault.kind not in (kinds.KILL_ANYTIME, kinds.SIGNAL_ANYTIME, kinds.FULL_DISK):
+        wrong.append("the run did not come as far as training")
     if attempt.struck is None:
         wrong.append("the fault did not strike")
     if fault.kind != kinds.FULL_DISK and outcome is not None and outcome.state == "refused":

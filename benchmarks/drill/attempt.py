@@ -15,6 +15,7 @@ from typing import Any
 from ccmdist.cluster.faults import VARIABLE
 from ccmdist.cluster.preemption import STOP_SIGNALS, hold_back_stop_signals
 from ccmdist.cluster.ranks import Ranks
+from drill.faults import MAX_OFFSET
 
 SECONDS_FOR_THE_OTHERS = 3.0
 SECONDS_OF_SILENCE = 120.0
@@ -77,7 +78,7 @@ class Order:
         num_ranks: How many there are.
         variable: CCMDIST_FAULT.
         file_limit: Rank -> bytes at which the kernel kills it amid the write of a file.
-        signal_at: (seconds after the start, signal, ranks), or None.
+        signal_at: (seconds after the start, signal, ranks), or None; a quick attempt gets it after MAX_OFFSET steps.
         began: When the job began, in Unix seconds, as its batch script would say.
     """
 
@@ -133,7 +134,7 @@ def _watch(
         if not alive:
             return
         now = time.monotonic()
-        if pending and now - attempt.start >= pending[0]:
+        if pending and (now - attempt.start >= pending[0] or len(attempt.steps()) >= MAX_OFFSET):
             attempt.struck = now
             for rank in pending[2]:
                 if children[rank].exitcode is None:

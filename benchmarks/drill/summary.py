@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from drill import faults as kinds
@@ -46,7 +47,7 @@ def rows(result: dict[str, Any], records: Sequence[Any], stock: Sequence[Any]) -
     """Claims with what was measured, what it is compared with, the limit that must hold, and whether it does."""
     signals = [record for record in records if record.fault.kind in kinds.SIGNALS]
     kills = [record for record in records if record.fault.kind in kinds.KILLS]
-    in_writes = [record for record in records if record.fault.kind == kinds.KILL_IN_WRITE]
+    after_writes = [after for before, after in pairwise(records) if before.fault.kind == kinds.KILL_IN_WRITE]
     times = [record.recovery_s for record in records if record.recovery_s is not None]
     most = max((record.lost for record in kills), default=0)
     undisturbed = f"undisturbed run of the same steps: {result['ettr_undisturbed']}"
@@ -54,8 +55,8 @@ def rows(result: dict[str, Any], records: Sequence[Any], stock: Sequence[Any]) -
         _at_most(f"corrupt loads or commits after {result['faults']} faults in one run", len(result["corrupt"]), 0),
         _row("last checkpoint and adapter bitwise equal to the undisturbed run's", result["ends_equal"], True),
         _at_most(
-            f"resumes that fail after {len(in_writes)} kills amid a write",
-            sum(bool(record.corrupt) for record in in_writes),
+            f"resumes that fail after {len(after_writes)} kills amid a write",
+            sum(bool(record.corrupt or record.wrong) for record in after_writes),
             0,
             _stock_text(stock),
         ),
