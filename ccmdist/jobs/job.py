@@ -49,9 +49,12 @@ def snapshot(stage: str, config: Settings, arguments: Sequence[str]) -> Path:
         arguments: From which the settings were made; kept for people to read, never run.
 
     Raises:
-        RunError: If the scripts that start jobs are not to be found.
+        RunError: If the scripts that start jobs are not to be found, or the code could not be run from that folder.
     """
     jobs = result_folder(config).absolute() / "jobs"
+    if ":" in str(jobs):
+        # PYTHONPATH would be parted there, and Python would run other code than the frozen one.
+        raise RunError(f"{jobs}: Python finds no code in a folder whose path holds a colon", "choose another folder")
     about = {"stage": stage, "arguments": list(arguments)}
     name = _job_name()
     for number in itertools.count():
@@ -76,13 +79,12 @@ def begin(folder: Path) -> None:
     job.outcome.unlink(missing_ok=True)
     last = starts[-MAX_STARTS_WITHOUT_PROGRESS - 1 :]
     if len(last) > MAX_STARTS_WITHOUT_PROGRESS and len(set(last)) == 1 and not _is_finished(config):
-        error = RunError(
+        # Not written to the outcome: the other tasks of an array share it, and go on.
+        raise RunError(
             f"{folder}: the last {MAX_STARTS_WITHOUT_PROGRESS} starts of this job ended without anything new "
             f"committed (still {last[-1]} {UNITS[type(config)]})",
             "read the end of its log, mend the cause, and submit the job again",
         )
-        commit_json(job.outcome, {"state": "refused", "reason": str(error), "step": last[-1]})
-        raise error
 
 
 UNITS: dict[type[Settings], str] = {

@@ -99,6 +99,12 @@ def test_without_a_job_every_submission_is_frozen_anew(tmp_path):
     assert len({make("precompute", tmp_path) for _ in range(3)}) == 3
 
 
+def test_a_folder_in_which_python_would_not_find_the_frozen_code_is_refused(tmp_path):
+    with pytest.raises(RunError, match=r"a:b/jobs: Python finds no code in a folder whose path holds a colon; choose"):
+        make("train", tmp_path / "a:b")
+    assert not list(tmp_path.iterdir())
+
+
 def test_where_there_are_no_scripts_the_place_to_be_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("ccmdist.jobs.job.PACKAGE", tmp_path / "ccmdist")
     (tmp_path / "ccmdist").mkdir()
@@ -129,8 +135,14 @@ def test_after_three_starts_that_brought_nothing_new_a_job_is_not_started_again(
         begin(folder)
     with pytest.raises(RunError, match=r"the last 3 starts of this job ended without anything new committed"):
         begin(folder)
-    assert json.loads(JobFolder(folder).outcome.read_text())["state"] == "refused"
+    assert not JobFolder(folder).outcome.exists(), "other tasks of an array would take it for theirs"
     commit_something(stage, tmp_path, 2)
+    begin(folder)
+
+
+def test_a_start_forgets_how_the_last_one_ended(tmp_path):
+    folder = make("train", tmp_path)
+    JobFolder(folder).outcome.write_text('{"state": "requeue"}')
     begin(folder)
     assert not JobFolder(folder).outcome.exists()
 
