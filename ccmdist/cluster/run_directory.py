@@ -16,17 +16,21 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import filelock
 
+from ccmdist.cluster.ranks import job_from_environment
 from ccmdist.commit import commit_json, make_folder, temporary_name
 from ccmdist.config.loading import differences, digest, resolved
 from ccmdist.config.settings import Settings
+from ccmdist.console import log
 from ccmdist.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_REFUSED, EXIT_REQUEUE, RunError
 
 State = Literal["done", "requeue", "refused"]
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
+LOST_NODE_S: Final = 300.0
+"""How long a file server may keep the lock of a node that it no longer hears of; the lease of NFS 4 is 90 s."""
 EXIT_CODES: dict[str, int] = {"done": EXIT_DONE, "requeue": EXIT_REQUEUE, "refused": EXIT_REFUSED}
 
 
@@ -60,13 +64,14 @@ class RunDirectory:
         """Take the run for this process until it ends, however it ends.
 
         On a file system without locks a killed holder on another node leaves its lock behind; the error names it.
+        A lock of an earlier start of the same Slurm job is waited for: its node may have been lost with it.
 
         Raises:
             RunError: If another live process holds it, or the folder cannot be written.
         """
         try:
             make_folder(self.path)
-            self._lock.acquire()
+            self._acquire()
         except filelock.Timeout:
             raise RunError(
                 f"{self.path}: is in use by {self._owner()}",
@@ -75,8 +80,19 @@ class RunDirectory:
             ) from None
         except OSError as error:
             raise RunError(f"{self.path}: {error.strerror}", "choose a run folder that you may write to") from None
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", "")}
-        commit_json(self.path / "owner.json", owner)
+        job = job_from_environment()
+        job_of_owner = {"job": job.job_id if job else "", "restart": job.restart_count if job else 0}
+        commit_json(self.path / "owner.json", {"host": socket.gethostname(), "pid": os.getpid()} | job_of_owner)
+
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            job, owner = job_from_environment(), self.owner()
+            if job is None or owner.get("job") != job.job_id or owner.get("restart", 0) >= job.restart_count:
+                raise
+            log.warning("%s: waits for the lock of an earlier start of this job, %s", self.path, self._owner())
+            self._lock.acquire(timeout=LOST_NODE_S, poll_interval=1.0)
 
     def release(self) -> None:
         """Let others take the run."""

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,44 @@ def test_a_run_in_use_is_refused_and_its_holder_named(tmp_path):
     holder.kill()
     holder.wait()
     RunDirectory(tmp_path).hold()  # a killed holder leaves no lock behind
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the run as the first start of job 7."""
+    program = (
+        "import sys; from pathlib import Path; from ccmdist.cluster.run_directory import RunDirectory\n"
+        "run = RunDirectory(Path(sys.argv[1])); run.hold(); print('held', flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    environment = os.environ | {"SLURM_JOB_ID": "7"}
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as holder:
+        assert holder.stdout.readline() == "held\n"
+        yield holder
+        holder.kill()
+
+
+def test_a_lock_that_an_earlier_start_of_the_job_has_left_is_waited_for(tmp_path, holder, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    threading.Timer(1, holder.kill).start()
+    RunDirectory(tmp_path).hold()
+    assert json.loads((tmp_path / "owner.json").read_text())["restart"] == 1
+
+
+@pytest.mark.parametrize(("job", "restart"), [("7", "0"), ("8", "1"), ("", "")])
+def test_a_lock_of_somebody_else_is_not_waited_for(tmp_path, holder, monkeypatch, job, restart):
+    monkeypatch.setattr("ccmdist.cluster.run_directory.LOST_NODE_S", 0.1)
+    for name, value in (("SLURM_JOB_ID", job), ("SLURM_RESTART_COUNT", restart)):
+        if value:
+            monkeypatch.setenv(name, value)
+        else:
+            monkeypatch.delenv(name, raising=False)
+    waited = []
+    monkeypatch.setattr("ccmdist.cluster.run_directory.log.warning", lambda *words: waited.append(words))
+    with pytest.raises(RunError, match=r"is in use by process \d+ of job 7 on "):
+        RunDirectory(tmp_path).hold()
+    assert not waited
 
 
 def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path):
