@@ -12,6 +12,8 @@ from ccmdist.errors import RunError
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+FIRST_RESERVED_STEP = 0xFFFFFFF0
+"""Steps from here on are none that srun has started tasks in: batch scripts, the shell of `salloc` (slurm/slurm.h)."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,15 @@ def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks
     if found := _complete(LAUNCHER_VARIABLES, environment, "unset them, or set all three"):
         return found
     # Inside a batch script, or after `salloc`, SLURM_NTASKS is set but no task has been started by srun.
-    if "SLURM_PROCID" not in environment or environment.get("SLURM_STEP_ID", "") in ("", "batch"):
+    if "SLURM_PROCID" not in environment or not _is_step_of_srun(environment.get("SLURM_STEP_ID", "")):
         return None
     # A single task, such as an interactive shell of srun, has nobody to find.
     found = _complete(SLURM_VARIABLES, environment, "start the tasks with srun, one per GPU")
     return found if found is not None and found.world_size > 1 else None
+
+
+def _is_step_of_srun(step_id: str) -> bool:
+    return step_id.isdecimal() and int(step_id) < FIRST_RESERVED_STEP
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def rendezvous_from_environment(environment: Mapping[str, str] = os.environ) -> 
         raise RunError(
             "environment: MASTER_ADDR and MASTER_PORT are not both set, so the ranks cannot find each other",
             'in the batch script: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) '
-            "MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
+            "MASTER_PORT=$((10000 + SLURM_JOB_ID % 15000))",
         )
     return "env://"
 

@@ -24,7 +24,15 @@ def test_ranks_come_from_a_launcher_or_from_srun():
 
 def test_a_batch_script_is_not_a_rank():
     assert ranks_from_environment(SRUN | {"SLURM_STEP_ID": "batch"}) is None
+    assert ranks_from_environment(SRUN | {"SLURM_STEP_ID": "4294967291"}) is None
     assert ranks_from_environment({"SLURM_NTASKS": "4"}) is None
+
+
+def test_the_shell_of_salloc_is_alone_although_it_is_told_the_tasks_of_its_allocation():
+    """As LaunchParameters=use_interactive_step makes it."""
+    shell = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "4294967290"}
+    assert ranks_from_environment(shell) is None
+    assert worker_from_environment(shell) == (0, 1)
 
 
 @pytest.mark.parametrize("missing", ["LOCAL_RANK", "WORLD_SIZE"])
