@@ -9,7 +9,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +23,19 @@ SUBMITIT_FOLDER: Final = "submitit"
 """In a job's folder, for its owner alone: pickles, batch file and logs."""
 MAX_TIMEOUTS: Final = 1_000_000
 """Submitit counts time limits when its own handler takes a signal; how often a job may come back is not its to say."""
+
+
+SAID_BY_THE_FILE: Final = frozenset(
+    f"SBATCH_{name}"
+    for name in (
+        *("ARRAY_INX", "CPUS_PER_GPU", "CPUS_PER_TASK", "ERROR", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "GRES"),
+        *("JOB_NAME", "NO_REQUEUE", "NTASKS", "NTASKS_PER_NODE", "OPEN_MODE", "OUTPUT", "REQUEUE", "SIGNAL"),
+        *("TIMELIMIT", "WAIT"),
+    )
+)
+"""Variables that sbatch would obey instead of the lines of the batch file."""
+DEFAULTS: Final = ("partition", "account", "qos", "constraint", "reservation")
+"""Settings that may be left to such a variable: slurm/env.sh sets the first two."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ def submit(job: BatchJob, work: Callable[[], None]) -> str:
     refuse_without_slurm()
     folder = _submitit_folder(job)
     folder.mkdir(mode=0o700, exist_ok=True)
-    with outside_of_any_job():
+    with outside_of_any_job(), _as_the_file_says(job.slurm):
         # One executor per job: a parameter that was set once cannot be unset.
         executor = SlurmExecutor(folder, max_num_timeout=MAX_TIMEOUTS, python=_PYTHON)
         executor.update_parameters(**_parameters(job))
@@ -129,6 +142,7 @@ def _parameters(job: BatchJob) -> dict[str, Any]:
             "--open-mode=append",
             f"--cpus-per-task={slurm.cpus_per_task}",
             f"--kill-on-bad-exit={int(job.is_collective)}",
+            "--wait=0",
         ],
         "additional_parameters": _additional(job),
     }
@@ -186,7 +200,19 @@ def _submitit_folder(job: BatchJob) -> Path:
 def outside_of_any_job() -> Iterator[None]:
     """Hide what an interactive job around this process has set, which the new job would inherit as its own."""
     names = [name for name in os.environ if name.startswith(("SLURM_", "SUBMITIT_")) and name != "SLURM_CONF"]
-    hidden = {name: os.environ.pop(name) for name in [*names, *LAUNCHER_VARIABLES] if name in os.environ}
+    with _hidden([*names, *LAUNCHER_VARIABLES]):
+        yield
+
+
+def _as_the_file_says(slurm: SlurmSettings) -> contextlib.AbstractContextManager[None]:
+    """Hide variables that would win over the batch file; what the settings leave open is for them to say."""
+    given = {f"SBATCH_{name.upper()}" for name in DEFAULTS if getattr(slurm, name)}
+    return _hidden(SAID_BY_THE_FILE | given)
+
+
+@contextlib.contextmanager
+def _hidden(names: Iterable[str]) -> Iterator[None]:
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:

@@ -76,7 +76,7 @@ def test_a_training_job_asks_for_what_its_settings_say(tmp_path):
         "time=90",
     ]
     srun = next(line for line in text.splitlines() if line.startswith("srun "))
-    assert "--open-mode=append --cpus-per-task=6 --kill-on-bad-exit=1 " in srun
+    assert "--open-mode=append --cpus-per-task=6 --kill-on-bad-exit=1 --wait=0 " in srun
     assert f"--output {tmp_path}/j/submitit/%j_%t_log.out" in srun
     assert text.rstrip().endswith("conclude $?")
 
@@ -136,6 +136,19 @@ def test_a_job_that_is_submitted_from_within_a_job_inherits_nothing_of_it(cluste
         assert "SLURM_JOB_ID" not in os.environ
         raise ZeroDivisionError
     assert os.environ["SLURM_JOB_ID"] == "5"
+
+
+def test_variables_of_sbatch_do_not_win_over_what_was_asked_for(cluster, monkeypatch):
+    for name in ("SBATCH_PARTITION", "SBATCH_ACCOUNT", "SBATCH_TIMELIMIT", "SBATCH_SIGNAL", "SBATCH_EXPORT"):
+        monkeypatch.setenv(name, "5")
+    (cluster / "j").mkdir()
+    submit(job(cluster / "j", partition="gpu"), print)
+    inherited = {line.partition("=")[0] for line in (cluster / "env").read_text().splitlines()}
+    assert inherited & {f"SBATCH_{name}" for name in ("PARTITION", "ACCOUNT", "TIMELIMIT", "SIGNAL", "EXPORT")} == {
+        "SBATCH_ACCOUNT",
+        "SBATCH_EXPORT",
+    }
+    assert os.environ["SBATCH_PARTITION"] == "5"
 
 
 def test_the_log_is_that_of_the_first_process(tmp_path):
