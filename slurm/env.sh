@@ -9,7 +9,7 @@
 #export SBATCH_ACCOUNT=my_project
 #export SBATCH_PARTITION=gpu
 
-# Either a virtual environment in which ccmdist is installed, and the modules it was built with ...
+# Either an environment (venv or conda) in which ccmdist is installed, and the modules it was built with ...
 #module purge
 #module load python/3.11 cuda/12.8
 CCMDIST_VENV=${CCMDIST_VENV:-.venv}
@@ -40,9 +40,8 @@ if [ -n "$CCMDIST_CONTAINER" ]; then
         return 78
     fi
     CCMDIST_PREFIX=(apptainer exec --nv --bind "$PWD${CCMDIST_BIND:+,$CCMDIST_BIND}" --pwd "$PWD" "$CCMDIST_CONTAINER")
-elif [ -r "$CCMDIST_VENV/bin/activate" ]; then
-    # shellcheck source=/dev/null
-    . "$CCMDIST_VENV/bin/activate"
+elif [ -x "$CCMDIST_VENV/bin/python3" ]; then
+    PATH=$(realpath --no-symlinks "$CCMDIST_VENV/bin"):$PATH # all that activating it would do for a job
 else
     echo "ccmdist: there is no virtual environment at $CCMDIST_VENV; make one with \`make install\`," \
         "or set CCMDIST_VENV or CCMDIST_CONTAINER in slurm/env.sh" >&2

@@ -15,7 +15,8 @@ REQUEUE_ID=$JOB_ID${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 # A link to the job's folder; what the links' names hold cannot be a setting, whatever the folder is called.
 JOB_LINK=slurm/logs/$JOB_ID.job
 
-say() { printf '%(%T)T %s: %s\n' -1 "$REQUEUE_ID" "$*" >&2; }
+# A log that takes nothing more (a full disk) changes nothing in how a job ends.
+say() { printf '%(%T)T %s: %s\n' -1 "$REQUEUE_ID" "$*" >&2 || :; }
 
 begin_job() {
     STAGE=$1
@@ -41,14 +42,20 @@ enter() {
     # The shell outlives the signals that stop its tasks, so that it can say what becomes of the job.
     trap : USR1 USR2 TERM
     say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST"
+    # Modules and other scripts of a site are rarely written for `set -u`.
+    local strict=${-//[!u]/}
+    set +u
     # shellcheck source=slurm/env.sh
     . "$SCRIPTS/env.sh" || exit 78
+    [ -z "$strict" ] || set -u
 }
 
 start() {
     export CCMDIST_JOB CCMDIST_JOB_START
+    # A container brings its own packages; without one, those that modules have named are needed, but come second.
+    [ -z "${CCMDIST_CONTAINER:-}" ] || PYTHONPATH=
     # Python shall not find the submit folder's code before the frozen one.
-    export PYTHONPATH=$CCMDIST_JOB/code PYTHONSAFEPATH=1
+    export PYTHONPATH=$CCMDIST_JOB/code${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
     in_environment python3 -m ccmdist job begin "$CCMDIST_JOB" || give_up $?
     set_rendezvous
 }
@@ -73,7 +80,7 @@ freeze() {
     folder=$(PYTHONSAFEPATH=1 in_environment python3 -m ccmdist job snapshot "$STAGE" "${SETTINGS[@]}") || give_up $?
     # Several tasks of an array may get here at once; a rename leaves one link, and all mean the same folder.
     mkdir -p "${JOB_LINK%/*}"
-    ln -s "$folder" "$JOB_LINK.$SLURM_JOB_ID" && mv -T "$JOB_LINK.$SLURM_JOB_ID" "$JOB_LINK"
+    ln -sfnT "$folder" "$JOB_LINK.$SLURM_JOB_ID" && mv -T "$JOB_LINK.$SLURM_JOB_ID" "$JOB_LINK"
 }
 
 # A job that cannot begin is no more lucky the next time, unless it was a signal that ended the attempt.
@@ -84,8 +91,9 @@ give_up() {
 
 set_rendezvous() {
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-    # Below the ports that systems hand out by themselves, and another one for each job on a node.
-    MASTER_PORT=$((10000 + SLURM_JOB_ID % 15000))
+    # Below the ports that systems hand out by themselves; another one for each job on a node, and at each start, as one
+    # that a stranger has taken will not be free the next time either.
+    MASTER_PORT=$((10000 + (SLURM_JOB_ID + 4999 * ${SLURM_RESTART_COUNT:-0}) % 15000))
     TORCH_EXTENSIONS_DIR=${CCMDIST_NODE_TMP:-/tmp}/ccmdist-$UID-$SLURM_JOB_ID
     export MASTER_ADDR MASTER_PORT TORCH_EXTENSIONS_DIR
     # srun no longer takes this over from sbatch.
@@ -94,7 +102,8 @@ set_rendezvous() {
 
 run_tasks() {
     local code=0
-    srun --kill-on-bad-exit="$1" "${CCMDIST_PREFIX[@]}" python3 -m ccmdist "$STAGE" "$JOB_LINK/config.json" \
+    # Without --wait=0 a site's WaitTime would end those that still work soon after the first has done its share.
+    srun --kill-on-bad-exit="$1" --wait=0 "${CCMDIST_PREFIX[@]}" python3 -m ccmdist "$STAGE" "$JOB_LINK/config.json" \
         "${OPTIONS[@]}" &
     TASKS=$!
     # Slurm's own signals reach the tasks without us; one that was meant for the script alone is handed on.
@@ -121,24 +130,35 @@ conclude() {
 
 # Ask Slurm to start the job again; not fatal where Slurm does so by itself, or does not at all.
 again() {
-    local answer
     if is_put_back; then
         say "$1; Slurm has put the job back, and it starts again by itself"
     elif is_cancelled; then
         say "$1; the job was cancelled; to go on:"
         say "  $AS_SUBMITTED"
-    elif answer=$(scontrol requeue "$REQUEUE_ID" 2>&1); then
+    elif put_back; then
         say "$1; it starts again by itself"
     else
-        say "$1, but cannot be put back into the queue (${answer:-no answer}); to go on:"
+        say "$1, but cannot be put back into the queue (${ANSWER:-no answer}); to go on:"
         say "  $AS_SUBMITTED"
     fi
+}
+
+# A controller that is busy or being restarted does not answer for a while, and may have done what it was asked for.
+put_back() {
+    local attempt
+    for attempt in 1 2 3 4 5; do
+        ANSWER=$(scontrol requeue "$REQUEUE_ID" 2>&1) && return
+        [[ $ANSWER = *contact* || $ANSWER = *timed\ out* || $ANSWER = *Zero\ Bytes* ]] || return 1
+        sleep $((10 * attempt))
+        ! is_put_back || return 0
+    done
+    return 1
 }
 
 # Preempted without grace, or by `scontrol requeue`: Slurm counts the next start before this one has ended.
 is_put_back() {
     local restarts
-    restarts=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p') || restarts=
+    restarts=$(scontrol show job "$REQUEUE_ID" 2>/dev/null | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p') || restarts=
     ((${restarts:-0} > ${SLURM_RESTART_COUNT:-0}))
 }
 

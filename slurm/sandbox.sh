@@ -248,7 +248,7 @@ start() {
 choose() { # what "auto" means here, and whether all programs are there
     local program
     if [ "$ACCOUNTING" = auto ]; then
-        if command -v slurmdbd mariadb-install-db >/dev/null; then ACCOUNTING=dbd; else ACCOUNTING=shim; fi
+        if command -v slurmdbd && command -v mariadb-install-db; then ACCOUNTING=dbd; else ACCOUNTING=shim; fi >/dev/null
     fi
     if [ "$NAMESPACES" = auto ]; then
         if unshare --mount --uts --pid --fork --mount-proc true 2>/dev/null; then NAMESPACES=1; else NAMESPACES=0; fi
