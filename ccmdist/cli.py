@@ -8,6 +8,7 @@ error of ours.
 import errno
 import importlib
 import json
+import socket
 import sys
 import tempfile
 import traceback
@@ -34,6 +35,9 @@ TYPER_CTRL_C = 130
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 """Errors of a write, which name no file."""
+
+OF_THE_MACHINE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO)
+"""Errors of a disk or of a file server, not of what the user wrote: another start, or another node, may do."""
 
 SETTINGS: dict[str, Any] = {
     "rich_markup_mode": None,
@@ -301,6 +305,9 @@ def exit_code(arguments: list[str], command: typer.Typer = app, name: str = "ccm
     except OSError as error:
         if error.errno and (error.filename or error.errno in DISK_IS_FULL):
             where = f"{error.filename}: " if error.filename else ""
+            if error.errno in OF_THE_MACHINE:
+                remedy = f"the file system failed on {socket.gethostname()}; run the same command again, or elsewhere"
+                return _told(f"{where}{error.strerror}; {remedy}", EXIT_INTERNAL)
             remedy = "see that the path exists, can be written and has space left"
             return _told(f"{where}{error.strerror}; {remedy}", EXIT_REFUSED)
         return _ours()

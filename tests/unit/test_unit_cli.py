@@ -212,6 +212,13 @@ def test_what_a_user_can_mend_is_one_message_without_a_traceback(capsys, monkeyp
     assert said(capsys, PHANTOM, code).lstrip("\n") == text
 
 
+def test_a_file_system_that_fails_is_not_the_users_fault_so_that_a_job_comes_back(capsys, monkeypatch):
+    Job(monkeypatch, result=OSError(116, "Stale file handle", "/data/x"))
+    text = said(capsys, PHANTOM, 70)
+    assert text.startswith("ccmdist: /data/x: Stale file handle; the file system failed on ")
+    assert text.endswith("; run the same command again, or elsewhere\n")
+
+
 @pytest.mark.parametrize("error", [ValueError("odd"), OSError("odd"), AssertionError("odd"), RuntimeError("odd")])
 def test_an_error_of_ours_keeps_its_traceback(capsys, monkeypatch, error):
     Job(monkeypatch, result=error)
