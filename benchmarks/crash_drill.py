@@ -365,7 +365,7 @@ def main() -> int:
         folder = arguments.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ccmdist-drill-")))
         result = drill(arguments, folder.resolve())
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+    RESULTS.write_text(json.dumps(result["rows"], indent=2) + "\n")
     print(json.dumps(result, indent=2) if arguments.json else told(result))
     return 0 if all(row["holds"] for row in result["rows"]) else 1
 

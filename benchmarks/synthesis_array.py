@@ -276,7 +276,7 @@ def main() -> int:
         if not options.keep:
             shutil.rmtree(folder, ignore_errors=True)
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+    RESULTS.write_text(json.dumps(result["rows"], indent=2) + "\n")
     for one in result["rows"]:
         print(f"{'holds' if one['holds'] else 'FAILS'}  {one['claim']}: {one['ours']}", end="")
         print(f" (limit {one['limit']}; {one['anchor']})" if one["anchor"] else f" (limit {one['limit']})")

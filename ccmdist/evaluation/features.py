@@ -24,7 +24,15 @@ from ccmdist.evaluation.sets import ImageSet, SourceFrames
 MEASURES_VERSION: Final = 1
 """Raised whenever a column changes its meaning; older files are then measured anew."""
 TEXT_COLUMNS: Final = ("key", "subject", "clinical_group", "source_key", "shard", "origin")
-ORIGIN: Final = ("base_digest", "base", "adapter_digest", "denoise_steps", "guidance_scale", "seed", "source_set_digest")
+ORIGIN: Final = (
+    "base_digest",
+    "base",
+    "adapter_digest",
+    "denoise_steps",
+    "guidance_scale",
+    "seed",
+    "source_set_digest",
+)
 """What of a provenance tells how a whole set was made; column ``origin`` holds it as JSON."""
 FOUND, GIVEN = "found_", "given_"
 """Prefixes of biomarkers: of the nerves that the segmenter found in the image, and of the mask that came with it."""

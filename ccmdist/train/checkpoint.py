@@ -21,12 +21,16 @@ from ccmdist.cluster.faults import fault_point
 from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.commit import commit_json, committed_file, digest_of, make_folder, sha256_of_file, sync_folder
 from ccmdist.console import log
-from ccmdist.errors import CheckpointError
+from ccmdist.errors import CcmdistError, CheckpointError
 from ccmdist.train.engine import LocalParameter
 
 FORMAT_VERSION = 2
 COMMITTED = re.compile(r"step-(\d{8})")
 BROKEN_SUFFIX = ".broken"
+
+
+class OtherFormat(CcmdistError):  # noqa: N818 (nothing is wrong with it)
+    """A whole checkpoint of another version of ccmdist: neither to be loaded nor to be set aside."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def verified(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: If a file is missing, cannot be read, or differs from what was committed.
+        OtherFormat: If it is whole, but not for this version.
         PermissionError: If it may be whole, but is not this user's to read.
     """
     try:
@@ -82,10 +87,13 @@ def verified(path: Path) -> Checkpoint:
 
 def _verified(path: Path) -> Checkpoint:
     manifest = json.loads((path / "manifest.json").read_text())
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}")
     if manifest != sealed(manifest):
         raise CheckpointError(f"{path}: manifest.json differs from what was committed")
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise OtherFormat(
+            f"{path}: is whole, but of format {manifest['format_version']}, and this version reads {FORMAT_VERSION}",
+            "go on with the version of ccmdist that wrote it, or choose another run folder",
+        )
     for name, facts in manifest["files"].items():
         file = path / name
         if not file.is_file():
@@ -127,7 +135,7 @@ class CheckpointStore:
         found: list[Checkpoint | None] = [None]
         problem = self._on_first(lambda: found.append(self._found()))
         if problem:
-            raise CheckpointError(problem, "see that the run's folder can be read and written by this user")
+            raise CheckpointError(problem)
         newest: Checkpoint | None = self.group.from_first(found[-1])
         return newest
 
@@ -135,7 +143,11 @@ class CheckpointStore:
         """The newest checkpoint that verifies, after leftovers were removed and broken ones set aside."""
         for leftover in self.folder.glob("step-*.tmp-*"):
             shutil.rmtree(leftover)  # never committed: the attempt that wrote it died
-        checkpoint = newest_valid(self.folder)
+        try:
+            checkpoint = newest_valid(self.folder)
+        except PermissionError as error:
+            remedy = "see that the run's folder can be read and written by this user"
+            raise CheckpointError(f"{error.filename or self.folder}: {error.strerror}", remedy) from None
         for path in committed_paths(self.folder):
             if checkpoint is None or path.name > checkpoint.path.name:
                 _set_aside(path)
@@ -170,11 +182,13 @@ class CheckpointStore:
         return problem
 
     def _on_first(self, action: Any) -> str:
-        """Run ``action`` on rank 0; on every rank its OSError as text, or an empty text."""
+        """Run ``action`` on rank 0; on every rank why it failed, or an empty text."""
         problem = ""
         if self.group.ranks.is_first:
             try:
                 action()
+            except CcmdistError as error:
+                problem = str(error)
             except OSError as error:
                 problem = f"{error.filename or self.folder}: {error.strerror}"
         return self.group.from_first(problem)

@@ -182,6 +182,20 @@ def test_a_checkpoint_that_cannot_be_read_is_broken_unless_it_is_another_users(t
         checkpoint.newest_valid(two_checkpoints)
 
 
+def test_a_checkpoint_of_another_version_is_neither_loaded_nor_passed_over(two_checkpoints, tmp_path):
+    import shutil
+
+    from ccmdist.train.checkpoint import OtherFormat, newest_valid, sealed
+
+    folder = tmp_path / "copy"
+    shutil.copytree(two_checkpoints, folder)
+    path = folder / "step-00000002" / "manifest.json"
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | {"format_version": 99})))
+    with pytest.raises(OtherFormat, match=r"step-00000002: is whole, but of format 99, and this version reads \d"):
+        newest_valid(folder)
+    assert (folder / "step-00000002").is_dir()
+
+
 @pytest.mark.parametrize("manifest", ["[]", "{}", '{"format_version": 1}', "3"])
 def test_a_manifest_that_says_nothing_is_a_broken_checkpoint(tmp_path, manifest):
     from ccmdist.train.checkpoint import verified
