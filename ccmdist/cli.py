@@ -28,16 +28,21 @@ from ccmdist.config.stages import STAGES
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import start_logging
-from ccmdist.errors import EXIT_INTERNAL, EXIT_REFUSED, EXIT_REQUEUE, CcmdistError, ConfigError, Preempted
+from ccmdist.errors import (
+    EXIT_INTERNAL,
+    EXIT_REFUSED,
+    EXIT_REQUEUE,
+    OF_THE_MACHINE,
+    CcmdistError,
+    ConfigError,
+    Preempted,
+)
 
 TYPER_CTRL_C = 130
 """What typer makes of a KeyboardInterrupt."""
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 """Errors of a write, which name no file."""
-
-OF_THE_MACHINE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO)
-"""Errors of a disk or of a file server, not of what the user wrote: another start, or another node, may do."""
 
 SETTINGS: dict[str, Any] = {
     "rich_markup_mode": None,

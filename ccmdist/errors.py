@@ -1,11 +1,15 @@
 """What can be wrong with a user's input, and the exit codes by which programs tell each other how they ended."""
 
+import errno
 from typing import Final
 
 EXIT_DONE: Final = 0
 EXIT_INTERNAL: Final = 70
 EXIT_REQUEUE: Final = 75
 EXIT_REFUSED: Final = 78
+
+OF_THE_MACHINE: Final = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO)
+"""Errors of a disk or a file server, not of what somebody wrote: never a refusal, as another start or node may do."""
 
 
 class CcmdistError(Exception):

@@ -39,7 +39,7 @@ from ccmdist.data.cache_index import (
     read_fingerprint,
 )
 from ccmdist.data.manifest import read_manifest
-from ccmdist.errors import CacheError
+from ccmdist.errors import OF_THE_MACHINE, CacheError
 
 __all__ = ["CacheEntry", "EncodedSample", "LatentCache", "cache_folder", "fingerprint", "write_cache_shard"]
 
@@ -108,6 +108,7 @@ class LatentCache:
 
         Raises:
             CacheError: If the bytes are not those that were written.
+            OSError: If the file system fails, which says nothing about the cache.
         """
         return self._tensors(entry, SAMPLE, entry.sample)
 
@@ -140,6 +141,8 @@ class LatentCache:
         try:
             data = _read_range(self.folder / entry.shard, member)
         except OSError as error:
+            if error.errno in OF_THE_MACHINE:
+                raise
             raise self._damaged(entry.shard, f"{name} cannot be read ({error.strerror})") from None
         if zlib.crc32(data) != member.crc32:
             raise self._damaged(entry.shard, f"{name} is damaged")

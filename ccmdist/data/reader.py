@@ -16,7 +16,7 @@ from ccmdist.ccm.groups import UNLABELLED
 from ccmdist.config.data import Split
 from ccmdist.data.manifest import MANIFEST, SPLITS, Kind, Manifest, ShardEntry, read_manifest
 from ccmdist.data.triple import MEMBERS, Source, Triple, check_key, triple_of
-from ccmdist.errors import ShardError
+from ccmdist.errors import OF_THE_MACHINE, ShardError
 
 MAX_MEMBER_BYTES = 1 << 26
 ANEW = "make or copy the shard anew"
@@ -151,6 +151,8 @@ def _opened(path: Path) -> BufferedReader:
     try:
         return path.open("rb")
     except OSError as error:
+        if error.errno in OF_THE_MACHINE:
+            raise
         raise ShardError(f"{path}: {error.strerror}, but {MANIFEST} names it", ANEW) from None
 
 

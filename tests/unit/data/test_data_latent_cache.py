@@ -1,6 +1,8 @@
 """A cache gives back the tensors that were written, or says which shard and key are not, and what command mends it."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -209,6 +211,18 @@ def test_an_index_of_another_shard_or_with_too_few_samples_is_refused(data):
     index.write_text(good[:100])
     with pytest.raises(CacheError, match=r"train-000000.json: is not an index of a cached shard"):
         LatentCache.open(data, ENCODERS)
+
+
+def test_a_file_system_that_fails_is_not_taken_for_a_damaged_cache(data, monkeypatch):
+    fill(data)
+    cache = LatentCache.open(data, ENCODERS, ("val",))
+
+    def fail(path, member):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr("ccmdist.data.latent_cache._read_range", fail)
+    with pytest.raises(OSError, match="Stale file handle"):
+        cache.read(cache.entries("val")[0])
 
 
 def first_of_val(cache):
