@@ -13,7 +13,8 @@ JOB_ID=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}
 # What scontrol calls this job alone: an array's tasks stop and start again one by one.
 REQUEUE_ID=$JOB_ID${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 # A link to the job's folder; what the links' names hold cannot be a setting, whatever the folder is called.
-JOB_LINK=slurm/logs/$JOB_ID.job
+# Clusters that share a home count their jobs each for itself.
+JOB_LINK=slurm/logs/${SLURM_CLUSTER_NAME:-slurm}-$JOB_ID.job
 
 # A log that takes nothing more (a full disk) changes nothing in how a job ends.
 say() { printf '%(%T)T %s: %s\n' -1 "$REQUEUE_ID" "$*" >&2 || :; }
@@ -83,10 +84,15 @@ freeze() {
     ln -sfnT "$folder" "$JOB_LINK.$SLURM_JOB_ID" && mv -T "$JOB_LINK.$SLURM_JOB_ID" "$JOB_LINK"
 }
 
-# A job that cannot begin is no more lucky the next time, unless it was a signal that ended the attempt.
+# What was refused is refused the next time too. A signal, or a file server that does not answer, is no reason to end.
 give_up() {
-    (($1 <= 128)) || again "stopped by signal $(($1 - 128)) before its tasks were started"
-    exit "$(($1 <= 128 ? $1 : 75))"
+    if (($1 > 128)); then
+        again "stopped by signal $(($1 - 128)) before its tasks were started"
+        exit 75
+    elif (($1 == 70 && ${SLURM_RESTART_COUNT:-0} < 3)); then
+        again "could not begin"
+    fi
+    exit "$1"
 }
 
 set_rendezvous() {
@@ -94,7 +100,8 @@ set_rendezvous() {
     # Below the ports that systems hand out by themselves; another one for each job on a node, and at each start, as one
     # that a stranger has taken will not be free the next time either.
     MASTER_PORT=$((10000 + (SLURM_JOB_ID + 4999 * ${SLURM_RESTART_COUNT:-0}) % 15000))
-    TORCH_EXTENSIONS_DIR=${CCMDIST_NODE_TMP:-/tmp}/ccmdist-$UID-$SLURM_JOB_ID
+    # Code is loaded from there: on a shared node nobody may guess the name and be there first.
+    TORCH_EXTENSIONS_DIR=${CCMDIST_NODE_TMP:-/tmp}/ccmdist-$SLURM_JOB_ID-$(od -An -N8 -tx8 /dev/urandom | tr -d ' ')
     export MASTER_ADDR MASTER_PORT TORCH_EXTENSIONS_DIR
     # srun no longer takes this over from sbatch.
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK

@@ -359,6 +359,7 @@ status() {
 }
 
 show_environment() {
+    echo "export CCMDIST_DEVICE=cpu" # its GPUs are only names
     echo "export SLURM_CONF=$(printf %q "$SLURM_CONF")"
     [ ! -x "$DIR/bin/sacct" ] || echo "export PATH=$(printf %q "$DIR/bin"):\$PATH"
 }

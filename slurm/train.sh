@@ -15,7 +15,7 @@
 #SBATCH --output=slurm/logs/%x-%j.out
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?is not set: start this script with sbatch}"
-SCRIPTS=slurm/logs/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}.job/code/slurm # as they were at the first start
+SCRIPTS=slurm/logs/${SLURM_CLUSTER_NAME:-slurm}-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}.job/code/slurm # as they were at the first start
 [ -e "$SCRIPTS" ] || SCRIPTS=slurm
 # shellcheck source=slurm/job.sh
 . "$SCRIPTS/job.sh" || {

@@ -73,6 +73,12 @@ def job_from_environment(environment: Mapping[str, str] = os.environ) -> Job | N
     return Job(job_id, environment.get("SLURM_ARRAY_TASK_ID", ""), int(environment.get("SLURM_RESTART_COUNT", 0)))
 
 
+def gpus_from_environment(environment: Mapping[str, str] = os.environ) -> str:
+    """The GPUs that Slurm has given this process, such as "0,1"; "" if none, or without Slurm."""
+    given = environment.get("CUDA_VISIBLE_DEVICES", "") if "SLURM_JOB_ID" in environment else ""
+    return "" if given == "NoDevFiles" else given
+
+
 def rendezvous_from_environment(environment: Mapping[str, str] = os.environ) -> str:
     """Where ranks that a launcher or srun has started find each other.
 

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from ccmdist.ccm.groups import CLINICAL_GROUPS, UNLABELLED
 from ccmdist.commit import commit_json, digest_of
 from ccmdist.config.data import Split
-from ccmdist.errors import ShardError
+from ccmdist.errors import OF_THE_MACHINE, ShardError
 
 Kind = Literal["real", "phantom", "synthetic"]
 
@@ -108,6 +108,8 @@ def read_manifest(folder: Path) -> Manifest:
             raise ShardError(f"{path}: has {path.stat().st_size} bytes, expected at most {MAX_MANIFEST_BYTES}")
         values = json.loads(path.read_bytes())
     except OSError as error:
+        if error.errno in OF_THE_MACHINE:
+            raise
         remedy = "name the folder of a complete set; `ccmdist shards phantom` and `ccmdist shards folders` make one"
         raise ShardError(f"{path}: {error.strerror}", remedy) from None
     except ValueError:

@@ -92,13 +92,6 @@ def _expected_shards(config: EvaluateConfig, folder: Path, otherwise: int) -> in
     return read_plan(folder).num_shards if (folder / PLAN).is_file() else otherwise
 
 
-def committed_units(config: EvaluateConfig) -> int:
-    """Files of measured shards, as a measure of progress; 0 where nothing is measured yet."""
-    from ccmdist.evaluation.comparison import MEASURES_FOLDER
-
-    return sum(1 for _ in (config.out / MEASURES_FOLDER).glob("*.safetensors"))
-
-
 def _print_summary(comparison: "Comparison") -> None:
     """One line per synthetic set, and one for what the segmenter reaches on the real images."""
     from ccmdist.evaluation.appearance import EXTRACTOR

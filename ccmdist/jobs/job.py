@@ -4,6 +4,7 @@ A job may wait for days and be started again for weeks. It always runs the code 
 it was first started, whatever has been edited or checked out since.
 """
 
+import importlib
 import importlib.metadata
 import itertools
 import json
@@ -18,7 +19,7 @@ from typing import Any, Final
 import ccmdist
 from ccmdist.cluster.job_folder import JobFolder
 from ccmdist.cluster.ranks import job_from_environment
-from ccmdist.cluster.run_directory import RunDirectory
+from ccmdist.cluster.run_directory import MAX_ATTEMPTS_WITHOUT_PROGRESS, RunDirectory
 from ccmdist.commit import commit_json, sync_file, sync_folder, temporary_name
 from ccmdist.config.data import PrecomputeConfig
 from ccmdist.config.evaluate import EvaluateConfig
@@ -28,10 +29,8 @@ from ccmdist.config.stages import STAGES, result_folder
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.cache_index import FINGERPRINT
-from ccmdist.data.manifest import MANIFEST
-from ccmdist.errors import RunError
+from ccmdist.errors import CcmdistError, RunError
 
-MAX_STARTS_WITHOUT_PROGRESS: Final = 3
 PACKAGES: Final = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "numpy")
 """Whose versions decide what a job computes."""
 PACKAGE: Final = Path(ccmdist.__file__).resolve().parent
@@ -77,11 +76,11 @@ def begin(folder: Path) -> None:
     starts = [*_read(counted, []), _progress(config)]
     commit_json(counted, starts)
     job.outcome.unlink(missing_ok=True)
-    last = starts[-MAX_STARTS_WITHOUT_PROGRESS - 1 :]
-    if len(last) > MAX_STARTS_WITHOUT_PROGRESS and len(set(last)) == 1 and not _is_finished(config):
+    last = starts[-MAX_ATTEMPTS_WITHOUT_PROGRESS - 1 :]
+    if len(last) > MAX_ATTEMPTS_WITHOUT_PROGRESS and len(set(last)) == 1 and not _is_finished(config):
         # Not written to the outcome: the other tasks of an array share it, and go on.
         raise RunError(
-            f"{folder}: the last {MAX_STARTS_WITHOUT_PROGRESS} starts of this job ended without anything new "
+            f"{folder}: the last {MAX_ATTEMPTS_WITHOUT_PROGRESS} starts of this job ended without anything new "
             f"committed (still {last[-1]} {UNITS[type(config)]})",
             "read the end of its log, mend the cause, and submit the job again",
         )
@@ -109,10 +108,14 @@ def _progress(config: Settings) -> int:
 
 
 def _is_finished(config: Settings) -> bool:
-    """Whether the stage has nothing left to do, as far as can be seen at a glance: then it ends by itself with 0."""
+    """Whether the stage has nothing left to do: then it ends by itself with 0."""
     if isinstance(config, TrainConfig):
         return RunDirectory(config.run).committed_step() >= config.num_steps
-    return isinstance(config, SynthesizeConfig) and (config.out / MANIFEST).exists()
+    stage = next(name for name, kind in STAGES.items() if isinstance(config, kind))
+    try:
+        return importlib.import_module(f"ccmdist.jobs.{stage}").open_units(config) == 0
+    except CcmdistError:
+        return False
 
 
 def _in_job() -> bool:
@@ -171,12 +174,20 @@ def _scripts() -> Path:
 
 def _versions() -> dict[str, Any]:
     """What besides the settings decides the result, as far as it can be named."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    found = {name: _version(name) for name in PACKAGES}
     revision, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     return {
         "versions": {"python": platform.python_version(), "ccmdist": ccmdist.__version__, **found},
         "git": {"revision": revision.strip(), "changed": bool(changes.strip())} if revision else None,
     }
+
+
+def _version(package: str) -> str:
+    """Of an installed package; some sites build PyTorch without saying."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def _git(*words: str) -> str:

@@ -6,7 +6,6 @@ from ccmdist.cluster.preemption import StopFlag
 from ccmdist.cluster.ranks import ranks_from_environment, worker_from_environment
 from ccmdist.config.data import PrecomputeConfig
 from ccmdist.config.loading import read_resolved
-from ccmdist.errors import CcmdistError
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.precompute.plan import FillPlan, fill_plan
 
@@ -48,14 +47,6 @@ def open_units(config: PrecomputeConfig) -> int:
         CcmdistError: If shards or model are not there.
     """
     return len(_plan(config).open_shards)
-
-
-def committed_units(config: PrecomputeConfig) -> int:
-    """Shards that are committed, as a measure of progress; 0 where shards or model cannot be read."""
-    try:
-        return _plan(config).num_committed
-    except (CcmdistError, OSError):
-        return 0
 
 
 def _plan(config: PrecomputeConfig) -> FillPlan:

@@ -8,7 +8,6 @@ from ccmdist.cluster.ranks import ranks_from_environment, worker_from_environmen
 from ccmdist.config.loading import read_resolved
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.console import log
-from ccmdist.errors import CcmdistError
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.synthesis.output import SyntheticSet
 from ccmdist.synthesis.plan import PLAN, UNTUNED, base_of, expected_batches, make_plan, read_plan, refuse_other_set
@@ -76,14 +75,6 @@ def open_units(config: SynthesizeConfig) -> int:
     if not (config.out / PLAN).exists():
         return expected_batches(config)
     return len(SyntheticSet(config.out, read_plan(config.out)).open_batches())
-
-
-def committed_units(config: SynthesizeConfig) -> int:
-    """Batches that are committed, as a measure of progress; 0 where no set is begun or its plan cannot be read."""
-    try:
-        return SyntheticSet(config.out, read_plan(config.out)).num_committed()
-    except CcmdistError:
-        return 0
 
 
 def verify(folder: Path) -> None:

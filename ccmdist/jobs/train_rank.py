@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ccmdist.adapters.state import write_adapter
+from ccmdist.cluster.device import is_gpu_usable
 from ccmdist.cluster.job_folder import tell_job
 from ccmdist.cluster.ledger import Ledger
 from ccmdist.cluster.preemption import StopFlag
@@ -106,7 +107,7 @@ class _Rank:
             except OSError as error:
                 where = error.filename or self.folder.path
                 return f"{where}: {error.strerror}; see that it can be written and has space left"
-            num_gpus = self.ranks.world_size if torch.cuda.is_available() else 0
+            num_gpus = self.ranks.world_size if is_gpu_usable() else 0
             self.ledger.begin(self.folder.committed_step(), job_from_environment(), self.ranks.world_size, num_gpus)
         return ""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ccmdist.commit import digest_of, sha256_of_file
-from ccmdist.errors import ModelError
+from ccmdist.errors import OF_THE_MACHINE, ModelError
 from ccmdist.models.template import CONDITION_EDGE_PX, NUM_DROPPED_TOKENS, Version, template_digest
 
 WEIGHT_FILES: Final = {
@@ -180,6 +180,8 @@ def _json(path: Path, name: str, version: Version = "2509") -> dict[str, Any]:
     except FileNotFoundError:
         raise ModelError(f"{path}: {name} is missing", _advice(path, version)) from None
     except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+            raise
         raise ModelError(f"{path / name}: cannot be read ({error})", _advice(path, version)) from None
     if not isinstance(value, dict):
         raise ModelError(f"{path / name}: holds no JSON object", _advice(path, version))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ccmdist.ccm.prompts import NEGATIVE_PROMPT
+from ccmdist.cluster.device import current_device
 from ccmdist.config.data import DataSettings, PrecomputeConfig
 from ccmdist.console import log, tracked
 from ccmdist.data.cache_index import commit_fingerprint, flips
@@ -76,7 +77,7 @@ class Encoders:
     def __init__(self, model: ModelFolder, data: DataSettings, batch_size: int) -> None:
         self.data, self.batch_size = data, batch_size
         dtype = DTYPES[data.dtype]
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = current_device()
         self.prompts = PromptEncoder.load(model, dtype, device)
         self.codec = LatentCodec.load(model, dtype, device)
 

@@ -7,6 +7,7 @@ import torch
 
 from ccmdist.adapters.merge import merge_into
 from ccmdist.adapters.state import AdapterState
+from ccmdist.cluster.device import is_gpu_usable
 from ccmdist.errors import RunError
 from ccmdist.models import mmdit, nf4
 from ccmdist.models.model_folder import ModelFolder
@@ -55,7 +56,7 @@ def load(
 
 def _shortage(model: ModelFolder, base: Base, dtype: str) -> str | None:
     """What does not fit, in words; None if it does, or if there is no card."""
-    if not torch.cuda.is_available():
+    if not is_gpu_usable():
         return None
     card = torch.cuda.get_device_properties(torch.cuda.current_device())
     needed = nf4.num_bytes(model, DTYPES[dtype], in_nf4=base == NF4)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ccmdist.adapters.state import AdapterState
+from ccmdist.cluster.device import current_device
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.console import log, tracked
 from ccmdist.data.cache_index import CacheEntry
@@ -143,7 +144,7 @@ class ImageSampler:
     def __init__(self, plan: Plan, model: ModelFolder, cache: LatentCache, adapter: AdapterState | None) -> None:
         """Load the MMDiT and the VAE, whole, onto this process's device. Encoders of prompts are not needed."""
         settings = plan.settings
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = current_device()
         self.dtype = DTYPES[settings.dtype]
         self.model = base.load(model, settings, adapter, self.device)
         self.codec = LatentCodec.load(model, self.dtype, self.device)

@@ -26,7 +26,7 @@ from ccmdist.data.cache_index import CacheEntry, cache_folder, fingerprint, flip
 from ccmdist.data.manifest import MANIFEST, ShardEntry, read_manifest
 from ccmdist.data.triple import MAX_KEY_LENGTH
 from ccmdist.data.writer import shards_in
-from ccmdist.errors import ConfigError, RunError, ShardError
+from ccmdist.errors import OF_THE_MACHINE, ConfigError, RunError, ShardError
 from ccmdist.models.model_folder import ModelFolder
 
 CONTENT_VERSION: Final = 1
@@ -252,6 +252,8 @@ def read_plan(folder: Path) -> Plan:
         digest = values.pop("digest")
         plan = Plan.model_validate(values)
     except OSError as error:
+        if error.errno in OF_THE_MACHINE:
+            raise
         raise ShardError(
             f"{path}: {error.strerror}", "name the folder of a set that `ccmdist synthesize` made"
         ) from None

@@ -76,6 +76,9 @@ class _Loop:
         """Train from ``start`` on."""
         config = self.config
         self.committed = start
+        # Told to stop while the model was loaded: there may be no time for a first step.
+        if self.group.maximum([self.stop.signal_number])[0] and start < config.num_steps:
+            return self._end(Outcome("requeue", f"stopped by {self.stop.reason or 'another rank'}", start))
         with self.sections("validation", start):
             self.monitor.start(self.objective)
             if start == 0:

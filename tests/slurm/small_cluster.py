@@ -50,12 +50,16 @@ class Cluster:
         self.environment = inherited | ours | names | {"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
 
     def __enter__(self):
-        self.sandbox("start")
+        try:
+            self.sandbox("start")
+        except BaseException:
+            self.__exit__()
+            raise
         told = self.run("bash", "-c", f"eval \"$('{ROOT}/slurm/sandbox.sh' env)\" && env -0")
         self.environment |= {
             name: value
             for name, _, value in (line.partition("=") for line in told.split("\0"))
-            if name in ("SLURM_CONF", "PATH")
+            if name in ("SLURM_CONF", "PATH", "CCMDIST_DEVICE")
         }
         return self
 

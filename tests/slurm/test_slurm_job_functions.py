@@ -28,7 +28,8 @@ def bash(tmp_path):
 
     def run(lines, **environment):
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "CCMDIST"))}
-        ours = {"PLACE": str(tmp_path), "SLURM_JOB_ID": "15", "SLURM_JOB_NODELIST": "n1", "CCMDIST_VENV": sys.prefix}
+        ours = {"PLACE": str(tmp_path), "SLURM_JOB_ID": "15", "SLURM_CLUSTER_NAME": "here"}
+        ours |= {"SLURM_JOB_NODELIST": "n1", "CCMDIST_VENV": sys.prefix}
         done = subprocess.run(
             ["bash", "-c", STUBS + lines], env=kept | ours | environment, capture_output=True, text=True, check=False
         )
@@ -88,7 +89,8 @@ def test_a_log_that_takes_nothing_more_does_not_change_how_a_job_ends(bash, code
 
 def test_those_that_still_work_are_not_ended_by_the_wait_time_of_a_site(bash):
     _, calls = bash("run_tasks 0")
-    assert calls.startswith("srun --kill-on-bad-exit=0 --wait=0 python3 -m ccmdist train slurm/logs/15.job/config.json")
+    words = "srun --kill-on-bad-exit=0 --wait=0 python3 -m ccmdist train slurm/logs/here-15.job/config.json"
+    assert calls.startswith(words)
 
 
 def test_what_a_site_runs_may_name_variables_that_are_not_set(bash, tmp_path):
@@ -127,3 +129,17 @@ def test_an_environment_of_conda_has_nothing_to_activate_and_will_do(bash, tmp_p
     python.chmod(0o755)
     done, _ = bash("enter; cd /; command -v python3", CCMDIST_VENV="conda env")
     assert done.stdout == f"{python}\n"
+
+
+@pytest.mark.parametrize(("code", "restarts", "ends"), [(78, 0, 78), (70, 0, 70), (70, 3, 70), (143, 9, 75)])
+def test_a_job_that_cannot_begin_comes_back_unless_it_was_refused_or_has_tried_enough(bash, code, restarts, ends):
+    done, calls = bash(f"give_up {code}", SLURM_RESTART_COUNT=str(restarts))
+    assert done.returncode == ends
+    assert ("scontrol requeue 15" in calls) == ((code, restarts) in {(70, 0), (143, 9)})
+
+
+def test_nobody_can_guess_where_code_is_loaded_from(bash):
+    done, _ = bash('set_rendezvous; echo "$TORCH_EXTENSIONS_DIR"; set_rendezvous; echo "$TORCH_EXTENSIONS_DIR"')
+    first, second = done.stdout.splitlines()
+    assert first != second
+    assert first.startswith("/tmp/ccmdist-15-")

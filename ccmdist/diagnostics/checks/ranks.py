@@ -108,7 +108,7 @@ def _here(backend: str) -> Finding:
 
 def _over_nodes(nodes: Allocation, backend: str) -> Finding:
     what = f"a rank on each of {len(nodes.hosts)} nodes, which meet at {nodes.hosts[0]},"
-    port = 20000 + (int(nodes.job_id) + 7919) % 20000  # beside the port of the job's own ranks
+    port = 25000 + int(nodes.job_id) % 5000  # above those that slurm/job.sh gives to a job's own ranks
     environment = {**nodes.environment, "MASTER_ADDR": nodes.hosts[0], "MASTER_PORT": str(port)}
     try:
         done = subprocess.run(

@@ -11,10 +11,11 @@ import pytest
 
 import ccmdist
 from ccmdist.cluster.job_folder import JobFolder
+from ccmdist.cluster.run_directory import MAX_ATTEMPTS_WITHOUT_PROGRESS
 from ccmdist.config.loading import load, resolved
 from ccmdist.config.stages import STAGES
 from ccmdist.errors import RunError
-from ccmdist.jobs.job import MAX_STARTS_WITHOUT_PROGRESS, begin, snapshot
+from ccmdist.jobs.job import begin, snapshot
 
 ROOT = Path(__file__).parents[3]
 OVERRIDES = {
@@ -131,7 +132,7 @@ def test_after_three_starts_that_brought_nothing_new_a_job_is_not_started_again(
     folder = make(stage, tmp_path)
     begin(folder)
     commit_something(stage, tmp_path, 1)
-    for _ in range(MAX_STARTS_WITHOUT_PROGRESS):
+    for _ in range(MAX_ATTEMPTS_WITHOUT_PROGRESS):
         begin(folder)
     with pytest.raises(RunError, match=r"the last 3 starts of this job ended without anything new committed"):
         begin(folder)

@@ -17,7 +17,7 @@ from ccmdist.config.loading import load
 found = []
 for stage, *arguments in json.loads(sys.argv[1]):
     config, job = load(STAGES[stage], [], arguments), importlib.import_module(f"ccmdist.jobs.{{stage}}")
-    found.append([job.open_units(config), job.committed_units(config)])
+    found.append(job.open_units(config))
 if loaded := sys.modules.keys() & set({HEAVY!r}):
     sys.exit(f"{{loaded}} were imported")
 print(json.dumps(found))
@@ -25,12 +25,12 @@ print(json.dumps(found))
 
 
 def counts(*commands):
-    """Open and committed units for each list of a stage and its settings, told without torch."""
+    """Open units for each list of a stage and its settings, told without torch."""
     ended = subprocess.run(
         [sys.executable, "-c", COUNTS, json.dumps(commands)], capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stderr
-    return [tuple(pair) for pair in json.loads(ended.stdout)]
+    return json.loads(ended.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_every_stage_counts_what_is_left_and_what_is_done_at_any_time(folder):
+def test_every_stage_counts_what_is_left_at_any_time(folder):
     data = [f"data.{name}={folder}/{name}" for name in ("shards", "model", "cache")]
     data += ["data.image_size_px=64", "data.dtype=fp32"]
     precompute = ["precompute", *data, "splits=[val,test]"]
@@ -53,28 +53,28 @@ def test_every_stage_counts_what_is_left_and_what_is_done_at_any_time(folder):
     evaluate = ["evaluate", f"out={folder}/report", f"real={folder}/shards", f"synthetic.a={folder}/drawn"]
 
     # Nothing yet but shards and a model: 2 + 2 shards of 3 samples; 3 x 3 images in pairs; as many shards as real ones.
-    assert counts(precompute, synthesize, evaluate) == [(4, 0), (5, 0), (4, 0)]
+    assert counts(precompute, synthesize, evaluate) == [4, 5, 4]
     # Masks of train count with their flipped views.
-    assert counts([*synthesize, "split=train", "data.flips=[hflip,vflip]"]) == [(14, 0)]
+    assert counts([*synthesize, "split=train", "data.flips=[hflip,vflip]"]) == [14]
 
     assert exit_code([*precompute[:-1], "splits=[test]"]) == 0
     assert exit_code([*synthesize, f"out={folder}/other"]) == 0
-    assert counts(precompute, synthesize) == [(2, 2), (5, 0)]
+    assert counts(precompute, synthesize) == [2, 5]
 
     # A set that is begun counts by its plan.
     (folder / "drawn").mkdir()
     (folder / "drawn" / "plan.json").write_bytes((folder / "other" / "plan.json").read_bytes())
-    assert counts(synthesize, evaluate) == [(5, 0), (2 + 3, 0)]
+    assert counts(synthesize, evaluate) == [5, 2 + 3]
     (folder / "drawn" / "test-000000.tar").write_bytes((folder / "other" / "test-000000.tar").read_bytes())
-    assert counts(synthesize) == [(3, 2)]
+    assert counts(synthesize) == [3]
 
     complete = [*evaluate[:-1], f"synthetic.a={folder}/other"]
-    assert counts([*synthesize, f"out={folder}/other"], complete) == [(0, 5), (5, 0)]
+    assert counts([*synthesize, f"out={folder}/other"], complete) == [0, 5]
     assert exit_code(complete) == 0
-    assert counts(complete) == [(0, 5)]
+    assert counts(complete) == [0]
 
 
-def test_what_is_not_there_is_no_progress_and_cannot_be_counted(tmp_path):
+def test_what_is_not_there_cannot_be_counted(tmp_path):
     from ccmdist.cli import STAGES
     from ccmdist.config.loading import load
     from ccmdist.jobs import evaluate, precompute, synthesize
@@ -92,7 +92,6 @@ def test_what_is_not_there_is_no_progress_and_cannot_be_counted(tmp_path):
     }
     for job, (stage, arguments, error) in wanted.items():
         config = load(STAGES[stage], [], arguments)
-        assert job.committed_units(config) == 0
         with pytest.raises(error, match=f"{tmp_path}/none"):
             job.open_units(config)
     assert list(tmp_path.iterdir()) == []

@@ -89,10 +89,9 @@ def test_a_set_in_nf4_is_another_set_and_says_so(config, drawn, tmp_path):
 def card(monkeypatch, num_gib, name="NVIDIA A40"):
     """Pretend that this process has a card, for what asks for its memory."""
     properties = SimpleNamespace(total_memory=round(num_gib * GIB), name=name)
-    cuda = SimpleNamespace(
-        is_available=lambda: True, current_device=lambda: 0, get_device_properties=lambda device: properties
-    )
+    cuda = SimpleNamespace(current_device=lambda: 0, get_device_properties=lambda device: properties)
     monkeypatch.setattr(base_module, "torch", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(base_module, "is_gpu_usable", lambda: True)
 
 
 @pytest.fixture
