@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 
 import pytest
 import torch
@@ -58,6 +59,28 @@ def test_one_signalled_rank_stops_all_and_the_next_start_goes_on(train_ranks):
     assert train_ranks("stopped", 2, "checkpoint.every_steps=100") == [0, 0]
     assert run.exit_code() == 0
     assert run.attempts() == [{"first_step": 0, "last_step": 3}, {"first_step": 3, "last_step": 6}]
+
+
+def stop_rank_1_while_it_loads(rank):
+    """Let a signal come before there is anything to commit."""
+    from ccmdist.train import loop
+
+    resume = loop.resume
+
+    def stopped(*arguments):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return resume(*arguments)
+
+    loop.resume = stopped
+
+
+def test_a_stop_that_comes_while_the_model_is_loaded_costs_no_step_and_no_time(train_ranks):
+    assert train_ranks("early", 2, patch=stop_rank_1_while_it_loads) == [0, 0]
+    run = RunDirectory(train_ranks.folder / "early")
+    assert run.outcome() == Outcome("requeue", "stopped by another rank", 0)
+    assert run.attempts() == [{"first_step": 0, "last_step": 0}]
+    assert committed_paths(run.checkpoints) == []
 
 
 def record_keys(rank):

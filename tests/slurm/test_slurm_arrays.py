@@ -77,8 +77,9 @@ def test_a_set_whose_workers_were_killed_and_stopped_has_no_gap_and_no_duplicate
 def test_only_the_workers_that_were_hit_started_again(cluster, project, synthetic):
     job = synthetic[0]
     assert [cluster.restarts(f"{job}_{task}") for task in range(NUM_WORKERS)] == [0, 1, 1, 0]
-    assert "a task ended with 137; it starts again by itself" in project.log(f"{job}_1")
-    assert "stopped with its work committed; it starts again by itself" in project.log(f"{job}_2")
+    killed, stopped = project.log(f"{job}_1"), project.log(f"{job}_2")
+    assert "a task ended with 137; it starts again by itself" in killed, killed
+    assert "stopped with its work committed; it starts again by itself" in stopped, stopped
     folders = list((synthetic[1] / "jobs").iterdir())
     assert [folder.name for folder in folders] == [job]
     assert [len(json.loads((folders[0] / f"starts-{task}.json").read_text())) for task in range(4)] == [1, 2, 2, 1]

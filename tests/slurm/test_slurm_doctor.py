@@ -34,7 +34,7 @@ def test_inside_a_job_the_nodes_the_file_system_and_the_ranks_are_tried(cluster)
 
 
 def test_a_cluster_that_lacks_what_a_run_relies_on_is_told_so(other_cluster, monkeypatch):
-    poor = other_cluster(USER_SIGNAL=0, ACCOUNTING="none", REQUEUE=0, GPUS=0, GRACE=7)
+    poor = other_cluster(USER_SIGNAL=0, ACCOUNTING="none", EXTRA="JobRequeue=0", GPUS=0, GRACE=7)
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, poor.environment[name])
     found = {finding.what: finding for finding in slurm.check(Request(frozenset({"slurm"})))}

@@ -20,6 +20,7 @@ from ccmdist.jobs import adapter, adapter_check
 from ccmdist.models import mmdit
 from ccmdist.models.make import make_model
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.train.checkpoint import FORMAT_VERSION, sealed
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +221,7 @@ def make_run(folder, tiny, state, steps=(3, 7), average=False):
             slices[file.name] = cut
             entries[file.name] = {"num_bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
         manifest = {
-            "format_version": 1,
+            "format_version": FORMAT_VERSION,
             "step": step,
             "samples_seen": step * 16,
             "config_digest": "c" * 64,
@@ -231,7 +232,7 @@ def make_run(folder, tiny, state, steps=(3, 7), average=False):
             "files": entries,
             "slices": slices,
         }
-        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+        (checkpoint / "manifest.json").write_text(json.dumps(sealed(manifest)))
     return folder
 
 
@@ -296,7 +297,7 @@ def test_a_checkpoint_of_something_else_is_refused(tiny, state, tmp_path):
     manifest = run / "checkpoints" / "step-00000007" / "manifest.json"
     values = json.loads(manifest.read_text())
     values["parameters"]["decoder.weight"] = [1]
-    manifest.write_text(json.dumps(values))
+    manifest.write_text(json.dumps(sealed(values)))
     with pytest.raises(AdapterError, match=r"decoder\.weight is not a parameter of an adapter"):
         adapter.find(run)
 
