@@ -137,6 +137,8 @@ conclude() {
 
 # Ask Slurm to start the job again; not fatal where Slurm does so by itself, or does not at all.
 again() {
+    # Slurm ends the job that it puts back, and with it who asks for that, before the answer has been read.
+    trap '' USR1 USR2 TERM
     if is_put_back; then
         say "$1; Slurm has put the job back, and it starts again by itself"
     elif is_cancelled; then

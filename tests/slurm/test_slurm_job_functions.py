@@ -143,3 +143,12 @@ def test_nobody_can_guess_where_code_is_loaded_from(bash):
     first, second = done.stdout.splitlines()
     assert first != second
     assert first.startswith("/tmp/ccmdist-15-")
+
+
+def test_who_asks_for_the_requeue_outlives_it(bash):
+    ended = """scontrol() { [ "$1" != requeue ] || { echo "scontrol $*" >>calls; kill -TERM "$BASHPID"; }; }
+    """
+    done, calls = bash(ended + "conclude 75")
+    assert calls.splitlines() == ["scontrol requeue 15"]
+    assert "it starts again by itself" in done.stderr
+    assert done.returncode == 75
