@@ -91,7 +91,8 @@ def sandbox() -> Iterator[Slurm]:
     slurm = Slurm(os.environ | {"PATH": path, "CCMDIST_VENV": sys.prefix})
     told = slurm(str(SANDBOX), "start")
     variables = slurm("bash", "-c", f'eval "$({SANDBOX} env)" && env -0').split("\0")
-    slurm.environment |= dict(line.split("=", 1) for line in variables if line.startswith(("SLURM_CONF=", "PATH=")))
+    ours = ("SLURM_CONF=", "PATH=", "CCMDIST_DEVICE=")
+    slurm.environment |= dict(line.split("=", 1) for line in variables if line.startswith(ours))
     try:
         yield slurm
     finally:
