@@ -25,6 +25,9 @@ CCMDIST_BIND=${CCMDIST_BIND:-}
 # A folder on each node for code that is compiled there; shared ones slow every start down.
 CCMDIST_NODE_TMP=${CCMDIST_NODE_TMP:-/tmp}
 
+# Caches, runs and reports hold images of patients: nobody outside the group reads them.
+umask 027
+
 # --- to here; the rest holds everywhere -------------------------------------------------------------------------
 
 # Nodes have no internet, and a login node need not ask for what lies on the disk.
