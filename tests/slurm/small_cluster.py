@@ -124,8 +124,14 @@ class Cluster:
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
     def restore_power(self, node):
-        """Let the node come back."""
+        """Let the node come back, and jobs onto it once the controller knows: else it counts as lost again."""
+
+        def started():
+            return re.search(r"SlurmdStartTime=(\S+)", self.run("scontrol", "show", "node", node))[1]
+
+        before = started()
         self.sandbox("revive", node)
+        until(lambda: started() != before, f"node {node} to register")
         self.run("scontrol", "update", f"nodename={node}", "state=resume")
 
 
