@@ -1,10 +1,14 @@
 # shellcheck shell=bash
 # What all jobs do before, around and after their tasks. Sourced by the scripts beside it, in the folder of submission.
 #
-#   begin_job STAGE ARGUMENTS...   freeze code and settings at the first start, count the start, set the environment
-#   begin_frozen_job STAGE FOLDER  the same for a job whose folder exists (launch/)
-#   run_tasks BAD_EXIT             one srun task per GPU; 1: the first that fails ends all, 0: each works for itself
-#   conclude CODE                  end the script with the contract's exit code; start again if there is work left
+#   run_job STAGE BAD_EXIT ARGUMENTS...   all that a batch script does; the functions below in this order
+#   begin_job STAGE ARGUMENTS...          freeze code and settings at the first start, count the start, set the environment
+#   begin_frozen_job STAGE FOLDER         the same for a job whose folder exists (launch/)
+#   run_tasks BAD_EXIT                    one srun task per GPU; 1: the first that fails ends all, 0: each works for itself
+#   conclude CODE                         end the script with the contract's exit code; start again if work is left
+#
+# JOB_LINK (set by the script) links to the job's folder. What the links' names hold cannot be a setting, whatever the
+# folder is called; clusters that share a home count their jobs each for itself.
 #
 # Exit codes: 0 done, 75 stopped with work committed, 78 refused (mend it, submit again), 70 a task died.
 # Nothing after the tasks needs Python, so it also works when the tasks run in a container.
@@ -12,12 +16,17 @@
 JOB_ID=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}
 # What scontrol calls this job alone: an array's tasks stop and start again one by one.
 REQUEUE_ID=$JOB_ID${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
-# A link to the job's folder; what the links' names hold cannot be a setting, whatever the folder is called.
-# Clusters that share a home count their jobs each for itself.
-JOB_LINK=slurm/logs/${SLURM_CLUSTER_NAME:-slurm}-$JOB_ID.job
 
 # A log that takes nothing more (a full disk) changes nothing in how a job ends.
 say() { printf '%(%T)T %s: %s\n' -1 "$REQUEUE_ID" "$*" >&2 || :; }
+
+run_job() {
+    local stage=$1 bad_exit=$2 code=0
+    shift 2
+    begin_job "$stage" "$@"
+    run_tasks "$bad_exit" || code=$?
+    conclude "$code"
+}
 
 begin_job() {
     STAGE=$1

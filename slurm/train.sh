@@ -15,15 +15,12 @@
 #SBATCH --output=slurm/logs/%x-%j.out
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?is not set: start this script with sbatch}"
-SCRIPTS=slurm/logs/${SLURM_CLUSTER_NAME:-slurm}-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}.job/code/slurm # as they were at the first start
-[ -e "$SCRIPTS" ] || SCRIPTS=slurm
+JOB_LINK=slurm/logs/${SLURM_CLUSTER_NAME:-slurm}-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}.job
+SCRIPTS=slurm
+[ ! -e "$JOB_LINK" ] || SCRIPTS=$JOB_LINK/code/slurm # as they were at the first start
 # shellcheck source=slurm/job.sh
 . "$SCRIPTS/job.sh" || {
     echo "ccmdist: there is no slurm/job.sh in $PWD; submit from the clone of the project" >&2
     exit 78
 }
-
-begin_job train "$@"
-code=0
-run_tasks 1 || code=$?
-conclude "$code"
+run_job train 1 "$@"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.small_world import make_world
+
 for name, value in {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -34,6 +36,17 @@ def forkserver():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
+
+
+@pytest.fixture(scope="session")
+def world(forkserver, tmp_path_factory):
+    """Folder with shards/, model/ and cache/."""
+    folder = tmp_path_factory.mktemp("world")
+    child = forkserver.Process(target=make_world, args=(str(folder),))
+    child.start()
+    child.join(timeout=300)
+    assert child.exitcode == 0, "the test world could not be made"
+    return folder
 
 
 @pytest.fixture

@@ -7,18 +7,7 @@ import pytest
 
 from ccmdist.config.loading import load, resolved
 from ccmdist.config.train import TrainConfig
-from tests.distributed.small_world import SETTINGS, data_overrides, exit_codes, make_world, train_rank
-
-
-@pytest.fixture(scope="session")
-def world(forkserver, tmp_path_factory):
-    """Folder with shards/, model/ and cache/."""
-    folder = tmp_path_factory.mktemp("world")
-    child = forkserver.Process(target=make_world, args=(str(folder),))
-    child.start()
-    child.join(timeout=300)
-    assert child.exitcode == 0, "the test world could not be made"
-    return folder
+from tests.distributed.small_world import SETTINGS, data_overrides, exit_codes, train_rank
 
 
 @pytest.fixture

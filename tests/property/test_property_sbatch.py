@@ -126,7 +126,7 @@ def test_a_folder_is_refused_or_reaches_every_command_as_it_is(name, tmp_path_fa
     assert calls[3] == ["conclude", "0"]
 
 
-@pytest.mark.parametrize("prefix", ["/opt/a b", "/opt/it's", "/opt/$(touch MARKER)", "/opt/a}b"])
+@pytest.mark.parametrize("prefix", ["/mine/a b", "/mine/it's", "/mine/$(touch MARKER)", "/mine/a}b"])
 def test_an_environment_in_any_folder_is_named_as_it_is(tmp_path, monkeypatch, prefix):
     monkeypatch.setattr(sys, "prefix", prefix)
     monkeypatch.delenv("CCMDIST_VENV", raising=False)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.small_world import make_world
 from tests.slurm.small_cluster import LENGTH, TWO_BY_TWO, Cluster, Project, why_not
 
 PORT = 26800 + 100 * (os.getpid() % 50)
@@ -51,17 +50,6 @@ def other_cluster():
 def project(cluster, tmp_path_factory):
     """A clone from which jobs are submitted."""
     return Project(cluster, tmp_path_factory.mktemp("project"))
-
-
-@pytest.fixture(scope="session")
-def world(forkserver, tmp_path_factory):
-    """Folder with shards/, model/ and cache/."""
-    folder = tmp_path_factory.mktemp("slurm-world")
-    child = forkserver.Process(target=make_world, args=(str(folder),))
-    child.start()
-    child.join(timeout=300)
-    assert child.exitcode == 0, "the test world could not be made"
-    return folder
 
 
 @pytest.fixture(scope="session")
