@@ -1,5 +1,6 @@
 """A real Slurm of several nodes on this machine, and a clone of the project from which jobs are submitted to it."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -7,6 +8,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 from tests.distributed.small_world import SETTINGS, data_overrides
 
@@ -37,6 +40,25 @@ def until(condition, what, patience_s=PATIENCE_S):
         assert time.monotonic() < deadline, f"waited {patience_s} s for {what() if callable(what) else what}"
         time.sleep(0.1)
     return value
+
+
+def task_pid(job, **variables):
+    """Process id, on this machine, of a task that srun started and whose environment says so; nodes count otherwise."""
+    said = {name: str(value) for name, value in {"SLURM_STEP_ID": 0, **variables}.items()}
+
+    def find():
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                found = process.environ()
+                is_ours = (
+                    job in (found.get("SLURM_JOB_ID"), found.get("SLURM_ARRAY_JOB_ID"))
+                    and said.items() <= found.items()
+                )
+                if is_ours and process.cmdline()[0].endswith("python3"):
+                    return process.pid
+        return None
+
+    return until(find, f"a task of {job} with {variables}")
 
 
 class Cluster:
@@ -156,6 +178,13 @@ class Project:
         """Submit a training run by the script that a user submits; the job's id."""
         words = [f"run={folder}", *data_overrides(world), *SETTINGS, *overrides]
         return self.sbatch(*shape, *options, "slurm/train.sh", "configs/train/tiny.yaml", *words, **environment)
+
+    def preempt(self, job):
+        """Let a job of the partition high take all nodes, until this one has made way and is back in the queue."""
+        words = ("--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 300")
+        other = self.sbatch(*words)
+        self.cluster.wait_until_back(job, self.cluster.restarts(job))
+        self.cluster.run("scancel", other)
 
     def log(self, job):
         """The log of a job or of an array task such as "12_3"; empty before it begins."""

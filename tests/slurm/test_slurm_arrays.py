@@ -5,12 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.distributed.small_world import data_overrides
-from tests.slurm.small_cluster import ROOT, until
+from tests.slurm.small_cluster import ROOT, task_pid
 
 pytestmark = pytest.mark.slurm
 
@@ -35,23 +34,6 @@ def contents(folder, pattern):
     return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern))}
 
 
-def worker_of(job, array_task):
-    """PID of the process that works for an array task."""
-
-    def find():
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                environment, words = (folder / "environ").read_bytes(), (folder / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            ours = {f"SLURM_ARRAY_JOB_ID={job}", f"SLURM_ARRAY_TASK_ID={array_task}", "SLURM_STEP_ID=0"}
-            if words[0].endswith(b"python3") and ours <= set(environment.decode(errors="replace").split("\0")):
-                return int(folder.name)
-        return None
-
-    return until(find, f"the worker of {job}_{array_task}")
-
-
 @pytest.fixture(scope="module")
 def synthetic(cluster, project, world, place):
     """A synthetic set of four workers, of whom one was killed and one was stopped; its array's id and folder."""
@@ -60,7 +42,7 @@ def synthetic(cluster, project, world, place):
     words += ["denoise_steps=16", "guidance_scale=1"]
     job = project.sbatch(f"--array=0-{NUM_WORKERS - 1}", "slurm/synthesize.sh", "configs/synthesize/tiny.yaml", *words)
     project.wait_for_line(f"{job}_1", DRAWN)
-    os.kill(worker_of(job, 1), signal.SIGKILL)
+    os.kill(task_pid(job, SLURM_ARRAY_TASK_ID=1), signal.SIGKILL)
     project.wait_for_line(f"{job}_2", DRAWN)
     cluster.run("scancel", "--signal=USR2", f"{job}_2")
     for task in (1, 2):

@@ -1,19 +1,16 @@
 """What takes longer than a test may: time limits, other clusters, containers, lost nodes; `make slurm-drill`."""
 
-import contextlib
 import os
 import re
 import shutil
 import signal
 import sys
-from pathlib import Path
 
-import psutil
 import pytest
 
 from ccmdist.cluster.ledger import read_ledger
 from ccmdist.cluster.run_directory import RunDirectory
-from tests.slurm.small_cluster import TWO_BY_TWO, Project
+from tests.slurm.small_cluster import TWO_BY_TWO, Project, task_pid
 
 pytestmark = [pytest.mark.slurm, pytest.mark.drill, pytest.mark.timeout(900)]
 
@@ -29,12 +26,6 @@ def comes_back(cluster, project, job, run):
     assert first["last_step"] > 0
     assert second["first_step"] == first["last_step"]
     cluster.wait_for(job, "CANCELLED")
-
-
-def preempt(cluster, project, job):
-    other = project.sbatch("--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 300")
-    cluster.wait_until_back(job, 0)
-    cluster.run("scancel", other)
 
 
 def test_the_signal_before_the_time_limit_loses_no_step(cluster, project, world, tmp_path):
@@ -65,7 +56,7 @@ def test_a_preemption_by_a_less_patient_cluster_loses_no_step(other_cluster, wor
     project = Project(cluster, tmp_path)
     job = project.train(world, tmp_path / "run", *LONG)
     project.wait_for_line(job, r"step \d+/")
-    preempt(cluster, project, job)
+    project.preempt(job)
     assert told in project.log(job)
     comes_back(cluster, project, job, tmp_path / "run")
 
@@ -91,25 +82,11 @@ def test_a_node_that_falls_silent_is_found_out_and_the_run_goes_on(cluster, proj
     cluster.run("scancel", job)
 
 
-def pid_of_rank(job, global_rank):
-    """Process id, on this machine, of a rank of a job; nodes count their processes in their own way."""
-    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={global_rank}".encode(), b"SLURM_STEP_ID=0"}
-    for process in psutil.process_iter():
-        with contextlib.suppress(OSError):
-            environment = Path(f"/proc/{process.pid}/environ").read_bytes()
-            if (
-                wanted <= set(environment.split(b"\0"))
-                and b"ccmdist\0train" in Path(f"/proc/{process.pid}/cmdline").read_bytes()
-            ):
-                return process.pid
-    raise AssertionError(f"rank {global_rank} of job {job} does not run")
-
-
 def test_a_rank_that_is_stopped_is_named_and_the_job_goes_on_without_a_lost_commit(cluster, project, world, tmp_path):
     words = ("checkpoint.every_steps=2", "timeouts.step_min=0.5", "timeouts.checkpoint_min=0.5", "timeouts.answer_s=5")
     job = project.train(world, tmp_path, *LONG, *words, shape=TWO_BY_TWO)
     project.wait_for_line(job, "checkpoint committed", 2)
-    os.kill(pid_of_rank(job, 3), signal.SIGSTOP)
+    os.kill(task_pid(job, SLURM_PROCID=3), signal.SIGSTOP)
     cluster.wait_until_back(job, 0)
     assert "hang: rank 3 does not answer (stopped, dead or unreachable)" in project.log(job)
     assert "a task ended with 70; it starts again by itself" in project.log(job)

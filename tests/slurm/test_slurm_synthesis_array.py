@@ -7,7 +7,8 @@ import signal
 import pytest
 
 from tests.distributed.small_world import data_overrides
-from tests.slurm.test_slurm_arrays import ccmdist, contents, worker_of
+from tests.slurm.small_cluster import task_pid
+from tests.slurm.test_slurm_arrays import ccmdist, contents
 
 pytestmark = [pytest.mark.slurm, pytest.mark.drill]
 
@@ -24,7 +25,7 @@ def test_eight_workers_of_whom_five_are_killed_draw_the_set_of_a_single_one(clus
     victims = random.Random(SEED).sample(range(NUM_WORKERS), NUM_KILLS)
     for task in victims:
         project.wait_for_line(f"{job}_{task}", DRAWN)
-        os.kill(worker_of(job, task), signal.SIGKILL)
+        os.kill(task_pid(job, SLURM_ARRAY_TASK_ID=task), signal.SIGKILL)
     for task in victims:
         cluster.wait_until_back(f"{job}_{task}", 0)
     cluster.wait_for(job, "COMPLETED")
