@@ -33,14 +33,14 @@ def run_rank(job_path: str, ranks: Ranks, rendezvous: str) -> int:
     start_logging(ranks.global_rank)
     job = json.loads(Path(job_path).read_text())
     config = validate(TrainConfig, job["settings"], source=job_path)
-    _share_cores(ranks, rendezvous)
+    _share_cores(ranks)
     sections = Sections(job.get("began") or job_began(os.environ))
     return _Rank(config, frozenset(job["allowed_changes"]), ranks, sections).run(rendezvous)
 
 
-def _share_cores(ranks: Ranks, rendezvous: str) -> None:
-    """Let local ranks take equal parts of the cores; under srun the batch script has said how many each task has."""
-    if rendezvous.startswith("file://") or "OMP_NUM_THREADS" not in os.environ:
+def _share_cores(ranks: Ranks) -> None:
+    """Let local ranks take equal parts of the cores, unless somebody, such as a batch script, has said how many."""
+    if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(len(os.sched_getaffinity(0)) // ranks.world_size, 1))
 
 

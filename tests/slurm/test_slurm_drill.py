@@ -5,12 +5,15 @@ import re
 import shutil
 import signal
 import sys
+from itertools import pairwise
 
 import pytest
+import torch
 
 from ccmdist.cluster.ledger import read_ledger
 from ccmdist.cluster.run_directory import RunDirectory
-from tests.slurm.small_cluster import TWO_BY_TWO, Project, task_pid
+from tests.distributed.small_world import losses, weights
+from tests.slurm.small_cluster import TWO_BY_TWO, Project, task_pid, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.drill, pytest.mark.timeout(900)]
 
@@ -33,6 +36,28 @@ def test_the_signal_before_the_time_limit_loses_no_step(cluster, project, world,
     cluster.wait_until_back(job, 0)
     assert "stopped by SIGUSR2" in project.log(job)
     comes_back(cluster, project, job, tmp_path)
+
+
+def test_a_run_whose_time_is_up_ends_bitwise_like_one_that_had_enough(cluster, project, world, tmp_path):
+    length = ("num_steps=3000", "checkpoint.every_steps=1000000", "validation.every_steps=1000000")
+    length += ("monitor.log_every_steps=10",)
+    jobs = {
+        name: project.train(world, tmp_path / name, *length, options=options)
+        for name, options in {"enough": ["--time=60"], "short": ["--time=2", "--signal=USR2@60"]}.items()
+    }
+    while cluster.states(jobs["short"]) != ["COMPLETED"]:
+        restarts = cluster.restarts(jobs["short"])
+        until(
+            lambda: cluster.restarts(jobs["short"]) > restarts or cluster.states(jobs["short"]) == ["COMPLETED"],  # noqa: B023
+            "the short job to end or to be put back",
+        )
+    cluster.wait_for(jobs["enough"], "COMPLETED")
+    attempts = RunDirectory(tmp_path / "short").attempts()
+    assert len(attempts) > 1
+    assert all(after["first_step"] == before["last_step"] for before, after in pairwise(attempts))
+    expected, found = weights(tmp_path / "enough"), weights(tmp_path / "short")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert losses(tmp_path / "enough") == losses(tmp_path / "short")
 
 
 def test_a_time_limit_without_a_signal_before_it_loses_no_step(cluster, project, world, tmp_path):
