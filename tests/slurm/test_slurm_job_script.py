@@ -9,7 +9,7 @@ pytestmark = pytest.mark.slurm
 BATCH = """#!/bin/bash
 set -euo pipefail
 . slurm/job.sh
-STAGE=train AS_SUBMITTED="sbatch slurm/train.sh again" OPTIONS=()
+STAGE=train AS_SUBMITTED="sbatch slurm/train.sh again" OPTIONS=() JOB_LINK=slurm/logs/none.job
 CCMDIST_JOB=$PWD/jobs/$1 CCMDIST_PREFIX=(bash "$PWD/task.sh")
 trap : USR1 USR2 TERM
 say "start $((${SLURM_RESTART_COUNT:-0} + 1))"
