@@ -39,8 +39,7 @@ def test_the_signal_before_the_time_limit_loses_no_step(cluster, project, world,
 
 
 def test_a_run_whose_time_is_up_ends_bitwise_like_one_that_had_enough(cluster, project, world, tmp_path):
-    length = ("num_steps=3000", "checkpoint.every_steps=1000000", "validation.every_steps=1000000")
-    length += ("monitor.log_every_steps=10",)
+    length = ("num_steps=400", "checkpoint.every_steps=1000000", "validation.every_steps=1000000")
     jobs = {
         name: project.train(world, tmp_path / name, *length, options=options)
         for name, options in {"enough": ["--time=60"], "short": ["--time=2", "--signal=USR2@60"]}.items()
