@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from ccmdist.config.data import DataSettings, Dtype
+from ccmdist.config.data import DataSettings
 from ccmdist.config.settings import Settings, free
 
 
@@ -43,6 +43,8 @@ AdapterSettings = Annotated[
 class OptimSettings(Settings):
     """AdamW with warm-up and cosine decay."""
 
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps the two moments in 8 bits (bitsandbytes): a quarter of their memory, and small deviations."""
     lr: float = Field(1e-4, gt=0, le=1)
     min_lr_fraction: float = Field(0.0, ge=0, le=1)
     """Learning rate at the end, as a fraction of `lr`."""
@@ -123,9 +125,17 @@ class TrainConfig(Settings):
     shuffle_window: int = Field(4096, ge=1)
     """Samples over which the order is shuffled within an epoch's order of shards; small windows read locally."""
     sigma_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
-    base_dtype: Dtype = "bf16"
-    """Of the frozen weights and of activations; the adapter is always fp32."""
-    activation_checkpointing: bool = True
+    base: Literal["bf16", "fp32", "nf4", "int8"] = "bf16"
+    """How the frozen weights are held. Activations are fp32 beside fp32, else bf16; the adapter is always fp32.
+    nf4 and int8 need bitsandbytes and sharding: replicated."""
+    sharding: Literal["auto", "zero3", "zero3_hpz", "replicated"] = free("auto")
+    """Where the frozen weights lie: cut over all ranks, over the ranks of each node (zero3_hpz), or whole on every rank.
+    auto: what `ccmdist model plan` chooses for these ranks' memory and network; zero3 on CPUs."""
+    activation_checkpointing: Literal["full", "selective", "none"] = free("full")
+    """What is computed again in the backward pass instead of being kept: every block, all but its matrix products
+    and attention, or nothing. Costs time or memory, never changes a result."""
+    tabulate_modulation: bool = free(True)
+    """Replace the modulation layers, a third of all weights, by a table over the noise levels that the run uses."""
     seed: int = Field(0, ge=0)
     checkpoint: CheckpointSettings = CheckpointSettings()
     validation: ValidationSettings = ValidationSettings()
@@ -145,6 +155,11 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} must be a multiple of "
                 f"micro_batch_size {self.micro_batch_size}"
+            )
+        if self.base in ("nf4", "int8") and self.sharding in ("zero3", "zero3_hpz"):
+            raise ValueError(
+                f"base {self.base} cannot be cut over ranks (sharding: {self.sharding}): DeepSpeed's partitions lose the "
+                "scales of quantised weights; set sharding=replicated, or base=bf16"
             )
         if any(not 0 < sigma < 1 for sigma in self.validation.sigmas):
             raise ValueError(f"validation.sigmas {list(self.validation.sigmas)} must lie between 0 and 1")

@@ -14,7 +14,7 @@ from tests.distributed.small_world import SETTINGS, data_overrides, losses, weig
 pytestmark = pytest.mark.distributed
 
 NUM_STEPS = 3
-ACCUMULATED = [f"num_steps={NUM_STEPS}", "activation_checkpointing=true"]
+ACCUMULATED = [f"num_steps={NUM_STEPS}", "activation_checkpointing=full"]
 
 
 def count_evaluations(rank):
@@ -71,7 +71,7 @@ def velocities_with_and_without(group, world, dtype):
     from ccmdist.train.engine import Engine, zero_config
     from ccmdist.train.objectives.edit import EditObjective
 
-    overrides = ["run=unused", *data_overrides(Path(world)), *SETTINGS, f"base_dtype={dtype}"]
+    overrides = ["run=unused", *data_overrides(Path(world)), *SETTINGS, f"base={dtype}"]
     config = load(TrainConfig, [], overrides)
     objective = EditObjective(config, group)
     batch = next(iter(objective.batches(0)))

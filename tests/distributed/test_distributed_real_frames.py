@@ -12,7 +12,7 @@ FRAMES = os.environ.get("CCMDIST_REAL_FRAMES", "")
 SPLITS = ("train", "val", "test")
 CONFIGS = Path(__file__).parents[2] / "configs"
 SETTINGS = ["data.image_size_px=128", "data.dtype=fp32"]
-TRAINING = ["num_steps=20", "global_batch_size=8", "micro_batch_size=4", "base_dtype=fp32", "checkpoint.every_steps=10"]
+TRAINING = ["num_steps=20", "global_batch_size=8", "micro_batch_size=4", "base=fp32", "checkpoint.every_steps=10"]
 
 
 def _run(arguments):

@@ -47,7 +47,7 @@ def partitioned(group, path, recompute):
     from ccmdist.train.engine import Engine, zero_config
 
     overrides = [f"data.{name}={path}" for name in ("shards", "model", "cache")]
-    overrides += ["run=unused", "global_batch_size=2", "base_dtype=fp32", "optim.betas=[0.9,0.99]"]
+    overrides += ["run=unused", "global_batch_size=2", "base=fp32", "optim.betas=[0.9,0.99]"]
     config = load(TrainConfig, [], overrides)
     model, linears = adapted(ModelFolder.open(path), zero_config(config, group.ranks.world_size), recompute)
     mmdit.make_blocks_leaves(model)

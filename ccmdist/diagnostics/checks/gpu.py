@@ -111,7 +111,7 @@ def _devices(torch: Facts, driver: str, request: Request) -> Findings:
     about = f"{len(devices)} x {names}, {size(smallest)}, driver {driver or '?'}, CUDA {torch['cuda']}"
     yield Finding("GPU", "OK", f"{about}, NCCL {torch['nccl']}")
     if not all(device["bf16"] for device in devices):
-        yield Finding("bf16", "MISS", "not supported by every GPU", "use Ampere or newer, or base_dtype=fp32 for tests")
+        yield Finding("bf16", "MISS", "not supported by every GPU", "use Ampere or newer, or base=fp32 for tests")
     if taken := [device for device in devices if device["free"] < (1 - MOSTLY_TAKEN) * device["total"]]:
         found = f"{len(taken)} in use by others, {size(min(device['free'] for device in taken))} free"
         yield Finding("GPU memory", "WARN", found, "ask Slurm for whole GPUs, or end what `nvidia-smi` shows")

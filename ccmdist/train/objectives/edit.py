@@ -28,7 +28,8 @@ from ccmdist.train.objectives.objective import Batch
 ADAPTER_SET = "adapter"
 MIN_UPDATES_TO_JUDGE = 10
 """Updates after which a magnitude that has not moved at all counts as frozen."""
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "nf4": torch.bfloat16, "int8": torch.bfloat16}
+"""Of activations, beside each form of the base."""
 
 
 class EditObjective:
@@ -54,7 +55,7 @@ class EditObjective:
         self.noise_schedule = self.folder.noise_schedule()
         self.shift = flow.resolution_shift(self.token_hw[0] * self.token_hw[1], self.noise_schedule)
         self.grid = flow.training_sigmas(self.shift)
-        self.dtype = DTYPES[config.base_dtype]
+        self.dtype = DTYPES[config.base]
         self._drawn: list[float] = []
         self._num_updates = -1  # the first call of after_step only says that the state was loaded
 
@@ -66,7 +67,7 @@ class EditObjective:
         model.requires_grad_(False)
         self.adapted: AdaptedLinears = inject(model, names, self.config.adapter, row_squares.reduce(), self.config.seed)
         model.train()
-        if self.config.activation_checkpointing:
+        if self.config.activation_checkpointing != "none":
             model.enable_gradient_checkpointing()
         mmdit.make_blocks_leaves(model)
         return model
