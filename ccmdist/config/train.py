@@ -129,8 +129,8 @@ class TrainConfig(Settings):
     """How the frozen weights are held. Activations are fp32 beside fp32, else bf16; the adapter is always fp32.
     nf4 and int8 need bitsandbytes and sharding: replicated."""
     sharding: Literal["auto", "zero3", "zero3_hpz", "replicated"] = free("auto")
-    """Where the frozen weights lie: cut over all ranks, over the ranks of each node (zero3_hpz), or whole on every rank.
-    auto: what `ccmdist model plan` chooses for these ranks' memory and network; zero3 on CPUs."""
+    """Where the frozen weights lie: cut over all ranks, cut over the ranks of each node (zero3_hpz), or whole on every
+    rank. auto: what `ccmdist model plan` chooses for these ranks' memory and network; zero3 on CPUs."""
     activation_checkpointing: Literal["full", "selective", "none"] = free("full")
     """What is computed again in the backward pass instead of being kept: every block, all but its matrix products
     and attention, or nothing. Costs time or memory, never changes a result."""
@@ -158,8 +158,8 @@ class TrainConfig(Settings):
             )
         if self.base in ("nf4", "int8") and self.sharding in ("zero3", "zero3_hpz"):
             raise ValueError(
-                f"base {self.base} cannot be cut over ranks (sharding: {self.sharding}): DeepSpeed's partitions lose the "
-                "scales of quantised weights; set sharding=replicated, or base=bf16"
+                f"base {self.base} cannot be cut over ranks (sharding: {self.sharding}): DeepSpeed's partitions lose "
+                "the scales of quantised weights; set sharding=replicated, or base=bf16"
             )
         if any(not 0 < sigma < 1 for sigma in self.validation.sigmas):
             raise ValueError(f"validation.sigmas {list(self.validation.sigmas)} must lie between 0 and 1")
