@@ -333,7 +333,7 @@ def drill(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "wrong": [text for record in drilled.records for text in record.wrong],
             "ends_equal": drilled.ends_equal,
         }
-        result["rows"] = rows(result, drilled.records, stock)
+        result["rows"] = [row.as_json() for row in rows(result, drilled.records, stock)]
         result["table"] = table(drilled.records)
     return result
 

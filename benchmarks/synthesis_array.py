@@ -19,7 +19,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import platform
 import random
 import shutil
 import sys
@@ -32,19 +31,20 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from measure.rows import Row, finish
+
 from ccmdist.config.data import DataSettings, PhantomShardsConfig, PrecomputeConfig
 from ccmdist.config.loading import load
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.data.manifest import MANIFEST
 from ccmdist.data.reader import verify_set
 from ccmdist.errors import ShardError
-from ccmdist.jobs.synthesize import committed_units
+from ccmdist.jobs.synthesize import open_units
 from ccmdist.synthesis.plan import PLAN, read_plan
 from ccmdist.synthesis.verify import verify_against_plan
 
 PRELOADED = ["ccmdist.console", "ccmdist.synthesis.generate", "ccmdist.models.make"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-RESULTS = Path(__file__).parent / "results" / "synthesis_array.json"
 SIZE_PX = 64
 SECONDS_OF_A_REQUEUE = 3.0
 SECONDS_OF_A_SET = 600.0
@@ -205,7 +205,7 @@ def draw_set(
 
 def progress(config: SynthesizeConfig) -> float:
     """Part of the batches that are committed."""
-    return committed_units(config) / len(read_plan(config.out).batches)
+    return 1 - open_units(config) / len(read_plan(config.out).batches)
 
 
 def files_of(folder: Path) -> dict[str, str]:
@@ -229,8 +229,8 @@ def problems_of(folder: Path) -> list[str]:
     return []
 
 
-def rows_of(ours: Drawn, static: Drawn, single: Drawn, num_workers: int) -> list[dict[str, Any]]:
-    """Claims with what was measured, what it is compared with, the limit that must hold, and whether it does."""
+def rows_of(ours: Drawn, static: Drawn, single: Drawn, num_workers: int) -> list[Row]:
+    """Claims with what was measured, what it is compared with, and the limit that must hold."""
     ratio, left, per_batch, makespan = ours.makespan_over_ideal(num_workers)
     other, other_left, other_per_batch, other_makespan = static.makespan_over_ideal(num_workers)
     different = files_of(ours.folder).items() ^ files_of(single.folder).items()
@@ -241,11 +241,13 @@ def rows_of(ours: Drawn, static: Drawn, single: Drawn, num_workers: int) -> list
     )
     detail = f"{makespan:.1f} s for {left} batches of {per_batch:.2f} s"
     return [
-        row(f"makespan / ideal for the work left ({count}; {detail})", round(ratio, 3), GOAL, anchor),
-        row("problems that shards verify --plan names: missing, duplicate, foreign", len(problems_of(ours.folder)), 0),
-        row("files that differ from those of a single worker", len({name for name, _ in different}), 0),
-        row("batches drawn twice to the end", ours.num_twice(), None),
-        row("batches that kills made to be drawn again", lost(ours), ours.num_kills, "one for each kill"),
+        _at_most(f"makespan / ideal for the work left ({count}; {detail})", round(ratio, 3), GOAL, anchor),
+        _at_most(
+            "problems that shards verify --plan names: missing, duplicate, foreign", len(problems_of(ours.folder)), 0
+        ),
+        _at_most("files that differ from those of a single worker", len({name for name, _ in different}), 0),
+        Row("batches drawn twice to the end", ours.num_twice()),
+        _at_most("batches that kills made to be drawn again", lost(ours), ours.num_kills, "one for each kill"),
     ]
 
 
@@ -254,10 +256,8 @@ def lost(drawn: Drawn) -> int:
     return sum(event.what == "begin" for event in drawn.events) - len(drawn.spans())
 
 
-def row(claim: str, ours: float, limit: float | None, anchor: str | None = None) -> dict[str, Any]:
-    """One claim."""
-    holds = limit is None or ours <= limit
-    return {"claim": claim, "ours": ours, "anchor": anchor, "limit": limit, "goal": limit, "holds": holds}
+def _at_most(claim: str, ours: float, limit: float, anchor: str | None = None) -> Row:
+    return Row(claim, ours, anchor, limit, goal=limit)
 
 
 def main() -> int:
@@ -271,23 +271,17 @@ def main() -> int:
     os.environ.update(ENVIRONMENT)
     folder = options.keep or Path(tempfile.mkdtemp(prefix="ccmdist-array-"))
     try:
-        result = measure(options, folder)
+        rows = measure(options, folder)
     finally:
         if not options.keep:
             shutil.rmtree(folder, ignore_errors=True)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result["rows"], indent=2) + "\n")
-    for one in result["rows"]:
-        print(f"{'holds' if one['holds'] else 'FAILS'}  {one['claim']}: {one['ours']}", end="")
-        print(f" (limit {one['limit']}; {one['anchor']})" if one["anchor"] else f" (limit {one['limit']})")
-    return 0 if all(one["holds"] for one in result["rows"]) else 1
+    return finish("synthesis_array", rows)
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
     """Draw the three sets in a folder and compare them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    start = time.monotonic()
     maker = context.Process(target=make_world, args=(folder,))
     maker.start()
     maker.join()
@@ -309,17 +303,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ours = drawn("ours", options.workers, kills, True)
     static = drawn("static", options.workers, kills, False)
     single = drawn("single", 1, [], True)
-    command = (
-        f"python benchmarks/synthesis_array.py --workers {options.workers} --kills {options.kills} "
-        f"--seed {options.seed} --images-per-mask {options.images_per_mask}"
-    )
-    return {
-        "command": command,
-        "machine": f"{os.cpu_count()} CPU cores, no GPU, Python {platform.python_version()}",
-        "load_average": round(os.getloadavg()[0], 1),
-        "wall_s": round(time.monotonic() - start, 1),
-        "rows": [one | {"command": command} for one in rows_of(ours, static, single, options.workers)],
-    }
+    return rows_of(ours, static, single, options.workers)
 
 
 if __name__ == "__main__":

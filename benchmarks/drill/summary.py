@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from measure.rows import Row
+
 from drill import faults as kinds
 from drill.attempt import Attempt
 from drill.world import EVERY_STEPS
@@ -43,17 +45,23 @@ def table(records: Sequence[Any]) -> str:
     return "\n".join(lines)
 
 
-def rows(result: dict[str, Any], records: Sequence[Any], stock: Sequence[Any]) -> list[dict[str, Any]]:
-    """Claims with what was measured, what it is compared with, the limit that must hold, and whether it does."""
+def rows(result: dict[str, Any], records: Sequence[Any], stock: Sequence[Any]) -> list[Row]:
+    """Claims with what was measured, what it is compared with, and the limit that must hold."""
     signals = [record for record in records if record.fault.kind in kinds.SIGNALS]
     kills = [record for record in records if record.fault.kind in kinds.KILLS]
     after_writes = [after for before, after in pairwise(records) if before.fault.kind == kinds.KILL_IN_WRITE]
     times = [record.recovery_s for record in records if record.recovery_s is not None]
     most = max((record.lost for record in kills), default=0)
     undisturbed = f"undisturbed run of the same steps: {result['ettr_undisturbed']}"
-    found = [
+    return [
         _at_most(f"corrupt loads or commits after {result['faults']} faults in one run", len(result["corrupt"]), 0),
-        _row("last checkpoint and adapter bitwise equal to the undisturbed run's", result["ends_equal"], True),
+        Row(
+            "last checkpoint and adapter bitwise equal to the undisturbed run's",
+            result["ends_equal"],
+            limit=True,
+            goal=True,
+            at_least=True,
+        ),
         _at_most(
             f"resumes that fail after {len(after_writes)} kills amid a write",
             sum(bool(record.corrupt or record.wrong) for record in after_writes),
@@ -63,28 +71,22 @@ def rows(result: dict[str, Any], records: Sequence[Any], stock: Sequence[Any]) -
         _at_most(f"steps lost to {len(signals)} signals", sum(record.lost for record in signals), 0),
         _at_most(f"most steps lost to one of {len(kills)} kills and hangs", most, EVERY_STEPS, "steps between saves"),
         _at_most("what else went wrong", len(result["wrong"]), 0),
-        _row("seconds from a fault to the next step, median", round(statistics.median(times), 1) if times else None),
-        _row("ETTR, from what the ranks said", result["ettr"], anchor=undisturbed),
+        Row("seconds from a fault to the next step, median", round(statistics.median(times), 1) if times else None),
+        Row("ETTR, from what the ranks said", result["ettr"], anchor=undisturbed),
         _at_most(
             "per cent by which the run's ledger misses the wall time of all attempts",
             round(100 * abs(result["wall_s_of_ledger"] / result["wall_s"] - 1), 2),
             1,
             f"{result['wall_s']} s by another clock",
         ),
-        _row(
+        Row(
             "steps lost, from the run's ledger", result["lost_steps_of_ledger"], anchor=f"seen: {result['lost_steps']}"
         ),
     ]
-    return [row | {"command": result["command"]} for row in found]
 
 
-def _row(claim: str, ours: Any, limit: Any = None, anchor: str | None = None) -> dict[str, Any]:
-    holds = limit is None or ours == limit
-    return {"claim": claim, "ours": ours, "anchor": anchor, "limit": limit, "goal": limit, "holds": holds}
-
-
-def _at_most(claim: str, ours: float, limit: int, anchor: str | None = None) -> dict[str, Any]:
-    return _row(claim, ours, limit, anchor) | {"holds": ours <= limit}
+def _at_most(claim: str, ours: float, limit: int, anchor: str | None = None) -> Row:
+    return Row(claim, ours, anchor, limit, goal=limit)
 
 
 def _stock_text(stock: Sequence[Any]) -> str:
