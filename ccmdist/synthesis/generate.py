@@ -28,7 +28,7 @@ from ccmdist.diffusion import flow
 from ccmdist.diffusion.sampler import sample
 from ccmdist.diffusion.seeding import generator
 from ccmdist.errors import AdapterError, Preempted, RunError
-from ccmdist.models import mmdit
+from ccmdist.models import attention, mmdit
 from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.precompute.fill import DTYPES
@@ -147,6 +147,7 @@ class ImageSampler:
         self.device = current_device()
         self.dtype = DTYPES[settings.dtype]
         self.model = base.load(model, settings, adapter, self.device)
+        attention.set_backend(self.model, self.device, self.dtype)
         self.codec = LatentCodec.load(model, self.dtype, self.device)
         self.cache = cache
         self.entries: dict[str, CacheEntry] = {entry.key: entry for entry in cache.entries(settings.split)}

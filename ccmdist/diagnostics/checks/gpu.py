@@ -137,6 +137,6 @@ def _flash(request: Request, facts: Facts) -> Findings:
         reason = f"rebuild it for this torch ({remedy}) or uninstall it: PyTorch's own flash attention is then used"
         yield Finding("flash-attn", "MISS", f"cannot be imported: {flash['error']}", reason)
     elif flash:
-        yield Finding("flash-attn", "OK", flash["version"])
+        yield Finding("flash-attn", "OK", f"{flash['version']}; attention runs on it")
     elif "flash" not in request.required and facts["torch"]["devices"]:
         yield Finding("flash-attn", "OK", "not installed; PyTorch's own flash attention is used")
