@@ -7,19 +7,20 @@ the whole model, and nothing is sent.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ccmdist.errors import ModelError
+from ccmdist.models.stored_tensors import StoredTensors
 
 OnRows = Callable[[str, int, Tensor, int], None]
 """Called with a tensor's name, the index of the first row given, whole rows as the model keeps them (flattened to
 two dimensions), and the tensor's number of rows. Over all ranks of a partitioned model each row is given once."""
 
-MAX_ELEMENTS_AT_ONCE: Final = 1 << 24
+MAX_ELEMENTS_AT_ONCE: Final = 1 << 22
+"""Read at a time: large for a file server, small beside what a rank keeps."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,12 @@ def load_weights(model: torch.nn.Module, weight_files: dict[str, Path], on_rows:
         raise _misfit(next(iter(names_of_file)).parent, what, model)
     num_bytes = 0
     for file, names in names_of_file.items():
-        with safe_open(file, "pt") as stored:
+        with StoredTensors(file) as stored:
             for name in names:
-                part, shape = stored.get_slice(name), _shape(wanted[name])
-                if (found := tuple(part.get_shape())) != shape:
+                shape = _shape(wanted[name])
+                if (found := stored.shape(name)) != shape:
                     raise _misfit(file, f"{name} has shape {found}, expected {shape}", model)
-                num_bytes += _fill(name, _kept(wanted[name]), part, shape, on_rows)
+                num_bytes += _fill(name, _kept(wanted[name]), stored, shape, on_rows)
     return num_bytes
 
 
@@ -86,9 +87,9 @@ def _kept(tensor: Tensor) -> Stretch:
     return Stretch(partition.data.view(-1), start, min(start + partition.ds_numel, numel))
 
 
-def _fill(name: str, kept: Stretch, stored: Any, shape: tuple[int, ...], on_rows: OnRows | None) -> int:
+def _fill(name: str, kept: Stretch, stored: StoredTensors, shape: tuple[int, ...], on_rows: OnRows | None) -> int:
     num_bytes, width = 0, torch.Size(shape[1:]).numel()
-    for first, rows_as_stored in _rows(stored, kept, width):
+    for first, rows_as_stored in _rows(stored, name, kept, width):
         num_bytes += rows_as_stored.nbytes
         rows = rows_as_stored.to(kept.target.dtype)
         low, high = max(kept.start, first * width), min(kept.stop, (first + len(rows)) * width)
@@ -101,12 +102,12 @@ def _fill(name: str, kept: Stretch, stored: Any, shape: tuple[int, ...], on_rows
     return num_bytes
 
 
-def _rows(stored: Any, kept: Stretch, width: int) -> Iterator[tuple[int, Tensor]]:
+def _rows(stored: StoredTensors, name: str, kept: Stretch, width: int) -> Iterator[tuple[int, Tensor]]:
     """Whole rows that cover the stretch, a few at a time so that little memory is needed beside the target."""
     end = -(-kept.stop // width) if kept.start < kept.stop else 0
     rows_at_once = max(MAX_ELEMENTS_AT_ONCE // width, 1)
     for first in range(kept.start // width, end, rows_at_once):
-        rows = stored[first : min(first + rows_at_once, end)]
+        rows = stored.rows(name, first, min(first + rows_at_once, end))
         yield first, rows.reshape(len(rows), width)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ccmdist.errors import ConfigError
 from ccmdist.models.checkpoint_io import OnRows, load_weights
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.modulation_table import ModulationTable, is_tabled
 
 BLOCK_ARGUMENTS: Final = tuple(inspect.signature(QwenImageTransformerBlock.forward).parameters)[1:]
 TARGET_GROUPS: Final = {"attn": ("attn.",), "mlp": ("img_mlp.", "txt_mlp.")}
@@ -25,7 +26,7 @@ TARGET_GROUPS: Final = {"attn": ("attn.",), "mlp": ("img_mlp.", "txt_mlp.")}
 
 def skeleton(folder: ModelFolder) -> QwenImageTransformer2DModel:
     """The model of a folder without weights, to look at its structure."""
-    with init_empty_weights():
+    with no_init_weights(), init_empty_weights():
         return QwenImageTransformer2DModel.from_config(folder.config("transformer"))
 
 
@@ -35,6 +36,7 @@ def build(
     zero_config: dict[str, Any] | None,
     on_rows: OnRows | None = None,
     device: torch.device | str = "cpu",
+    table: ModulationTable | None = None,
 ) -> QwenImageTransformer2DModel:
     """The model of a folder with its weights.
 
@@ -45,22 +47,44 @@ def build(
             (collective). None: the whole model in this process.
         on_rows: Told the rows of all weights on the way.
         device: Of a whole model; a partitioned one lies where DeepSpeed puts it.
+        table: Takes the place of the modulation layers, whose weights are neither allocated nor read.
 
     Raises:
         ModelError: If the weights do not fit the config.
     """
+    model = skeleton(folder)
+    if table is not None:
+        table.install(model)
     if zero_config is None:
         # Not the model's own `to`, which warns of an empty list of modules that have to stay in float32.
-        model = nn.Module.to(skeleton(folder), dtype).to_empty(device=device)
+        model = nn.Module.to(model, dtype).to_empty(device=device)
     else:
-        import deepspeed  # seconds of import that synthesis must not pay
-
-        # Not by its argument `dtype`, which DeepSpeed 0.19 overrules with bf16 on hosts whose CPU has no fp16.
-        stored_as = zero_config | {"bf16": {"enabled": dtype == torch.bfloat16}}
-        with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=stored_as):
-            model = QwenImageTransformer2DModel.from_config(folder.config("transformer"))
-    load_weights(model, folder.weight_files("transformer"), on_rows)
+        _partition(model, dtype, zero_config)
+    files = folder.weight_files("transformer")
+    load_weights(model, {n: f for n, f in files.items() if table is None or not is_tabled(n)}, on_rows)
     return model.eval()
+
+
+class _Owned(nn.Module):
+    """Parameters like those that another module owns itself: zero.Init partitions them as this is made."""
+
+    def __init__(self, owner: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        for name, parameter in owner.named_parameters(recurse=False):
+            self.register_parameter(name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
+
+
+def _partition(model: nn.Module, dtype: torch.dtype, zero_config: dict[str, Any]) -> None:
+    """Give a model without weights partitioned ones, module by module. Collective."""
+    import deepspeed  # seconds of import that synthesis must not pay
+
+    assert not any(True for _ in model.buffers()), "zero.Init partitions parameters only"
+    # Not by its argument `dtype`, which DeepSpeed 0.19 overrules with bf16 on hosts whose CPU has no fp16.
+    stored_as = zero_config | {"bf16": {"enabled": dtype == torch.bfloat16}}
+    with deepspeed.zero.Init(config_dict_or_path=stored_as):
+        for module in model.modules():
+            for name, parameter in _Owned(module, dtype).named_parameters(recurse=False):
+                module.register_parameter(name, parameter)
 
 
 def linear_names(model: QwenImageTransformer2DModel, targets: tuple[str, ...]) -> list[str]:
