@@ -1,15 +1,24 @@
-"""Where the frozen weights should lie: whole on every rank if they fit, else cut over a node, else over all ranks."""
+"""Where the frozen weights should lie: whole on every rank if they fit, else cut over a node, else over all ranks.
 
-from collections.abc import Mapping
+That order is the order of speed: the more ranks hold a piece, the more is sent, and over slower links.
+"""
+
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from ccmdist.config.train import TrainConfig
 from ccmdist.errors import ConfigError
+from ccmdist.planner.flops import Tokens, tokens
+from ccmdist.planner.memory import HEADROOM, SHARDINGS, Memory, Sharding, memory
+from ccmdist.planner.transformer import Transformer
 
-BYTES_PER_WEIGHT: Final = {"bf16": 2.0, "fp32": 4.0, "nf4": 0.57, "int8": 1.03}
-NUM_PARAMETERS_PER_D2: Final = 36
-"""Weights of a block divided by the square of its width: 12 per stream, and 12 of the modulation."""
+FASTEST: Final = "the fastest that fits: every GPU holds all frozen weights, and only the adapter's gradients are sent"
+REASONS: Final[Mapping[str, str]] = {
+    "replicated": FASTEST,
+    "zero3_hpz": "whole weights do not fit; cut over each node's GPUs, they are gathered inside the node alone",
+    "zero3": "less does not fit; cut over all GPUs, the weights are gathered twice in every micro-step",
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ def choose_mode(
     num_ranks: int,
     ranks_per_node: int,
     gpu_memory_bytes: int | None,
+    num_text_tokens: int | None = None,
 ) -> Mode:
     """The fastest way to hold the frozen weights that fits into the memory of each GPU.
 
@@ -40,21 +50,93 @@ def choose_mode(
         num_ranks: Processes that train together, one GPU each.
         ranks_per_node: How many of them share a node.
         gpu_memory_bytes: Of the smallest GPU; None on CPUs.
+        num_text_tokens: Of a sample, if known.
 
     Raises:
-        ConfigError: If nothing fits.
+        ConfigError: If nothing fits, with what would.
     """
-    if config.base in ("nf4", "int8"):
-        return Mode("replicated", f"base {config.base} is only supported whole on every rank")
     if gpu_memory_bytes is None:
-        return Mode("zero3", "ranks on CPUs share one memory, so the weights are held once")
-    width = transformer.get("num_attention_heads", 24) * transformer.get("attention_head_dim", 128)
-    weights = NUM_PARAMETERS_PER_D2 * width**2 * transformer.get("num_layers", 60) * BYTES_PER_WEIGHT[config.base]
-    room = 0.5 * gpu_memory_bytes
-    if weights <= room or num_ranks == 1:
-        return Mode("replicated", "the weights fit whole into each GPU, and nothing is gathered")
-    if weights / ranks_per_node > room:
-        raise ConfigError(f"the model does not fit: {weights / 1e9:.0f} GB of weights", "take more GPUs, or base=nf4")
-    if num_ranks > ranks_per_node > 1:
-        return Mode("zero3_hpz", "the weights are gathered inside each node, not over the network")
-    return Mode("zero3", "the weights do not fit whole into each GPU")
+        return _on_cpus(config)
+    model, of = Transformer.from_config(transformer), tokens(config.data.image_size_px, num_text=num_text_tokens)
+    needs = needed(config, model, of, num_ranks, ranks_per_node)
+    for sharding, need in needs.items():
+        if need.fits(gpu_memory_bytes):
+            told = f"{need.total / 1e9:.1f} of {gpu_memory_bytes / 1e9:.0f} GB by estimate"
+            return Mode(sharding, f"{_reason(sharding, needs)} ({told})")
+    raise nothing_fits(config, model, of, num_ranks, ranks_per_node, gpu_memory_bytes)
+
+
+def needed(
+    config: TrainConfig, model: Transformer, of: Tokens, num_ranks: int, ranks_per_node: int
+) -> dict[Sharding, Memory]:
+    """Memory per GPU of every mode that the settings and ranks allow, the fastest first."""
+    possible = [sharding for sharding in SHARDINGS if why_not(config, sharding, num_ranks, ranks_per_node) is None]
+    return {sharding: memory(config, model, of, sharding, num_ranks, ranks_per_node) for sharding in possible}
+
+
+def why_not(config: TrainConfig, sharding: Sharding, num_ranks: int, ranks_per_node: int) -> str | None:
+    """Why a mode makes no sense for these settings and ranks, whatever the memory; None if it does."""
+    if sharding == "replicated":
+        return None
+    if config.base in ("nf4", "int8"):
+        return f"base {config.base} cannot be cut over ranks"
+    if num_ranks == 1:
+        return "one GPU has nobody to share with"
+    if sharding == "zero3_hpz" and num_ranks <= ranks_per_node:
+        return "on one node it is the same as zero3"
+    if sharding == "zero3_hpz" and ranks_per_node == 1:
+        return "with one GPU per node it would hold the weights whole, twice over"
+    return None
+
+
+def nothing_fits(
+    config: TrainConfig, model: Transformer, of: Tokens, num_ranks: int, ranks_per_node: int, gpu_memory_bytes: float
+) -> ConfigError:
+    """The error for a run that fits in no mode, with changes that would make it fit."""
+    needs = needed(config, model, of, num_ranks, ranks_per_node)
+    told = ", ".join(f"{sharding} {need.total / 1e9:.1f} GB" for sharding, need in needs.items())
+    usable = (1 - HEADROOM) * gpu_memory_bytes
+    fitting = [
+        f"{change} ({need.total / 1e9:.1f} GB)"
+        for change, need in _changes(config, model, of, num_ranks, ranks_per_node)
+        if need.fits(gpu_memory_bytes)
+    ]
+    remedy = f"would fit: {'; '.join(fitting)}" if fitting else "take GPUs with more memory, or a smaller image_size_px"
+    return ConfigError(
+        f"sharding: nothing fits {num_ranks} x {gpu_memory_bytes / 1e9:.0f} GB, of which {usable / 1e9:.1f} GB can be "
+        f"planned with (estimates: {told})",
+        remedy,
+    )
+
+
+def _on_cpus(config: TrainConfig) -> Mode:
+    if config.base in ("nf4", "int8"):
+        return Mode("replicated", f"base {config.base} cannot be cut over ranks")
+    return Mode("zero3", "ranks on CPUs share one memory, so the weights are held once")
+
+
+def _reason(sharding: Sharding, needs: Mapping[Sharding, Memory]) -> str:
+    if sharding == "zero3" and "zero3_hpz" not in needs:
+        return "whole weights do not fit; cut over all GPUs, they are gathered twice in every micro-step"
+    return REASONS[sharding] if len(needs) > 1 else "the only mode for these settings"
+
+
+def _changes(
+    config: TrainConfig, model: Transformer, of: Tokens, num_ranks: int, ranks_per_node: int
+) -> Iterator[tuple[str, Memory]]:
+    """Changes of the settings that save memory, each with the memory that the leanest mode then needs."""
+    lean = {"activation_checkpointing": "full"}
+    for change in (
+        lean,
+        lean | {"micro_batch_size": 1},
+        lean | {"base": "nf4"},
+        lean | {"base": "nf4", "micro_batch_size": 1},
+    ):
+        changed = config.model_copy(update=change)
+        news = [f"{name}={value}" for name, value in change.items() if getattr(config, name) != value]
+        needs = needed(changed, model, of, num_ranks, ranks_per_node)
+        yield " ".join(news), min(needs.values(), key=lambda need: need.total)
+    for factor in (2, 4, 8, 16):
+        more = num_ranks * factor
+        if why_not(config, "zero3", more, ranks_per_node) is None:
+            yield f"{more} GPUs", memory(config, model, of, "zero3", more, ranks_per_node)

@@ -1,0 +1,187 @@
+"""Bytes that a training run takes on each GPU, part by part.
+
+Exact: weights, adapter, optimizer (tests compare them with the real classes and engine). Activations rest on
+coefficients that say where they come from. An estimate or an assumption is called one.
+
+Symbols: d width of a token, T tokens of a micro-batch, N ranks.
+"""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from ccmdist.config.train import TrainConfig
+from ccmdist.planner.flops import Tokens
+from ccmdist.planner.transformer import Transformer
+
+Sharding = Literal["zero3", "zero3_hpz", "replicated"]
+SHARDINGS: Final[tuple[Sharding, ...]] = ("replicated", "zero3_hpz", "zero3")
+"""From the one that sends least to the one that sends most."""
+
+HELD_AS: Final = {"bf16": 2.0, "fp32": 4.0, "nf4": 2.0, "int8": 2.0}
+"""Bytes of a weight outside the linears of the blocks, and of an activation."""
+NF4_BYTES: Final = 4 / 8 + 1 / 64 + 4 / (64 * 256)
+"""Of a weight in the blocks: four bits, an 8-bit scale for 64, a 32-bit scale for 256 of those (bitsandbytes)."""
+INT8_ROW_BYTES: Final = 4
+"""Scale of a row beside its 8-bit weights (bitsandbytes)."""
+MOMENT_BYTES: Final = {"adamw": 2 * 4.0, "adamw8bit": 2 * (1 + 4 / 256)}
+"""Of one trained value: two moments in fp32, or in 8 bits with a 32-bit scale for 256 (bitsandbytes)."""
+
+KEPT: Final = {"wdlora": 50.4, "lora": 44.4}
+"""Bytes / (d T) that autograd keeps of a block in bf16. Measured on one block of the real width, 2-core CPU."""
+KEPT_FULL: Final = 2.0
+"""The same when a block is computed again: the inputs of its two streams in bf16. Exact."""
+KEPT_SELECTIVE: Final = 24.0
+"""The same when matrix products and attention are kept: q, k, v, attention, out, up (4), down, and the inputs, with
+the adapter's narrow products. Estimate."""
+PEAK: Final = {"wdlora": 56.9, "lora": 54.6}
+"""Bytes / (d T) at the peak of a block's forward and backward pass in bf16. Measured as above (246 and 236 MB)."""
+MAX_LIVE: Final = 1_000_000_000
+"""Weights that ZeRO-3 keeps gathered at most: DeepSpeed's stage3_max_live_parameters. An upper bound."""
+REDUCE_BUCKET: Final = 500_000_000
+"""Gradients in fp32 that DeepSpeed sends at once: its reduce_bucket_size, allocated whole."""
+ROW_VALUES: Final = 6
+"""fp32 values that WDLoRA keeps of each row of an adapted linear."""
+LIBRARIES: Final = 1.5e9
+"""CUDA context, cuBLAS, NCCL. Assumed."""
+VAE_WEIGHTS: Final = 126.9e6
+VAE_DECODE_PER_PX: Final = 96 * 4 * 8
+"""Bytes per pixel while pictures are decoded in fp32: about eight of its widest tensors. Estimate."""
+HEADROOM: Final = 0.08
+"""Share of the memory that is left to the allocator's gaps. Assumed."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each GPU.
+
+    Attributes:
+        weights: Frozen weights that lie here all the time.
+        gathered: Frozen weights of other ranks while they are used.
+        adapter: What is trained, in fp32, as it is used and as it is updated, with norms.
+        gradients: Of the adapter, with the buffer in which they are sent.
+        moments: Of the optimizer, and the moving average if there is one.
+        activations: What is kept for the backward pass, and the peak within a block.
+        libraries: What CUDA and its libraries take.
+    """
+
+    weights: float
+    gathered: float
+    adapter: float
+    gradients: float
+    moments: float
+    activations: float
+    libraries: float = LIBRARIES
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(vars(self).values())
+
+    def fits(self, gpu_memory_bytes: float) -> bool:
+        """Whether it fits a GPU with head-room."""
+        return self.total <= (1 - HEADROOM) * gpu_memory_bytes
+
+
+def is_tabled(config: TrainConfig, model: Transformer) -> bool:
+    """Whether the run replaces the modulation by a table: if it is asked for and no adapter sits there."""
+    return config.tabulate_modulation and not model.is_modulation_adapted(config.adapter.targets)
+
+
+def memory(
+    config: TrainConfig, model: Transformer, of: Tokens, sharding: Sharding, num_ranks: int, ranks_per_node: int
+) -> Memory:
+    """Bytes on each GPU.
+
+    Args:
+        config: Settings of the run; its own ``sharding`` is not looked at.
+        model: The MMDiT.
+        of: Tokens of one sample.
+        sharding: Where the frozen weights lie.
+        num_ranks: N, one GPU each.
+        ranks_per_node: How many of them share a node.
+    """
+    trained = num_trained(config, model)
+    average = 4.0 if config.optim.ema_decay is not None else 0.0
+    return Memory(
+        weights=weight_bytes(config, model) * resident_share(sharding, num_ranks, ranks_per_node),
+        gathered=_gathered_bytes(config, model, sharding, num_ranks),
+        adapter=_adapter_bytes(trained, sharding, num_ranks, ranks_per_node) + _norm_bytes(config, model),
+        # This rank's part is accumulated, and copied once more for the optimizer.
+        gradients=4.0 * REDUCE_BUCKET + 8.0 * trained / num_ranks,
+        moments=(MOMENT_BYTES[config.optim.kind] + average) * trained / num_ranks,
+        activations=max(activation_bytes(config, model, of), _picture_bytes(config)),
+    )
+
+
+def num_trained(config: TrainConfig, model: Transformer) -> int:
+    """Values of the adapter."""
+    rank, has_magnitude = config.adapter.lora_rank, config.adapter.kind == "wdlora"
+    adapted = [linear for _, linear in model.adapted(config.adapter.targets)]
+    return sum(rank * (linear.num_in + linear.num_out) + has_magnitude * linear.num_out for linear in adapted)
+
+
+def weight_bytes(config: TrainConfig, model: Transformer) -> float:
+    """Bytes of all frozen weights in the form of the run's base."""
+    tabled = is_tabled(config, model)
+    linears = model.block + (() if tabled else model.modulation)
+    in_linears = model.num_layers * sum(linear.num_weights for linear in linears)
+    rest = model.num_resident_parameters(tabled) - in_linears
+    if config.base == "nf4":
+        return in_linears * NF4_BYTES + rest * HELD_AS["nf4"]
+    if config.base == "int8":
+        rows = model.num_layers * sum(linear.num_out for linear in linears)
+        return in_linears + rows * INT8_ROW_BYTES + rest * HELD_AS["int8"]
+    return (in_linears + rest) * HELD_AS[config.base]
+
+
+def resident_share(sharding: Sharding, num_ranks: int, ranks_per_node: int) -> float:
+    """Part of the frozen weights that lies on each rank. zero3_hpz has the node's share beside its share of all."""
+    if sharding == "replicated":
+        return 1.0
+    return 1 / num_ranks + (1 / ranks_per_node if sharding == "zero3_hpz" else 0.0)
+
+
+def activation_bytes(config: TrainConfig, model: Transformer, of: Tokens) -> float:
+    """Bytes that a micro-batch keeps for its backward pass, and those of one block at work."""
+    kind, scale = config.adapter.kind, HELD_AS[config.base] / 2
+    kept = {"full": KEPT_FULL, "selective": KEPT_SELECTIVE, "none": KEPT[kind]}[config.activation_checkpointing]
+    per_block = model.width * of.total * config.micro_batch_size * scale
+    at_work = PEAK[kind] - (0.0 if config.activation_checkpointing == "full" else kept)
+    return (model.num_layers * kept + at_work) * per_block + _dequantised_bytes(config, model)
+
+
+def table_bytes(model: Transformer, num_noise_levels: int) -> float:
+    """Bytes of the table that replaces the modulation; it lies in host memory, once per node."""
+    per_row = model.num_layers * sum(linear.num_out for linear in model.modulation) + model.width
+    return 2.0 * per_row * (num_noise_levels + model.is_clean_mask_timed)
+
+
+def _gathered_bytes(config: TrainConfig, model: Transformer, sharding: Sharding, num_ranks: int) -> float:
+    if sharding == "replicated" or num_ranks == 1:
+        return 0.0
+    live = min(MAX_LIVE, model.num_resident_parameters(is_tabled(config, model)))
+    return live * HELD_AS[config.base]
+
+
+def _adapter_bytes(trained: int, sharding: Sharding, num_ranks: int, ranks_per_node: int) -> float:
+    """Whole, as forward uses it; and twice this rank's part: DeepSpeed's partition and the optimizer's master."""
+    of_node = 4.0 / ranks_per_node if sharding == "zero3_hpz" else 0.0
+    return trained * (4.0 + 8.0 / num_ranks + of_node)
+
+
+def _norm_bytes(config: TrainConfig, model: Transformer) -> float:
+    if config.adapter.kind != "wdlora":
+        return 0.0
+    return 4.0 * ROW_VALUES * sum(linear.num_out for _, linear in model.adapted(config.adapter.targets))
+
+
+def _dequantised_bytes(config: TrainConfig, model: Transformer) -> float:
+    """The largest linear of a block in bf16, while it is used."""
+    return 2.0 * max(i.num_weights for i in model.block) if config.base in ("nf4", "int8") else 0.0
+
+
+def _picture_bytes(config: TrainConfig) -> float:
+    """The VAE while pictures are decoded on the first rank: nothing is kept for a backward pass then."""
+    if not config.monitor.images_every_steps:
+        return 0.0
+    return 4 * VAE_WEIGHTS + VAE_DECODE_PER_PX * config.data.image_size_px**2
