@@ -28,9 +28,10 @@ from ccmdist.diffusion import flow
 from ccmdist.diffusion.sampler import sample
 from ccmdist.diffusion.seeding import generator
 from ccmdist.errors import AdapterError, Preempted, RunError
-from ccmdist.models import attention, mmdit
+from ccmdist.models import attention
 from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.sampling import GuidedVelocity
 from ccmdist.precompute.fill import DTYPES
 from ccmdist.precompute.views import views
 from ccmdist.synthesis import base
@@ -167,13 +168,13 @@ class ImageSampler:
         entries = [self.entries[request.source_key] for request in requests]
         samples = [self.cache.read(entry) for entry in entries]
         mask_latents_BSC = self._placed(flow.pack_latents(torch.stack([s["mask_latents"] for s in samples])))
-        embeds = {True: self._placed(torch.stack([s["prompt_embeds"] for s in samples]))}
+        embeds = [self._placed(torch.stack([s["prompt_embeds"] for s in samples]))]
         if self.guidance_scale > 1:
-            embeds[False] = self._placed(torch.stack([self.cache.read_negative(entry) for entry in entries]))
+            embeds.append(self._placed(torch.stack([self.cache.read_negative(entry) for entry in entries])))
+        predict = GuidedVelocity(self.model, mask_latents_BSC, embeds, self.token_hw, self.token_hw)
 
-        def velocity(latents_BSC: Tensor, sigma_B: Tensor, conditional: bool) -> Tensor:
-            inputs = (self._placed(latents_BSC), mask_latents_BSC, embeds[conditional])
-            return mmdit.velocity(self.model, *inputs, sigma_B, self.token_hw, self.token_hw)
+        def velocity(latents_BSC: Tensor, sigma_B: Tensor) -> tuple[Tensor, ...]:
+            return predict(self._placed(latents_BSC), sigma_B)
 
         noise_BSC = torch.stack([self._noise(request, mask_latents_BSC.shape[1:]) for request in requests])
         latents_BSC = sample(velocity, noise_BSC.to(self.device), self.sigmas, self.guidance_scale)

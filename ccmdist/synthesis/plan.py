@@ -29,7 +29,7 @@ from ccmdist.data.writer import shards_in
 from ccmdist.errors import OF_THE_MACHINE, ConfigError, RunError, ShardError
 from ccmdist.models.model_folder import ModelFolder
 
-CONTENT_VERSION: Final = 1
+CONTENT_VERSION: Final = 2
 """Raised when the same plan gives other images: another sampler, another place of the noise, other members."""
 PLAN: Final = "plan.json"
 UNTUNED: Final = "untuned"

@@ -151,9 +151,9 @@ class EditObjective:
             sigmas = flow.sampling_sigmas(self.config.monitor.denoise_steps, self.shift, self.noise_schedule)
 
             def velocity(
-                latents_BSC: torch.Tensor, sigma_B: torch.Tensor, conditional: bool, batch: Batch = batch
-            ) -> Any:
-                return self._velocity(model, batch, latents_BSC, sigma_B)
+                latents_BSC: torch.Tensor, sigma_B: torch.Tensor, batch: Batch = batch
+            ) -> tuple[torch.Tensor, ...]:
+                return (self._velocity(model, batch, latents_BSC, sigma_B),)
 
             sampled = flow.unpack_latents(
                 sample(velocity, noise_BSC.to(self.group.device), sigmas, 1.0), *self.latent_hw

@@ -13,6 +13,7 @@ from ccmdist.models import mmdit
 from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.make import make_model
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.sampling import GuidedVelocity
 
 NUM_DENOISE_STEPS = 3
 TARGET_PX = 64
@@ -78,11 +79,9 @@ def our_latents(folder, inputs, masks_BHW, guidance_scale):
     mask_latents = codec.encode(masks_BHW.astype(np.uint8) * 255)
     edge, mask_edge = TARGET_PX // 16, masks_BHW.shape[1] // 16
 
-    def velocity(latents_BSC, sigma_B, conditional):
-        embeds = inputs["prompt_embeds" if conditional else "negative_prompt_embeds"]
-        packed = flow.pack_latents(mask_latents)
-        return mmdit.velocity(model, latents_BSC, packed, embeds, sigma_B, (edge, edge), (mask_edge, mask_edge))
-
+    embeds = [inputs["prompt_embeds"], inputs["negative_prompt_embeds"]][: 2 if guidance_scale > 1 else 1]
+    packed = flow.pack_latents(mask_latents)
+    velocity = GuidedVelocity(model, packed, embeds, (edge, edge), (mask_edge, mask_edge))
     noise_schedule = folder.noise_schedule()
     shift = flow.resolution_shift(edge * edge, noise_schedule)
     sigmas = flow.sampling_sigmas(NUM_DENOISE_STEPS, shift, noise_schedule)
@@ -123,18 +122,15 @@ def test_a_token_without_any_prediction_stays_finite():
 def test_the_exact_velocity_leads_from_noise_to_the_image():
     x_BSC, noise_BSC = torch.randn(2, 2, 4, 64)
     sigmas = flow.sampling_sigmas(5, 0.6, {"shift_terminal": 0.02})
-    found = sample(lambda latents, sigma_B, conditional: noise_BSC - x_BSC, noise_BSC, sigmas, 1.0)
+    found = sample(lambda latents, sigma_B: (noise_BSC - x_BSC,), noise_BSC, sigmas, 1.0)
     torch.testing.assert_close(found, x_BSC, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("guidance_scale", "expected"), [(1.0, [True] * 4), (2.5, [True, False] * 4)])
-def test_guidance_asks_the_model_twice_per_step(guidance_scale, expected):
-    asked = []
-
-    def velocity(latents_BSC, sigma_B, conditional):
+@pytest.mark.parametrize(("guidance_scale", "given", "expected"), [(1.0, 2, 1), (2.5, 1, 2)])
+def test_a_prediction_too_few_or_too_many_is_not_passed_over(guidance_scale, given, expected):
+    def velocity(latents_BSC, sigma_B):
         assert sigma_B.shape == (2,)
-        asked.append(conditional)
-        return torch.ones_like(latents_BSC)
+        return (torch.ones_like(latents_BSC),) * given
 
-    sample(velocity, torch.randn(2, 4, 64), flow.sampling_sigmas(4, 0.6, {}), guidance_scale)
-    assert asked == expected
+    with pytest.raises(AssertionError, match=f"guidance {guidance_scale} needs {expected} predictions, got {given}"):
+        sample(velocity, torch.randn(2, 4, 64), flow.sampling_sigmas(4, 0.6, {}), guidance_scale)

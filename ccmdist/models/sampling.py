@@ -1,0 +1,243 @@
+"""The MMDiT as a sampler asks for it: all branches of guidance in one pass, and no number computed twice or unread.
+
+Guidance has two branches, the prompt and the negative prompt, which share latents, mask and noise level and differ in
+their text, also in its length. Here the tokens of all branches stand in one row: every linear runs once over all of
+them, and attention runs branch by branch, so that nothing is padded or masked. What is saved beside that is exact:
+
+* what no denoise step changes is computed once per batch: the mask's tokens and the texts before the first block,
+  rotary angles;
+* up to the attention of the first block the image tokens of the branches are equal, and computed once;
+* of the last block only the target tokens are read: queries, projections and MLPs of all others are left out.
+
+Shape suffixes: B samples, T target tokens, M mask tokens, L text tokens, S tokens of a stream, N branches, C channels,
+D width of the model, H heads, E channels of a head. A stream of image tokens holds the target's tokens of all branches,
+then the mask's of all branches; a stream of text tokens the text of all branches.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How many tokens of each kind a branch has."""
+
+    num_target: int
+    num_mask: int
+    num_text: tuple[int, ...]
+    """Of each branch."""
+
+    @property
+    def num_branches(self) -> int:
+        """1 without guidance, 2 with it."""
+        return len(self.num_text)
+
+    def joint(self, text_BLHE: Tensor | None, image_BSHE: Tensor, num_copies: int) -> list[Tensor]:
+        """The tokens of each branch, in the model's order: text, target, mask.
+
+        Args:
+            text_BLHE: Of all branches; None to leave the text out.
+            image_BSHE: Target and mask of ``num_copies`` branches; without a mask, its tokens are left out.
+            num_copies: 1 where the branches share their image tokens, else the number of branches.
+        """
+        num_targets, N = num_copies * self.num_target, self.num_branches
+        targets = image_BSHE[:, :num_targets].split(self.num_target, dim=1) * N
+        masks = image_BSHE[:, num_targets:].split(self.num_mask, dim=1) * N
+        texts = () if text_BLHE is None else text_BLHE.split(self.num_text, dim=1)
+        return [torch.cat([*texts[i : i + 1], targets[i], masks[i]], dim=1) for i in range(N)]
+
+    def parted(self, joint: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The inverse of :meth:`joint`: the streams of text and of image tokens, (B, L, D) and (B, S, D)."""
+        parts = [
+            one.split([num_text, self.num_target, self.num_mask], dim=1)
+            for one, num_text in zip(joint, self.num_text, strict=True)
+        ]
+        texts, targets, masks = zip(*parts, strict=True)
+        return torch.cat(texts, dim=1), torch.cat([*targets, *masks], dim=1)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a block has to know beside its inputs.
+
+    Attributes:
+        tokens: Of a branch.
+        text_angles: Rotary angles of the text, (L, E/2) complex numbers.
+        image_angles: Of the image tokens, (S, E/2).
+        is_first: The branches still share their image tokens.
+        is_last: Only the target's tokens are wanted of it.
+    """
+
+    tokens: Tokens
+    text_angles: Tensor
+    image_angles: Tensor
+    is_first: bool
+    is_last: bool
+
+    @property
+    def num_copies(self) -> int:
+        """Of the image tokens, in the stream that comes in."""
+        return 1 if self.is_first else self.tokens.num_branches
+
+    @property
+    def seen(self) -> tuple[int, int]:
+        """Tokens of the target and of the mask that come in."""
+        return self.num_copies * self.tokens.num_target, self.num_copies * self.tokens.num_mask
+
+    @property
+    def wanted(self) -> tuple[int, int]:
+        """Tokens of the target and of the mask that go out."""
+        N = self.tokens.num_branches
+        return N * self.tokens.num_target, 0 if self.is_last else N * self.tokens.num_mask
+
+
+BlockPass = Callable[[nn.Module, Tensor, Tensor, Tensor, Place], tuple[Tensor, Tensor]]
+
+
+def block_pass(
+    block: nn.Module, text_BLD: Tensor, image_BSD: Tensor, time_RD: Tensor, place: Place
+) -> tuple[Tensor, Tensor]:
+    """One block over all branches: the streams of text and of image tokens after it; the last leaves the text as it is.
+
+    Args:
+        block: A QwenImageTransformerBlock.
+        text_BLD: Of all branches.
+        image_BSD: Of all branches; in the first block of one, for they are equal.
+        time_RD: What the model makes of the noise levels; in 2511 followed by as many rows for the masks.
+        place: Which block it is.
+
+    Source: forward of diffusers' QwenImageTransformerBlock and of its attention processor.
+    """
+    seen, wanted = place.seen, place.wanted
+    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = block.img_mod(time_RD).chunk(6, dim=-1)
+    text_mod = block.txt_mod(time_RD[: len(text_BLD)]).unsqueeze(1).chunk(6, dim=-1)
+
+    image_in_BSD = block.img_norm1(image_BSD) * (1 + _spread(block, scale_1, seen)) + _spread(block, shift_1, seen)
+    text_in_BLD = block.txt_norm1(text_BLD) * (1 + text_mod[1]) + text_mod[0]
+    text_out_BLD, image_out_BSD = _attended(block.attn, text_in_BLD, image_in_BSD, place)
+    if place.is_first:
+        N = place.tokens.num_branches
+        image_BSD = torch.cat([part for part in image_BSD.split(seen, dim=1) for _ in range(N)], dim=1)
+    image_BSD = image_BSD[:, : sum(wanted)] + _spread(block, gate_1, wanted) * image_out_BSD
+    image_in_BSD = block.img_norm2(image_BSD) * (1 + _spread(block, scale_2, wanted)) + _spread(block, shift_2, wanted)
+    image_BSD = image_BSD + _spread(block, gate_2, wanted) * block.img_mlp(image_in_BSD)
+    if text_out_BLD is not None:
+        text_BLD = text_BLD + text_mod[2] * text_out_BLD
+        text_BLD = text_BLD + text_mod[5] * block.txt_mlp(block.txt_norm2(text_BLD) * (1 + text_mod[4]) + text_mod[3])
+    return text_BLD, image_BSD
+
+
+class GuidedVelocity:
+    """Predictions of noise - x for one batch of images, of all branches in one pass.
+
+    Args:
+        model: The MMDiT, whole, in this process; not one that DeepSpeed has partitioned.
+        mask_latents_BMC: Packed latents of the mask images, in the model's dtype.
+        prompt_embeds: (B, L, D) for each branch, the prompt first; unpadded, of any lengths.
+        target_hw: Rows and columns of the target's tokens.
+        mask_hw: Rows and columns of the mask's tokens.
+        run_block: :func:`block_pass`, or what compiles to the same.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: QwenImageTransformer2DModel,
+        mask_latents_BMC: Tensor,
+        prompt_embeds: Sequence[Tensor],
+        target_hw: tuple[int, int],
+        mask_hw: tuple[int, int],
+        run_block: BlockPass = block_pass,
+    ) -> None:
+        self.model, self.run_block = model, run_block
+        num_text = tuple(embeds_BLD.shape[1] for embeds_BLD in prompt_embeds)
+        self.tokens = Tokens(target_hw[0] * target_hw[1], mask_hw[0] * mask_hw[1], num_text)
+        self.mask_BMD = model.img_in(mask_latents_BMC)
+        self.text_BLD = torch.cat([model.txt_in(model.txt_norm(embeds_BLD)) for embeds_BLD in prompt_embeds], dim=1)
+        self.places = self._places(
+            *model.pos_embed(
+                [[(1, *target_hw), (1, *mask_hw)]], max_txt_seq_len=max(num_text), device=mask_latents_BMC.device
+            )
+        )
+
+    @torch.no_grad()
+    def __call__(self, latents_BTC: Tensor, sigma_B: Tensor) -> tuple[Tensor, ...]:
+        """The prediction of each branch, (B, T, C).
+
+        Args:
+            latents_BTC: Noisy packed latents of the target, in the model's dtype.
+            sigma_B: Noise level of each sample, in [0, 1].
+        """
+        model, text_BLD = self.model, self.text_BLD
+        image_BSD = torch.cat([model.img_in(latents_BTC), self.mask_BMD], dim=1)
+        timestep_R = sigma_B.to(latents_BTC.dtype)
+        if model.zero_cond_t:
+            timestep_R = torch.cat([timestep_R, torch.zeros_like(timestep_R)])
+        time_RD = model.time_text_embed(timestep_R, image_BSD, None)
+        for block, place in zip(model.transformer_blocks, self.places, strict=True):
+            text_BLD, image_BSD = self.run_block(block, text_BLD, image_BSD, time_RD, place)
+        predicted_BSC = model.proj_out(model.norm_out(image_BSD, time_RD[: len(latents_BTC)]))
+        return predicted_BSC.split(self.tokens.num_target, dim=1)
+
+    def _places(self, image_SE: Tensor, text_LE: Tensor) -> list[Place]:
+        """Of all blocks. The text of every branch is turned as if it stood alone: from the first angle on."""
+        num_blocks, N = len(self.model.transformer_blocks), self.tokens.num_branches
+        target_TE, mask_ME = image_SE.split([self.tokens.num_target, self.tokens.num_mask])
+        all_text_LE = torch.cat([text_LE[:length] for length in self.tokens.num_text])
+        all_image_SE = torch.cat([target_TE] * N + [mask_ME] * N)
+        return [
+            Place(self.tokens, all_text_LE, all_image_SE if index else image_SE, index == 0, index == num_blocks - 1)
+            for index in range(num_blocks)
+        ]
+
+
+def _spread(block: nn.Module, rows_RD: Tensor, counts: tuple[int, int]) -> Tensor:
+    """Rows of a modulation over the image tokens: (B, 1, D), or (B, S, D) where the mask has a noise level of its own.
+
+    Args:
+        block: Knows which of the two it is.
+        rows_RD: Of the samples; then of their masks.
+        counts: Tokens of the target and of the mask.
+    """
+    if not block.zero_cond_t:
+        return rows_RD.unsqueeze(1)
+    parts = zip(rows_RD.chunk(2), counts, strict=True)
+    return torch.cat([rows_BD.unsqueeze(1).expand(-1, count, -1) for rows_BD, count in parts], dim=1)
+
+
+def _attended(attn: Any, text_BLD: Tensor, image_BSD: Tensor, place: Place) -> tuple[Tensor | None, Tensor]:
+    """Joint attention of each branch, projected; no text, and the target's tokens alone, in the last block."""
+    tokens, num_copies = place.tokens, place.num_copies
+    asking_BSD = image_BSD[:, : place.seen[0]] if place.is_last else image_BSD
+    image_q = _rotated(attn.norm_q, _heads(attn, attn.to_q(asking_BSD)), place.image_angles)
+    image_k = _rotated(attn.norm_k, _heads(attn, attn.to_k(image_BSD)), place.image_angles)
+    text_k = _rotated(attn.norm_added_k, _heads(attn, attn.add_k_proj(text_BLD)), place.text_angles)
+    text_q = None
+    if not place.is_last:
+        text_q = _rotated(attn.norm_added_q, _heads(attn, attn.add_q_proj(text_BLD)), place.text_angles)
+    image_v, text_v = _heads(attn, attn.to_v(image_BSD)), _heads(attn, attn.add_v_proj(text_BLD))
+
+    streams = ((text_q, image_q), (text_k, image_k), (text_v, image_v))
+    branches = zip(*(tokens.joint(text, image, num_copies) for text, image in streams), strict=True)
+    backend = attn.processor._attention_backend
+    outs = [dispatch_attention_fn(q, k, v, backend=backend).flatten(2).to(q.dtype) for q, k, v in branches]
+    if place.is_last:
+        return None, attn.to_out[1](attn.to_out[0](torch.cat(outs, dim=1)))
+    text_out_BLD, image_out_BSD = tokens.parted(outs)
+    return attn.to_add_out(text_out_BLD), attn.to_out[1](attn.to_out[0](image_out_BSD))
+
+
+def _heads(attn: Any, stream_BSD: Tensor) -> Tensor:
+    return stream_BSD.unflatten(-1, (-1, attn.inner_dim // attn.heads))
+
+
+def _rotated(norm: nn.Module, stream_BSHE: Tensor, angles_SE: Tensor) -> Tensor:
+    """Queries or keys, normed and turned; those that are left out would stand at the end of the stream."""
+    return apply_rotary_emb_qwen(norm(stream_BSHE), angles_SE[: stream_BSHE.shape[1]], use_real=False)
