@@ -37,18 +37,22 @@ class RowSquares:
             self._rows[name] = num_rows
             self._found[name][first_row] = rows.detach().to(dtype).square().sum(1).cpu()
 
+    def whole(self) -> dict[str, Tensor]:
+        """Name of linear -> ||W||^2 of all its rows, on the CPU, when this process has read them all."""
+        return {name: self._whole(name) for name in self._found}
+
     def reduce(self) -> dict[str, Tensor]:
-        """Name of linear -> ||W||^2 of all its rows, on the CPU. Collective when several ranks have read."""
+        """The same when each of several ranks has read the rows that it keeps. Collective."""
         shared = dist.is_initialized() and dist.get_world_size() > 1
         if shared:
             known: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
             dist.all_gather_object(known, self._rows)
             self._rows = {name: count for one in known for name, count in one.items()}
-        squares = {name: self._whole(name) for name in self._found}
+        squares = self.whole()
         return _summed(squares) if shared else squares
 
     def _whole(self, name: str) -> Tensor:
-        """All rows of a linear, zero where another rank has read."""
+        """All rows of a linear, zero where this process has not read."""
         parts = self._found[name]
         dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts.values()) else torch.float32
         whole = torch.zeros(self._rows[name], dtype=dtype)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ccmdist.cluster.deepspeed_on_cpu import disable_shm_op
 from ccmdist.cluster.device import take_device
-from ccmdist.cluster.ranks import Ranks
+from ccmdist.cluster.ranks import Ranks, common_ranks_per_node
 from ccmdist.errors import EXIT_INTERNAL, CcmdistError
 
 
@@ -34,7 +34,13 @@ def is_lost_connection(error: Exception) -> bool:
 
 
 class ProcessGroup:
-    """All ranks of a run. Every method is collective: each rank calls it, in the same order."""
+    """All ranks of a run. Every method is collective: each rank calls it, in the same order.
+
+    Attributes:
+        ranks: The place of this process.
+        device: Where this process computes.
+        ranks_per_node: How many consecutive ranks share each node; None where nodes differ in that.
+    """
 
     def __init__(self, ranks: Ranks, timeout_min: float, rendezvous: str = "env://", meet_min: float = 10.0) -> None:
         """Join the other ranks.
@@ -78,6 +84,7 @@ class ProcessGroup:
                 f"ranks found each other but do not reach each other: {str(error).splitlines()[0]}",
                 "name the interface that joins the nodes in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
             ) from None
+        self.ranks_per_node = common_ranks_per_node(self.gathered(ranks.local_rank))
 
     def maximum(self, values: Sequence[float]) -> list[float]:
         """The largest of all ranks' values, element by element; the same list on every rank."""

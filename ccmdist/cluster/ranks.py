@@ -5,7 +5,7 @@ split without talking to each other, ``worker_index`` of ``num_workers``, over a
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ccmdist.errors import RunError
@@ -28,6 +28,16 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this is the process that writes what is written once."""
         return self.global_rank == 0
+
+
+def common_ranks_per_node(local_ranks: Sequence[int]) -> int | None:
+    """How many consecutive ranks every node has, or None if nodes differ or their ranks are not consecutive.
+
+    Args:
+        local_ranks: Of all ranks, in the order of global ranks.
+    """
+    count = max(local_ranks) + 1
+    return count if list(local_ranks) == list(range(count)) * (len(local_ranks) // count) else None
 
 
 def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks | None:

@@ -26,6 +26,7 @@ from ccmdist.jobs.adapter import adapter_of
 from ccmdist.train.checkpoint import newest_valid
 from ccmdist.train.loop import train
 from ccmdist.train.objectives.edit import EditObjective
+from ccmdist.train.sharding import settle_sharding
 
 
 def run_rank(job_path: str, ranks: Ranks, rendezvous: str) -> int:
@@ -86,6 +87,7 @@ class _Rank:
             return EXIT_REFUSED
         self.is_held = True
         with self.sections("startup"):
+            config = settle_sharding(config, group)
             objective = EditObjective(config, group)
         outcome = train(config, objective, group, self.folder, stop, self.ledger)
         with self.sections("checkpoint", outcome.step):

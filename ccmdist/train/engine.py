@@ -16,6 +16,7 @@ import torch
 from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.config.train import TrainConfig
 from ccmdist.train.optim import SetwiseAdamW, update_average
+from ccmdist.train.sharding import forget_node_copies
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -40,16 +41,23 @@ class LocalParameter:
 ReadStretch = Callable[[str, str, int, int], torch.Tensor]
 
 
-def zero_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration that ``config`` implies for ``world_size`` ranks."""
+def zero_config(config: TrainConfig, world_size: int, ranks_per_node: int | None = None) -> dict[str, Any]:
+    """The DeepSpeed configuration that ``config`` implies.
+
+    Args:
+        config: Settings of the run, its sharding decided.
+        world_size: Number of ranks.
+        ranks_per_node: How many of them share a node, for zero3_hpz.
+    """
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.global_batch_size // (config.micro_batch_size * world_size),
         "gradient_clipping": config.optim.max_grad_norm,
         "zero_optimization": {
             "stage": 3,
-            # A persistent parameter keeps a gathered copy that a resume would leave stale.
+            # By size nothing persists; the adapter does by name, see Engine.
             "stage3_param_persistence_threshold": 0,
+            "zero_hpz_partition_size": (ranks_per_node or 1) if config.sharding == "zero3_hpz" else 1,
             # One flat tensor per parameter set, however large: its Adam state is found by the set's name.
             "sub_group_size": 10**15,
         },
@@ -83,8 +91,11 @@ class Engine:
         self.parameter_sets = parameter_sets
         self.optimizer = SetwiseAdamW({name: list(s.values()) for name, s in parameter_sets.items()}, config.optim)
         self.module, self._zero, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=zero_config(config, group.ranks.world_size)
+            model=model,
+            optimizer=self.optimizer,
+            config=zero_config(config, group.ranks.world_size, group.ranks_per_node),
         )
+        self._let_adapter_persist()
         self._ema_decay = config.optim.ema_decay
         self.local = self._local_parameters()
 
@@ -127,10 +138,18 @@ class Engine:
             local = self.local[name]
             for quantity, values in local.values.items():
                 values.copy_(read(name, quantity, local.start, local.start + len(values)))
-            # Three copies must agree: what forward gathers, the fp32 master, and the moments.
+            # Copies must agree: what forward gathers, the fp32 master, and the moments.
             parameter.ds_tensor.data[: len(local.values["weight"])].copy_(local.values["weight"])
+            parameter.partition()  # what was gathered before is out of date
+        forget_node_copies([parameter for _, parameter in self._named_parameters()])
         for name, flat in self._flat_by_set().items():
             self.optimizer.state[flat]["step"].fill_(float(adam_steps[name]))
+
+    def _let_adapter_persist(self) -> None:
+        """Gather what is trained once per optimizer step and keep it, instead of twice per block and micro-step."""
+        for _, parameter in self._named_parameters():
+            parameter.ds_persist = True
+            self._zero.persistent_parameters.append(parameter)
 
     def _named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [item for parameters in self.parameter_sets.values() for item in parameters.items()]

@@ -38,7 +38,7 @@ def train(
         CheckpointError: If the run's checkpoints belong to other weights or data.
     """
     with ledger.sections("startup"):
-        model = objective.build(zero_config(config, group.ranks.world_size))
+        model = objective.build(zero_config(config, group.ranks.world_size, group.ranks_per_node))
         engine = Engine(model, objective.parameter_sets(), config, group)
     with ledger.sections("restore"):
         attempt = group.from_first(len(run.attempts()))

@@ -71,7 +71,7 @@ def velocities_with_and_without(group, world, dtype):
     from ccmdist.train.engine import Engine, zero_config
     from ccmdist.train.objectives.edit import EditObjective
 
-    overrides = ["run=unused", *data_overrides(Path(world)), *SETTINGS, f"base={dtype}"]
+    overrides = ["run=unused", *data_overrides(Path(world)), *SETTINGS, f"base={dtype}", "sharding=zero3"]
     config = load(TrainConfig, [], overrides)
     objective = EditObjective(config, group)
     batch = next(iter(objective.batches(0)))

@@ -24,6 +24,7 @@ from ccmdist.models import mmdit
 from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.train.objectives.objective import Batch
+from ccmdist.train.sharding import forget_node_copies, hide_frozen_weights
 
 ADAPTER_SET = "adapter"
 MIN_UPDATES_TO_JUDGE = 10
@@ -60,12 +61,18 @@ class EditObjective:
         self._num_updates = -1  # the first call of after_step only says that the state was loaded
 
     def build(self, zero_config: dict[str, Any]) -> torch.nn.Module:
-        """The MMDiT with its base partitioned over the ranks and the adapter injected. Collective."""
+        """The MMDiT with its base where ``sharding`` says and the adapter injected. Collective."""
+        is_whole = self.config.sharding == "replicated"
         names = mmdit.linear_names(mmdit.skeleton(self.folder), self.config.adapter.targets)
         row_squares = RowSquares(names)
-        model = mmdit.build(self.folder, self.dtype, zero_config, row_squares.on_rows)
+        partition_as = None if is_whole else zero_config
+        model = mmdit.build(self.folder, self.dtype, partition_as, row_squares.on_rows, self.group.device)
+        forget_node_copies(model.parameters())
+        squares = row_squares.whole() if is_whole else row_squares.reduce()
         model.requires_grad_(False)
-        self.adapted: AdaptedLinears = inject(model, names, self.config.adapter, row_squares.reduce(), self.config.seed)
+        self.adapted: AdaptedLinears = inject(model, names, self.config.adapter, squares, self.config.seed)
+        if is_whole:
+            hide_frozen_weights(model)
         model.train()
         if self.config.activation_checkpointing != "none":
             model.enable_gradient_checkpointing()
