@@ -22,8 +22,9 @@ CCMDIST_BIND=${CCMDIST_BIND:-}
 # The fast network between the nodes, where NCCL picks another one (see `ip -brief address` on a node).
 #export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-# A folder on each node for code that is compiled there; shared ones slow every start down.
-CCMDIST_NODE_TMP=${CCMDIST_NODE_TMP:-/tmp}
+# A folder on each node's own disk for code that is compiled there, for tables that are made of the model (a few GB)
+# and, with data.stage_model=true, for a copy of its transformer (41 GB); shared ones slow every start down.
+export CCMDIST_NODE_TMP=${CCMDIST_NODE_TMP:-/tmp}
 
 # Caches, runs and reports hold images of patients: nobody outside the group reads them.
 umask 027

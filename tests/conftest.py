@@ -1,7 +1,9 @@
 """Processes for distributed tests are forked from one server that has imported the heavy libraries once."""
 
+import atexit
 import multiprocessing
 import os
+import shutil
 import sys
 import tempfile
 import traceback
@@ -18,8 +20,10 @@ for name, value in {
     "GLOO_SOCKET_IFNAME": "lo",
     "DS_ACCELERATOR": "cpu",
     "TORCH_EXTENSIONS_DIR": tempfile.gettempdir() + f"/ccmdist-test-extensions-{os.getpid()}",
+    "CCMDIST_NODE_TMP": tempfile.gettempdir() + f"/ccmdist-test-node-{os.getpid()}",
 }.items():
     os.environ.setdefault(name, value)
+atexit.register(shutil.rmtree, tempfile.gettempdir() + f"/ccmdist-test-node-{os.getpid()}", ignore_errors=True)
 
 PRELOADED = [
     "torch",

@@ -1,18 +1,174 @@
 """Tables of modulation: made by a model's own layers, and kept in one file per node that its ranks share.
 
+The file is mapped into memory, so ranks share its pages, and only rows that a run uses are ever read. It is looked for
+in the model folder first, where `ccmdist model convert` leaves one.
+
 Shape suffixes: N noise levels of a table, B samples, R values of a row, D width of the model.
 """
 
+import json
+import os
+import time
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ccmdist.console import tracked
+from ccmdist.commit import committed_file, digest_of
+from ccmdist.console import log, tracked
+from ccmdist.errors import ConfigError
 from ccmdist.models.checkpoint_io import load_weights
 from ccmdist.models.mmdit import skeleton
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.modulation_table import ModulationTable, levels, row_length
+from ccmdist.models.node_folder import GIB, alone_on_node, make_room, node_folder
+
+FORMAT_VERSION: Final = "1"
+IN_MODEL: Final = "modulation"
+"""Folder for tables in a model folder."""
+NAMES: Final = "modulation-*.safetensors"
+DTYPE_NAMES: Final = {torch.bfloat16: "BF16", torch.float32: "F32"}
+
+
+@dataclass(frozen=True)
+class TableKind:
+    """What two tables must have in common to be one; the noise levels may be more than are wanted.
+
+    Attributes:
+        base_digest: From ``ModelFolder.transformer_digest``.
+        dtype: Of the model, as safetensors names it.
+        samples_at_once: Batch size of the run: matrix products of another shape may round otherwise.
+        made_with: Device and library, which may round otherwise too.
+    """
+
+    base_digest: str
+    dtype: str
+    samples_at_once: str
+    made_with: str
+    format_version: str = FORMAT_VERSION
+
+    @classmethod
+    def of(cls, base_digest: str, dtype: torch.dtype, samples_at_once: int, device: torch.device) -> "TableKind":
+        """The kind that a run on ``device`` makes."""
+        made_on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return cls(base_digest, DTYPE_NAMES[dtype], str(samples_at_once), f"torch {torch.__version__}, {made_on}")
+
+    def accepts(self, other: dict[str, str], is_given: bool) -> bool:
+        """Whether a table with these metadata will do.
+
+        Args:
+            other: Of the file.
+            is_given: It lies in the model folder, where somebody has put it. In bf16 it then need not come from the
+                same device and shape, which change the last bit of a value now and then, if anything.
+        """
+        free = {"made_with"} | ({"samples_at_once"} if self.dtype == "BF16" else set()) if is_given else set()
+        return all(other.get(name) == value for name, value in asdict(self).items() if name not in free)
+
+
+def table_for(
+    folder: ModelFolder,
+    sigmas: Tensor,
+    dtype: torch.dtype,
+    samples_at_once: int,
+    device: torch.device,
+    base_digest: str,
+) -> ModulationTable:
+    """The table of a model for some noise levels: found, or made once for this node while its other ranks wait.
+
+    Local: what ranks of a node have to agree on, they agree on by a lock.
+
+    Args:
+        folder: The model.
+        sigmas: All noise levels that will be asked for.
+        dtype: Of the model.
+        samples_at_once: Samples of one forward.
+        device: Of the run.
+        base_digest: ``folder.transformer_digest()``, which reads much.
+
+    Raises:
+        ModelError: If the node's disk has no room, or its folder is not this user's alone.
+    """
+    kind, levels_N = TableKind.of(base_digest, dtype, samples_at_once, device), levels(sigmas, dtype)
+    if (table := _opened(folder.path / IN_MODEL, kind, levels_N, is_given=True)) is not None:
+        return table
+    place = node_folder()
+    with alone_on_node(place, "modulation", "the table of modulation"):
+        table = _opened(place, kind, levels_N)
+        if table is None:
+            num_bytes = len(levels_N) * row_length(skeleton(folder)) * dtype.itemsize
+            remedy = "set tabulate_modulation=false, or give a model folder from `ccmdist model convert`"
+            make_room(place, num_bytes, "the table of modulation", remedy, NAMES)
+            write_table(place, folder, levels_N, dtype, kind, device)
+            table = _opened(place, kind, levels_N)
+            assert table is not None, "it has just been written"
+    return table
+
+
+def write_table(
+    place: Path, folder: ModelFolder, levels_N: Tensor, dtype: torch.dtype, kind: TableKind, device: torch.device
+) -> Path:
+    """Make a table and commit it to ``place``; its file.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    start, name = time.monotonic(), f"modulation-{digest_of([asdict(kind), levels_N.tolist()])[:16]}.safetensors"
+    shape = len(levels_N), row_length(skeleton(folder))
+    with committed_file(place / name) as temporary:
+        rows_NR = _mapped_file(temporary, shape, dtype, levels_N, kind)
+        tabulate(folder, levels_N, rows_NR, int(kind.samples_at_once), device)
+        del rows_NR
+    size, seconds = (place / name).stat().st_size / GIB, time.monotonic() - start
+    log.info("%s: modulation at %d noise levels, %.2f GiB, made in %.1f s", place / name, len(levels_N), size, seconds)
+    return place / name
+
+
+def _mapped_file(file: Path, shape: tuple[int, int], dtype: torch.dtype, levels_N: Tensor, kind: TableKind) -> Tensor:
+    """A safetensors file of a table whose rows are yet to be filled, by way of the tensor that is returned.
+
+    Not by safetensors itself, which wants all of the rows in memory.
+    """
+    num_rows_bytes, levels_bytes = shape[0] * shape[1] * dtype.itemsize, levels_N.numpy().tobytes()
+    entries = {
+        "__metadata__": asdict(kind),
+        "rows": {"dtype": kind.dtype, "shape": shape, "data_offsets": [0, num_rows_bytes]},
+        "levels": {
+            "dtype": "F32",
+            "shape": [shape[0]],
+            "data_offsets": [num_rows_bytes, num_rows_bytes + len(levels_bytes)],
+        },
+    }
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 64 + 56)  # with the 8 bytes of its length, rows begin at a multiple of 64
+    start = 8 + len(header)
+    with file.open("r+b") as stream:
+        # Blocks are taken now: a full disk would kill a process that writes to a map.
+        os.posix_fallocate(stream.fileno(), 0, start + num_rows_bytes + len(levels_bytes))
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.seek(start + num_rows_bytes)
+        stream.write(levels_bytes)
+    mapped = torch.from_file(str(file), shared=True, size=start + num_rows_bytes, dtype=torch.uint8)
+    return mapped[start:].view(dtype).view(shape)
+
+
+def _opened(place: Path, kind: TableKind, levels_N: Tensor, is_given: bool = False) -> ModulationTable | None:
+    """A table of a folder that has all rows that are wanted; None if there is none."""
+    for file in sorted(place.glob(NAMES)):
+        try:
+            with safe_open(file, "pt") as stored:
+                if not kind.accepts(stored.metadata() or {}, is_given):
+                    continue
+                table = ModulationTable(stored.get_tensor("levels"), stored.get_tensor("rows"), str(file))
+            table.check(levels_N, "")
+        except (SafetensorError, ConfigError):
+            continue
+        log.info("%s: modulation at %d noise levels", file, len(table.levels_N))
+        return table
+    return None
 
 
 @torch.no_grad()
