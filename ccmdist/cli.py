@@ -68,7 +68,7 @@ shards = typer.Typer(
     **SETTINGS,
 )
 model = typer.Typer(
-    help="Make model folders that need no download.",
+    help="Make model folders that need no download, and plan what a training run needs.",
     epilog=example("ccmdist model make --size tiny --fitted --out models/tiny"),
     **SETTINGS,
 )
@@ -204,6 +204,35 @@ def fit(
 ) -> None:
     """Train the tiny VAE and MMDiT on phantoms until they can show an image; what `model make --fitted` uses."""
     importlib.import_module("ccmdist.jobs.model").fit(out, seed, quick)
+
+
+@model.command("plan", epilog=example("ccmdist model plan configs/train/wdlora.yaml --gpu h100"))
+def plan_training(
+    arguments: Arguments = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", min=1, max=4096, help="That train together.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option("--gpus-per-node", min=1, max=64, help="Of a node.")] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="Their kind, such as h100, h200, a100, l40s.")] = None,
+    fabric: Annotated[
+        str | None, typer.Option("--fabric", help="Between them, such as nvlink-8x400g, nvlink-2x200g, pcie-1x200g.")
+    ] = None,
+    time_limit_min: Annotated[
+        int | None, typer.Option("--time-limit-min", min=1, help="Of one job; else that of the section slurm.")
+    ] = None,
+    efficiency: Annotated[
+        float, typer.Option("--efficiency", min=0.01, max=1, help="Of the GPU's peak, assumed.")
+    ] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Show instead how it scales to 8, 64 and 512 GPUs.")
+    ] = False,
+) -> None:
+    """Predict memory, time and traffic of a training run, and the mode it should use, before a GPU-hour is spent.
+
+    Settings are those of `ccmdist train`; a section slurm may say nodes, gpus_per_node, gpu_type and time_limit_min.
+    """
+    asked: dict[str, Any] = {"gpus": gpus, "gpus_per_node": gpus_per_node, "gpu": gpu, "fabric": fabric}
+    asked |= {"time_limit_min": time_limit_min, "efficiency": efficiency}
+    importlib.import_module("ccmdist.jobs.model_plan").show(arguments or [], asked, as_json, scaling)
 
 
 Source = Annotated[Path, typer.Argument(help="Folder of an adapter, a run or a checkpoint.")]

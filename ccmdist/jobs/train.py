@@ -21,6 +21,10 @@ from ccmdist.data.cache_index import CacheEntry, cache_folder, fingerprint, inde
 from ccmdist.data.manifest import read_manifest
 from ccmdist.data.order import Order
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.planner.flops import tokens
+from ccmdist.planner.mode import needed
+from ccmdist.planner.table import needs_line
+from ccmdist.planner.transformer import Transformer
 
 RANK_MODULE: Final = "ccmdist.jobs.train_rank"
 
@@ -73,8 +77,16 @@ def describe(config: TrainConfig) -> str:
         f"samples: {len(entries)} ({', '.join(f'{name} {count}' for name, count in sorted(groups.items()))})\n"
         f"batches: {config.num_steps} steps of {config.global_batch_size} samples, {epochs:.1f} epochs; "
         f"on each of {ranks.world_size} ranks {len(cells)} micro-batches of {config.micro_batch_size} per step\n"
+        f"{_memory(config, model, entries, ranks.world_size)}\n"
         f"run: {config.run}, {start}"
     )
+
+
+def _memory(config: TrainConfig, model: ModelFolder, entries: list[CacheEntry], num_ranks: int) -> str:
+    """What the planner says of the memory of each GPU, all of them on one node."""
+    of = tokens(config.data.image_size_px, model.version, max(entry.num_text_tokens for entry in entries))
+    transformer = Transformer.from_config(model.config("transformer"))
+    return needs_line(needed(config, transformer, of, num_ranks, num_ranks), config.sharding)
 
 
 def training_entries(data: DataSettings, model: ModelFolder) -> list[CacheEntry]:

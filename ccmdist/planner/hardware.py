@@ -75,11 +75,11 @@ GPUS: Final[Mapping[str, Gpu]] = {
 }
 
 FABRICS: Final[Mapping[str, Fabric]] = {
-    "nvlink-8x400g": Fabric(8, True, 8 * 50e9, "nodes of 8 GPUs with NVLink, a 400 Gbit/s adapter for each"),
-    "nvlink-2x200g": Fabric(8, True, 2 * 25e9, "nodes of 8 GPUs with NVLink, two 200 Gbit/s adapters (academic)"),
-    "nvlink4-1x200g": Fabric(4, True, 25e9, "nodes of 4 GPUs with NVLink, one 200 Gbit/s adapter"),
-    "pcie-1x200g": Fabric(8, False, 25e9, "nodes of 8 GPUs on PCIe 4.0, one 200 Gbit/s adapter"),
-    "pcie-1x100g": Fabric(4, False, 12.5e9, "nodes of 4 GPUs on PCIe 4.0, one 100 Gbit/s adapter"),
+    "nvlink-8x400g": Fabric(8, True, 8 * 50e9, "NVLink in a node, eight 400 Gbit/s adapters between nodes"),
+    "nvlink-2x200g": Fabric(8, True, 2 * 25e9, "NVLink in a node, two 200 Gbit/s adapters between nodes"),
+    "nvlink4-1x200g": Fabric(4, True, 25e9, "NVLink in a node of 4 GPUs, one 200 Gbit/s adapter between nodes"),
+    "pcie-1x200g": Fabric(8, False, 25e9, "PCIe 4.0 in a node, one 200 Gbit/s adapter between nodes"),
+    "pcie-1x100g": Fabric(4, False, 12.5e9, "PCIe 4.0 in a node of 4 GPUs, one 100 Gbit/s adapter between nodes"),
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 from ccmdist.config.train import TrainConfig
 from ccmdist.errors import ConfigError
 from ccmdist.models.template import Version
-from ccmdist.planner.flops import StepFlops, Tokens, forward_flops, tokens
+from ccmdist.planner.flops import Recompute, StepFlops, Tokens, forward_flops, tokens
 from ccmdist.planner.hardware import Machine, gpu_named
 from ccmdist.planner.memory import SHARDINGS, Memory, Sharding, is_tabled, memory, num_trained
 from ccmdist.planner.mode import choose_mode, why_not
@@ -17,6 +17,7 @@ from ccmdist.planner.transformer import Transformer
 
 TIME_LIMIT_MIN: Final = 24 * 60
 SIGNAL_LEAD_S: Final = 300
+RECOMPUTES: Final[tuple[Recompute, ...]] = ("full", "selective", "none")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Choice:
     Attributes:
         sharding: Where the frozen weights lie.
         memory: Bytes on each GPU, estimated.
-        is_fitting: Whether that fits with head-room.
+        is_possible: Whether the mode makes sense for the settings and ranks at all.
+        is_fitting: Whether the memory fits with head-room.
         step: Predicted time of a step.
         images_per_s: Of all GPUs, predicted, overlapped.
         why_not: Why this mode is not the chosen one; "" for the chosen one.
@@ -34,10 +36,28 @@ class Choice:
 
     sharding: Sharding
     memory: Memory
+    is_possible: bool
     is_fitting: bool
     step: StepTime
     images_per_s: float
     why_not: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The run with one setting changed that costs time or memory, never a result.
+
+    Attributes:
+        change: The setting, as one would write it.
+        memory_bytes: On each GPU, estimated.
+        is_fitting: Whether that fits with head-room.
+        images_per_s: Of all GPUs, predicted, overlapped.
+    """
+
+    change: str
+    memory_bytes: float
+    is_fitting: bool
+    images_per_s: float
 
 
 @dataclass(frozen=True)
@@ -56,6 +76,7 @@ class Plan:
         sharding: The mode, as chosen or as set.
         reason: Why.
         choices: Every mode, the chosen one among them.
+        variants: The chosen mode with each way of computing activations again.
         traffic: Bytes that each GPU receives in the chosen mode.
         finish: Predicted course; None if the time limit is too short for a single step.
         time_limit_s: Of one job.
@@ -72,6 +93,7 @@ class Plan:
     sharding: Sharding
     reason: str
     choices: tuple[Choice, ...]
+    variants: tuple[Variant, ...]
     traffic: Traffic
     finish: Finish | None
     time_limit_s: float
@@ -133,6 +155,7 @@ def plan(
         sharding=sharding,
         reason=reason,
         choices=choices,
+        variants=tuple(_variant(config, model, of, sharding, machine, recompute) for recompute in RECOMPUTES),
         traffic=traffic(config, model, sharding, machine.num_gpus, machine.gpus_per_node),
         finish=finish(config, model, step, sharding, machine, time_limit_s, signal_lead_s),
         time_limit_s=time_limit_s,
@@ -170,9 +193,16 @@ def _choice(
     need = memory(config, model, of, sharding, machine.num_gpus, machine.gpus_per_node)
     step = step_time(config, model, of, sharding, machine)
     is_fitting = need.fits(gpu_named(machine.gpu).memory_bytes)
-    reason = ""
-    if sharding != chosen:
-        reason = why_not(config, sharding, machine.num_gpus, machine.gpus_per_node) or (
-            "sends more" if is_fitting else "does not fit"
-        )
-    return Choice(sharding, need, is_fitting, step, config.global_batch_size / step.overlapped_s, reason)
+    impossible = why_not(config, sharding, machine.num_gpus, machine.gpus_per_node)
+    reason = "" if sharding == chosen else impossible or ("sends more" if is_fitting else "does not fit")
+    images_per_s = config.global_batch_size / step.overlapped_s
+    return Choice(sharding, need, impossible is None, is_fitting, step, images_per_s, reason)
+
+
+def _variant(
+    config: TrainConfig, model: Transformer, of: Tokens, sharding: Sharding, machine: Machine, recompute: Recompute
+) -> Variant:
+    changed = config.model_copy(update={"activation_checkpointing": recompute})
+    choice = _choice(changed, model, of, sharding, sharding, machine)
+    name = f"activation_checkpointing={recompute}"
+    return Variant(name, choice.memory.total, choice.is_fitting, choice.images_per_s)
