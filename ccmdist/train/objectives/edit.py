@@ -20,7 +20,7 @@ from ccmdist.diffusion import flow
 from ccmdist.diffusion.sampler import sample
 from ccmdist.diffusion.seeding import generator
 from ccmdist.errors import RunError
-from ccmdist.models import mmdit
+from ccmdist.models import attention, mmdit
 from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.train.objectives.objective import Batch
@@ -76,6 +76,7 @@ class EditObjective:
         model.train()
         if self.config.activation_checkpointing != "none":
             model.enable_gradient_checkpointing()
+        attention.set_backend(model, self.group.device, self.dtype)
         mmdit.make_blocks_leaves(model)
         return model
 

@@ -10,7 +10,9 @@ from ccmdist.adapters.injection import inject, row_squares_of
 from ccmdist.config.train import WDLoRASettings
 from ccmdist.models import mmdit, sampling
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.modulation_table import ModulationTable, levels, row_length
 from ccmdist.models.sampling import GuidedVelocity
+from ccmdist.models.tabulation import tabulate
 
 TARGET_HW, MASK_HW = (4, 6), (4, 4)
 NUM_TARGET, NUM_MASK = 24, 16
@@ -162,3 +164,20 @@ def test_tokens_of_branches_are_put_together_in_the_order_of_the_model_and_parte
     parts = tokens.parted([one.flatten(2) for one in tokens.joint(text, image, 2)])
     assert torch.equal(parts[0], text.flatten(2))
     assert torch.equal(parts[1], image.flatten(2))
+
+
+@pytest.mark.parametrize("version", ["2509", "2511"])
+@torch.no_grad()
+def test_a_tabled_model_predicts_the_same(tiny_models, version):
+    folder = ModelFolder.open(tiny_models[version])
+    latents, mask_latents, embeds, sigma = inputs((9, 5))
+    levels_N = levels(sigma, torch.float32)
+    rows_NR = torch.empty(len(levels_N), row_length(mmdit.skeleton(folder)))
+    tabulate(folder, levels_N, rows_NR, samples_at_once=NUM_SAMPLES)
+    tabled = mmdit.build(folder, torch.float32, None, table=ModulationTable(levels_N, rows_NR))
+    plain = mmdit.build(folder, torch.float32, None)
+    found, expected = (
+        GuidedVelocity(model, mask_latents, embeds, TARGET_HW, MASK_HW)(latents, sigma) for model in (tabled, plain)
+    )
+    # Products of another number of rows may round otherwise, and 2511 has twice as many.
+    assert_equal(found, expected, 1e-6)
