@@ -13,6 +13,7 @@ from ccmdist.adapters.injection import AdaptedLinears, RowSquares, inject
 from ccmdist.cluster.preemption import ignore_stop_signals
 from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.config.train import TrainConfig
+from ccmdist.console import log
 from ccmdist.data.latent_cache import CacheEntry, LatentCache
 from ccmdist.data.order import Order
 from ccmdist.data.stream import SampleStream, batches
@@ -23,6 +24,8 @@ from ccmdist.errors import RunError
 from ccmdist.models import attention, mmdit
 from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.modulation_table import ModulationTable, is_tabled
+from ccmdist.models.tabulation import table_for
 from ccmdist.train.objectives.objective import Batch
 from ccmdist.train.sharding import forget_node_copies, hide_frozen_weights
 
@@ -58,6 +61,7 @@ class EditObjective:
         self.grid = flow.training_sigmas(self.shift)
         self.dtype = DTYPES[config.base]
         self._drawn: list[float] = []
+        self._is_tabled = False
         self._num_updates = -1  # the first call of after_step only says that the state was loaded
 
     def build(self, zero_config: dict[str, Any]) -> torch.nn.Module:
@@ -66,7 +70,9 @@ class EditObjective:
         names = mmdit.linear_names(mmdit.skeleton(self.folder), self.config.adapter.targets)
         row_squares = RowSquares(names)
         partition_as = None if is_whole else zero_config
-        model = mmdit.build(self.folder, self.dtype, partition_as, row_squares.on_rows, self.group.device)
+        table = self._table(names)
+        self._is_tabled = table is not None
+        model = mmdit.build(self.folder, self.dtype, partition_as, row_squares.on_rows, self.group.device, table)
         forget_node_copies(model.parameters())
         squares = row_squares.whole() if is_whole else row_squares.reduce()
         model.requires_grad_(False)
@@ -79,6 +85,18 @@ class EditObjective:
         attention.set_backend(model, self.group.device, self.dtype)
         mmdit.make_blocks_leaves(model)
         return model
+
+    def _table(self, adapted: list[str]) -> ModulationTable | None:
+        """What takes the place of the modulation layers, unless the adapter changes them."""
+        if not self.config.tabulate_modulation:
+            return None
+        if changed := [name for name in adapted if is_tabled(name)]:
+            log.info("modulation is not tabulated, for the adapter changes it: %s", changed[0])
+            return None
+        steps = self.config.monitor.denoise_steps
+        sampling = flow.sampling_sigmas(steps, self.shift, self.noise_schedule)
+        sigmas, samples = torch.cat([self.grid, sampling]), self.config.micro_batch_size
+        return table_for(self.folder, sigmas, self.dtype, samples, self.group.device, self.base_digest)
 
     def parameter_sets(self) -> dict[str, dict[str, torch.nn.Parameter]]:
         """One set: the adapter."""
@@ -206,7 +224,7 @@ class EditObjective:
         sigma_B: torch.Tensor,
     ) -> torch.Tensor:
         device = self.group.device
-        x_BSC, noise_BSC, sigma_B = x_BSC.to(device), noise_BSC.to(device), sigma_B.to(device)
+        x_BSC, noise_BSC = x_BSC.to(device), noise_BSC.to(device)
         predicted_BSC = self._velocity(model, batch, flow.interpolate(x_BSC, noise_BSC, sigma_B), sigma_B)
         return (predicted_BSC.float() - flow.velocity_target(x_BSC, noise_BSC)).square().mean(dim=(1, 2))
 
@@ -219,7 +237,7 @@ class EditObjective:
             latents_BSC.to(device, self.dtype),
             flow.pack_latents(batch["mask_latents"]).to(device, self.dtype),
             batch["prompt_embeds"].to(device, self.dtype),
-            sigma_B,
+            sigma_B.to("cpu" if self._is_tabled else device),  # the host looks into the table, and never waits
             self.token_hw,
             self.token_hw,
         )
