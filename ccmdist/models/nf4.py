@@ -12,6 +12,7 @@ from torch import nn
 from ccmdist.errors import ModelError
 from ccmdist.models.mmdit import QwenImageTransformer2DModel, skeleton
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.modulation_table import is_tabled
 
 BYTES_PER_WEIGHT: Final = 4 / 8 + 1 / 64 + 4 / (64 * 256)
 """Four bits, an 8-bit scale for 64 weights, and a 32-bit scale for 256 of those scales."""
@@ -36,15 +37,18 @@ def quantize_blocks(model: QwenImageTransformer2DModel, device: torch.device | s
     return nn.Module.to(model, device)
 
 
-def num_bytes(folder: ModelFolder, dtype: torch.dtype, in_nf4: bool) -> int:
-    """Bytes of the MMDiT's weights on the device that draws."""
-    model = skeleton(folder)
-    num_weights = sum(weight.numel() for weight in model.parameters())
+def num_bytes(folder: ModelFolder, dtype: torch.dtype, in_nf4: bool, has_modulation: bool = True) -> int:
+    """Bytes of the MMDiT's weights on the device that draws, with or without the layers that a table replaces."""
+    weights = {n: w.numel() for n, w in skeleton(folder).named_parameters() if has_modulation or not is_tabled(n)}
+    num_weights = sum(weights.values())
     if not in_nf4:
         return num_weights * dtype.itemsize
-    num_quantized = sum(
-        block.get_submodule(name).weight.numel() for block in model.transformer_blocks for name in _linears(block)
-    )
+    linears = {
+        f"transformer_blocks.{index}.{name}.weight"
+        for index, block in enumerate(skeleton(folder).transformer_blocks)
+        for name in _linears(block)
+    }
+    num_quantized = sum(count for name, count in weights.items() if name in linears)
     return round(num_quantized * BYTES_PER_WEIGHT) + (num_weights - num_quantized) * dtype.itemsize
 
 

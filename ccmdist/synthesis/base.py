@@ -4,39 +4,51 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from ccmdist.adapters.merge import merge_into
 from ccmdist.adapters.state import AdapterState
 from ccmdist.cluster.device import is_gpu_usable
+from ccmdist.diffusion import flow
 from ccmdist.errors import RunError
 from ccmdist.models import mmdit, nf4
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.modulation_table import is_tabled
+from ccmdist.models.tabulation import table_for
 from ccmdist.precompute.fill import DTYPES
 from ccmdist.synthesis.plan import NF4, Base, PlanSettings
 
 HEADROOM_BYTES: Final = 4 << 30
-"""Left for activations, the VAE and CUDA itself: an estimate for batches of 8 at 384 px, not measured on a card."""
+"""Left for activations, the table of modulation, the VAE and CUDA itself: an estimate for batches of 8 at 384 px, not
+measured on a card."""
 GIB: Final = 1 << 30
 
 
-def base_for_card(model: ModelFolder, dtype: str) -> Base:
+def base_for_card(model: ModelFolder, dtype: str, adapter: AdapterState | None = None) -> Base:
     """The form for this process's card: the base as it is, in ``dtype``, where it fits beside the head-room; else NF4.
 
     Without a card, that is on a CPU, the base as it is.
     """
     as_it_is: Base = "bf16" if dtype == "bf16" else "fp32"
-    return as_it_is if _shortage(model, as_it_is, dtype) is None else NF4
+    return as_it_is if _shortage(model, as_it_is, dtype, adapter) is None else NF4
 
 
-def refuse_small_card(folder: Path, model: ModelFolder, settings: PlanSettings) -> None:
+def refuse_small_card(folder: Path, model: ModelFolder, settings: PlanSettings, adapter: AdapterState | None) -> None:
     """Check that this process's card can hold the base of the set in ``folder``.
 
     Raises:
         RunError: If it cannot; with both sizes.
     """
-    if shortage := _shortage(model, settings.base, settings.dtype):
+    if shortage := _shortage(model, settings.base, settings.dtype, adapter):
         others = "" if settings.base == NF4 else ", or draw another set, in another out, with base=nf4"
         raise RunError(f"{folder}: {shortage}", f"run it on cards with more memory{others}")
+
+
+def noise_levels(model: ModelFolder, settings: PlanSettings) -> Tensor:
+    """The sampler's noise levels, from 1 down to 0."""
+    noise_schedule = model.noise_schedule()
+    shift = flow.resolution_shift((settings.image_size_px // 16) ** 2, noise_schedule)
+    return flow.sampling_sigmas(settings.denoise_steps, shift, noise_schedule)
 
 
 def load(
@@ -45,21 +57,36 @@ def load(
     """The MMDiT on a device, the adapter merged, in the form that the plan asks for.
 
     For NF4 each process needs the host memory of the base in the plan's dtype while it loads: the adapter is merged
-    before anything is rounded to 4 bits.
+    before anything is rounded to 4 bits. Modulation, where it is tabulated, is not.
     """
     in_nf4 = settings.base == NF4
-    built = mmdit.build(model, DTYPES[settings.dtype], None, device="cpu" if in_nf4 else device)
+    dtype = DTYPES[settings.dtype]
+    table = None
+    if is_tabulated(settings.base, adapter):
+        sigmas = noise_levels(model, settings)
+        table = table_for(model, sigmas, dtype, settings.batch_size, device, settings.base_digest)
+    built = mmdit.build(model, dtype, None, device="cpu" if in_nf4 else device, table=table)
     if adapter is not None:
         merge_into(built, adapter)
     return nf4.quantize_blocks(built, device) if in_nf4 else built
 
 
-def _shortage(model: ModelFolder, base: Base, dtype: str) -> str | None:
+def is_tabulated(base: Base, adapter: AdapterState | None) -> bool:
+    """Whether a set is drawn with a table in place of the modulation layers: the plan and its adapter decide it.
+
+    In bf16 the images are the same. In fp32 a table of another batch size changes the last bit, and the last batch of
+    a set may be smaller than the others, so there the layers stay.
+    """
+    return base != "fp32" and (adapter is None or not any(map(is_tabled, adapter.tensors)))
+
+
+def _shortage(model: ModelFolder, base: Base, dtype: str, adapter: AdapterState | None) -> str | None:
     """What does not fit, in words; None if it does, or if there is no card."""
     if not is_gpu_usable():
         return None
     card = torch.cuda.get_device_properties(torch.cuda.current_device())
-    needed = nf4.num_bytes(model, DTYPES[dtype], in_nf4=base == NF4)
+    has_modulation = not is_tabulated(base, adapter)
+    needed = nf4.num_bytes(model, DTYPES[dtype], in_nf4=base == NF4, has_modulation=has_modulation)
     if needed + HEADROOM_BYTES <= card.total_memory:
         return None
     return (

@@ -88,11 +88,11 @@ def _begun(
     """The set, its plan accepted and fit to be drawn on this process's card."""
     form = base_of(config)
     digest = adapter_digest(adapter) if adapter else UNTUNED
-    plan = make_plan(config, model, encoders, digest, form or base.base_for_card(model, config.data.dtype))
+    plan = make_plan(config, model, encoders, digest, form or base.base_for_card(model, config.data.dtype, adapter))
     if adapter is not None:
         # Before the plan is written: one with an adapter that does not fit would stand in the way of the right one.
         _refuse_another_base(adapter, plan, config)
-    base.refuse_small_card(config.out, model, plan.settings)
+    base.refuse_small_card(config.out, model, plan.settings, adapter)
     output = SyntheticSet(config.out, plan)
     try:
         output.accept()
@@ -154,9 +154,7 @@ class ImageSampler:
         self.entries: dict[str, CacheEntry] = {entry.key: entry for entry in cache.entries(settings.split)}
         self.seed, self.guidance_scale = settings.seed, settings.guidance_scale
         self.token_hw = (settings.image_size_px // 16, settings.image_size_px // 16)
-        noise_schedule = model.noise_schedule()
-        shift = flow.resolution_shift(self.token_hw[0] * self.token_hw[1], noise_schedule)
-        self.sigmas = flow.sampling_sigmas(settings.denoise_steps, shift, noise_schedule)
+        self.sigmas = base.noise_levels(model, settings)
 
     def draw(self, requests: Sequence[Request]) -> NDArray[np.uint8]:
         """Grey images, uint8 (B, H, W), of requests with one text length.

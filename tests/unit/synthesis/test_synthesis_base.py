@@ -17,9 +17,10 @@ from ccmdist.errors import ConfigError, ModelError, RunError
 from ccmdist.jobs.synthesize import describe
 from ccmdist.models import mmdit, nf4
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.modulation_table import is_tabled
 from ccmdist.models.sizes import SIZES
 from ccmdist.synthesis import base as base_module
-from ccmdist.synthesis.base import HEADROOM_BYTES, base_for_card, load
+from ccmdist.synthesis.base import HEADROOM_BYTES, base_for_card, load, noise_levels
 from ccmdist.synthesis.generate import synthesize
 from ccmdist.synthesis.output import SyntheticSet
 from ccmdist.synthesis.plan import read_plan
@@ -28,14 +29,14 @@ from ccmdist.synthesis.verify import verify_against_plan
 GIB = 1 << 30
 
 
-def velocity_of(model, dtype):
+def velocity_of(model, dtype, sigmas):
     random = torch.Generator().manual_seed(0)
 
     def noise(*shape):
         return torch.randn(*shape, generator=random).to(dtype)
 
     with torch.no_grad():
-        inputs = (noise(2, 16, 64), noise(2, 16, 64), noise(2, 9, 64), torch.tensor([0.3, 0.8]))
+        inputs = (noise(2, 16, 64), noise(2, 16, 64), noise(2, 9, 64), sigmas[:2])
         return mmdit.velocity(model, *inputs, (4, 4), (4, 4)).float()
 
 
@@ -45,27 +46,61 @@ def test_in_nf4_the_velocity_differs_by_a_few_per_cent(dtype, sources, config, p
     settings = replace(plan_of(config()).settings, dtype=dtype, base=dtype)
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     as_it_is = load(model, settings, None, torch.device("cpu"))
-    expected = velocity_of(as_it_is, torch_dtype)
+    sigmas = noise_levels(model, settings)
+    expected = velocity_of(as_it_is, torch_dtype, sigmas)
     in_nf4 = load(model, replace(settings, base="nf4"), None, torch.device("cpu"))
-    found = velocity_of(in_nf4, torch_dtype)
+    found = velocity_of(in_nf4, torch_dtype, sigmas)
     deviation = float((found - expected).norm() / expected.norm())
     assert 0.02 < deviation < 0.1, deviation  # 0.054 in both
     linears = [module for module in in_nf4.transformer_blocks.modules() if type(module).__name__ == "Linear4bit"]
-    assert len(linears) == sum(isinstance(module, nn.Linear) for module in as_it_is.transformer_blocks.modules())
+    in_blocks = {n for n, module in as_it_is.named_modules() if isinstance(module, nn.Linear) and "_blocks" in n}
+    assert len(linears) == len([name for name in in_blocks if not is_tabled(name)]) == 12 * 4
     assert {linear.weight.dtype for linear in linears} == {torch.uint8}
     # What is small and sensitive stays as it is: embeddings, norms, the projections in and out.
     assert in_nf4.proj_out.weight.dtype == torch_dtype
     kept = sum(weight.numel() * weight.itemsize for weight in in_nf4.parameters())
-    assert kept < nf4.num_bytes(model, torch_dtype, in_nf4=True) < 1.1 * kept
-    assert nf4.num_bytes(model, torch_dtype, in_nf4=False) == sum(w.nbytes for w in as_it_is.parameters())
+    assert kept < nf4.num_bytes(model, torch_dtype, in_nf4=True, has_modulation=False) < 1.1 * kept
+    has_modulation = dtype == "fp32"
+    assert nf4.num_bytes(model, torch_dtype, False, has_modulation) == sum(w.nbytes for w in as_it_is.parameters())
 
 
 def test_the_adapter_is_merged_before_anything_is_rounded(sources, config, plan_of, monkeypatch):
     seen = []
     monkeypatch.setattr(base_module, "merge_into", lambda model, state: seen.append(type(first_linear(model)).__name__))
     settings = replace(plan_of(config()).settings, base="nf4")
-    model = load(ModelFolder.open(sources / "model"), settings, object(), torch.device("cpu"))
+    nothing = SimpleNamespace(tensors={})
+    model = load(ModelFolder.open(sources / "model"), settings, nothing, torch.device("cpu"))
     assert (*seen, type(first_linear(model)).__name__) == ("Linear", "Linear4bit")
+
+
+def test_in_bf16_images_are_the_same_bytes_with_and_without_a_table(config, monkeypatch, tmp_path):
+    cache = f"data.cache={cache_in_bf16(config)}"
+    built, original = [], mmdit.build
+    monkeypatch.setattr(mmdit, "build", lambda *a, **b: built.append(original(*a, **b)) or built[-1])
+    in_bf16 = ("base=bf16", "data.dtype=bf16", cache)
+    assert synthesize(config(*in_bf16), None)
+    monkeypatch.setattr(base_module, "is_tabulated", lambda base, adapter: False)
+    assert synthesize(config(*in_bf16, out="plain"), None)
+    has_modulation = [any(is_tabled(name) for name, _ in model.named_parameters()) for model in built]
+    assert has_modulation == [False, True]
+    tabled, plain = images_of(tmp_path / "out"), images_of(tmp_path / "plain")
+    assert len(tabled) == 10
+    assert all(np.array_equal(image, tabled[key]) for key, image in plain.items())
+    assert read_plan(tmp_path / "out").digest == read_plan(tmp_path / "plain").digest
+
+
+@pytest.mark.parametrize(
+    ("base", "targets", "expected"),
+    [
+        ("bf16", "attn.to_q", True),
+        ("nf4", "attn.to_q", True),
+        ("fp32", "attn.to_q", False),
+        ("bf16", "img_mod.1", False),
+    ],
+)
+def test_layers_that_an_adapter_changes_are_not_tabulated_and_fp32_is_left_to_the_bit(base, targets, expected):
+    adapter = SimpleNamespace(tensors={f"transformer_blocks.0.{targets}": {}})
+    assert base_module.is_tabulated(base, adapter) == expected
 
 
 def first_linear(model):
@@ -116,7 +151,8 @@ def full(monkeypatch):
     [
         (79.1, "bf16", "bf16"),
         (44.4, "bf16", "bf16"),
-        (39.4, "bf16", "nf4"),
+        (39.4, "bf16", "bf16"),
+        (29.0, "bf16", "nf4"),
         (23.6, "bf16", "nf4"),
         (79.1, "fp32", "nf4"),
         (139.8, "fp32", "fp32"),
@@ -129,8 +165,10 @@ def test_a_card_that_cannot_hold_the_20_b_base_in_bf16_takes_nf4(num_gib, dtype,
     assert base_for_card(model, dtype) == expected
 
 
-def test_the_20_b_base_has_38_gib_in_bf16_and_10_in_nf4(sources, full):
+def test_a_table_takes_a_third_off_the_20_b_base_of_38_gib_in_bf16_and_10_in_nf4(sources, full):
     model = ModelFolder.open(sources / "model")
+    assert nf4.num_bytes(model, torch.bfloat16, False, has_modulation=False) / GIB == pytest.approx(25.38, abs=0.02)
+    assert nf4.num_bytes(model, torch.bfloat16, True, has_modulation=False) / GIB == pytest.approx(6.6, abs=0.1)
     assert nf4.num_bytes(model, torch.bfloat16, in_nf4=False) / GIB == pytest.approx(38.05, abs=0.02)
     assert nf4.num_bytes(model, torch.bfloat16, in_nf4=True) / GIB == pytest.approx(9.9, abs=0.2)
     assert HEADROOM_BYTES == 4 * GIB
@@ -169,13 +207,13 @@ def test_a_card_that_cannot_hold_the_base_of_the_set_is_refused_with_the_sizes(c
     with pytest.raises(RunError) as refusal:
         synthesize(config("base=bf16", "data.dtype=bf16", f"data.cache={cache_in_bf16(config)}"), None)
     assert str(refusal.value) == (
-        f"{tmp_path}/out: the base in bf16 has 38.1 GiB and needs 4.0 GiB beside it, NVIDIA L4 has 23.6 GiB; "
+        f"{tmp_path}/out: the base in bf16 has 25.4 GiB and needs 4.0 GiB beside it, NVIDIA L4 has 23.6 GiB; "
         "run it on cards with more memory, or draw another set, in another out, with base=nf4"
     )
     assert not (tmp_path / "out").exists()
-    card(monkeypatch, 11.9, "NVIDIA T4")
+    card(monkeypatch, 7.4, "NVIDIA P4")
     with pytest.raises(
-        RunError, match=r"the base in nf4 has \d+\.\d GiB .* has 11\.9 GiB; run it on cards with more memory$"
+        RunError, match=r"the base in nf4 has \d+\.\d GiB .* has 7\.4 GiB; run it on cards with more memory$"
     ):
         synthesize(config("base=nf4"), None)
 
