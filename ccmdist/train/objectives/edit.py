@@ -3,7 +3,7 @@
 Shape suffixes: B samples, S packed latent tokens, C channels, L text tokens, D text width, h w latent rows and columns.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -74,10 +74,21 @@ class EditObjective:
         self._is_tabled = table is not None
         model = mmdit.build(self.folder, self.dtype, partition_as, row_squares.on_rows, self.group.device, table)
         forget_node_copies(model.parameters())
-        squares = row_squares.whole() if is_whole else row_squares.reduce()
+        return self.adapt(model, names, row_squares.whole() if is_whole else row_squares.reduce())
+
+    def adapt(
+        self, model: mmdit.QwenImageTransformer2DModel, names: list[str], row_squares: Mapping[str, torch.Tensor]
+    ) -> torch.nn.Module:
+        """A model with its weights, made ready to be trained: frozen, with the adapter, computing as the settings say.
+
+        Args:
+            model: Changed in place.
+            names: Linears that get an adapter.
+            row_squares: Their squared norms, as :func:`ccmdist.adapters.injection.inject` takes them.
+        """
         model.requires_grad_(False)
-        self.adapted: AdaptedLinears = inject(model, names, self.config.adapter, squares, self.config.seed)
-        if is_whole:
+        self.adapted: AdaptedLinears = inject(model, names, self.config.adapter, row_squares, self.config.seed)
+        if self.config.sharding == "replicated":
             hide_frozen_weights(model)
         model.train()
         if self.config.activation_checkpointing != "none":
