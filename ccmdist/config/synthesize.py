@@ -30,6 +30,9 @@ class SynthesizeConfig(Settings):
     """One step is refused: the noise schedule's terminal shift divides by zero there."""
     guidance_scale: float = Field(4.0, ge=1)
     """Of true classifier-free guidance; 1 means no second pass."""
+    compile_blocks: bool = False
+    """Compile the blocks of the model, minutes at the start for each length of prompts, needs a compiler. Fused
+    operations round otherwise: part of what decides an image's bytes."""
     seed: int = Field(0, ge=0)
     log_every_batches: int = free(1, ge=1)
 

@@ -69,8 +69,8 @@ class Place:
 
     Attributes:
         tokens: Of a branch.
-        text_angles: Rotary angles of the text, (L, E/2) complex numbers.
-        image_angles: Of the image tokens, (S, E/2).
+        text_angles: Cosine and sine of the rotary angles of the text, (L, E/2, 2).
+        image_angles: Of the image tokens, (S, E/2, 2).
         is_first: The branches still share their image tokens.
         is_last: Only the target's tokens are wanted of it.
     """
@@ -98,11 +98,16 @@ class Place:
         return N * self.tokens.num_target, 0 if self.is_last else N * self.tokens.num_mask
 
 
-BlockPass = Callable[[nn.Module, Tensor, Tensor, Tensor, Place], tuple[Tensor, Tensor]]
+BlockPass = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor, Place], tuple[Tensor, Tensor]]
 
 
 def block_pass(
-    block: nn.Module, text_BLD: Tensor, image_BSD: Tensor, time_RD: Tensor, place: Place
+    block: nn.Module,
+    text_BLD: Tensor,
+    image_BSD: Tensor,
+    text_mod_BM: Tensor,
+    image_mod_RM: Tensor,
+    place: Place,
 ) -> tuple[Tensor, Tensor]:
     """One block over all branches: the streams of text and of image tokens after it; the last leaves the text as it is.
 
@@ -110,14 +115,16 @@ def block_pass(
         block: A QwenImageTransformerBlock.
         text_BLD: Of all branches.
         image_BSD: Of all branches; in the first block of one, for they are equal.
-        time_RD: What the model makes of the noise levels; in 2511 followed by as many rows for the masks.
+        text_mod_BM: What the block's `txt_mod` returns, M = 6 D. Not asked for here: in a tabled model it is the one
+            thing in which blocks differ beside their weights, and each would be compiled by itself.
+        image_mod_RM: Of its `img_mod`; in 2511 the rows of the samples are followed by as many for their masks.
         place: Which block it is.
 
     Source: forward of diffusers' QwenImageTransformerBlock and of its attention processor.
     """
     seen, wanted = place.seen, place.wanted
-    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = block.img_mod(time_RD).chunk(6, dim=-1)
-    text_mod = block.txt_mod(time_RD[: len(text_BLD)]).unsqueeze(1).chunk(6, dim=-1)
+    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = image_mod_RM.chunk(6, dim=-1)
+    text_mod = text_mod_BM.unsqueeze(1).chunk(6, dim=-1)
 
     image_in_BSD = block.img_norm1(image_BSD) * (1 + _spread(block, scale_1, seen)) + _spread(block, shift_1, seen)
     text_in_BLD = block.txt_norm1(text_BLD) * (1 + text_mod[1]) + text_mod[0]
@@ -143,7 +150,8 @@ class GuidedVelocity:
         prompt_embeds: (B, L, D) for each branch, the prompt first; unpadded, of any lengths.
         target_hw: Rows and columns of the target's tokens.
         mask_hw: Rows and columns of the mask's tokens.
-        run_block: :func:`block_pass`, or what compiles to the same.
+        run_block: :func:`block_pass`, or what compiles to the same; for all blocks but the first and the last, whose
+            shapes are others, so that there is one thing to compile.
     """
 
     @torch.no_grad()
@@ -175,25 +183,28 @@ class GuidedVelocity:
             latents_BTC: Noisy packed latents of the target, in the model's dtype.
             sigma_B: Noise level of each sample, in [0, 1].
         """
-        model, text_BLD = self.model, self.text_BLD
+        model, text_BLD, B = self.model, self.text_BLD, len(latents_BTC)
         image_BSD = torch.cat([model.img_in(latents_BTC), self.mask_BMD], dim=1)
         timestep_R = sigma_B.to(latents_BTC.dtype)
         if model.zero_cond_t:
             timestep_R = torch.cat([timestep_R, torch.zeros_like(timestep_R)])
         time_RD = model.time_text_embed(timestep_R, image_BSD, None)
         for block, place in zip(model.transformer_blocks, self.places, strict=True):
-            text_BLD, image_BSD = self.run_block(block, text_BLD, image_BSD, time_RD, place)
-        predicted_BSC = model.proj_out(model.norm_out(image_BSD, time_RD[: len(latents_BTC)]))
+            run_block = block_pass if place.is_first or place.is_last else self.run_block
+            mods = block.txt_mod(time_RD[:B]), block.img_mod(time_RD)
+            text_BLD, image_BSD = run_block(block, text_BLD, image_BSD, *mods, place)
+        predicted_BSC = model.proj_out(model.norm_out(image_BSD, time_RD[:B]))
         return predicted_BSC.split(self.tokens.num_target, dim=1)
 
     def _places(self, image_SE: Tensor, text_LE: Tensor) -> list[Place]:
         """Of all blocks. The text of every branch is turned as if it stood alone: from the first angle on."""
         num_blocks, N = len(self.model.transformer_blocks), self.tokens.num_branches
         target_TE, mask_ME = image_SE.split([self.tokens.num_target, self.tokens.num_mask])
-        all_text_LE = torch.cat([text_LE[:length] for length in self.tokens.num_text])
-        all_image_SE = torch.cat([target_TE] * N + [mask_ME] * N)
+        text = torch.view_as_real(torch.cat([text_LE[:length] for length in self.tokens.num_text]))
+        image = torch.view_as_real(torch.cat([target_TE] * N + [mask_ME] * N))
+        shared = torch.view_as_real(image_SE)
         return [
-            Place(self.tokens, all_text_LE, all_image_SE if index else image_SE, index == 0, index == num_blocks - 1)
+            Place(self.tokens, text, image if index else shared, index == 0, index == num_blocks - 1)
             for index in range(num_blocks)
         ]
 
@@ -238,6 +249,13 @@ def _heads(attn: Any, stream_BSD: Tensor) -> Tensor:
     return stream_BSD.unflatten(-1, (-1, attn.inner_dim // attn.heads))
 
 
-def _rotated(norm: nn.Module, stream_BSHE: Tensor, angles_SE: Tensor) -> Tensor:
+def _rotated(norm: nn.Module, stream_BSHE: Tensor, angles_SE2: Tensor) -> Tensor:
     """Queries or keys, normed and turned; those that are left out would stand at the end of the stream."""
-    return apply_rotary_emb_qwen(norm(stream_BSHE), angles_SE[: stream_BSHE.shape[1]], use_real=False)
+    normed_BSHE, angles_SE2 = norm(stream_BSHE), angles_SE2[: stream_BSHE.shape[1]]
+    if not torch.compiler.is_compiling():
+        return apply_rotary_emb_qwen(normed_BSHE, torch.view_as_complex(angles_SE2), use_real=False)
+    # Inductor generates no code for complex numbers.
+    cos_S1E, sin_S1E = angles_SE2.unsqueeze(1).unbind(-1)
+    even, odd = normed_BSHE.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([even * cos_S1E - odd * sin_S1E, even * sin_S1E + odd * cos_S1E], dim=-1)
+    return turned.flatten(-2).type_as(normed_BSHE)

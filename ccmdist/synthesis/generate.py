@@ -29,9 +29,10 @@ from ccmdist.diffusion.sampler import sample
 from ccmdist.diffusion.seeding import generator
 from ccmdist.errors import AdapterError, Preempted, RunError
 from ccmdist.models import attention
+from ccmdist.models.compiling import compiled_block_pass
 from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.model_folder import ModelFolder
-from ccmdist.models.sampling import GuidedVelocity
+from ccmdist.models.sampling import GuidedVelocity, block_pass
 from ccmdist.precompute.fill import DTYPES
 from ccmdist.precompute.views import views
 from ccmdist.synthesis import base
@@ -149,6 +150,7 @@ class ImageSampler:
         self.dtype = DTYPES[settings.dtype]
         self.model = base.load(model, settings, adapter, self.device)
         attention.set_backend(self.model, self.device, self.dtype)
+        self.run_block = compiled_block_pass(self.device) if settings.compile_blocks else block_pass
         self.codec = LatentCodec.load(model, self.dtype, self.device)
         self.cache = cache
         self.entries: dict[str, CacheEntry] = {entry.key: entry for entry in cache.entries(settings.split)}
@@ -169,7 +171,7 @@ class ImageSampler:
         embeds = [self._placed(torch.stack([s["prompt_embeds"] for s in samples]))]
         if self.guidance_scale > 1:
             embeds.append(self._placed(torch.stack([self.cache.read_negative(entry) for entry in entries])))
-        predict = GuidedVelocity(self.model, mask_latents_BSC, embeds, self.token_hw, self.token_hw)
+        predict = GuidedVelocity(self.model, mask_latents_BSC, embeds, self.token_hw, self.token_hw, self.run_block)
 
         def velocity(latents_BSC: Tensor, sigma_B: Tensor) -> tuple[Tensor, ...]:
             return predict(self._placed(latents_BSC), sigma_B)

@@ -85,6 +85,7 @@ class PlanSettings:
     denoise_steps: int
     guidance_scale: float
     seed: int
+    compile_blocks: bool = False
     content_version: int = CONTENT_VERSION
 
 
@@ -191,6 +192,7 @@ def make_plan(
         batches_per_shard=config.batches_per_shard,
         denoise_steps=config.denoise_steps,
         guidance_scale=config.guidance_scale,
+        compile_blocks=config.compile_blocks,
         seed=config.seed,
     )
     return Plan(settings=settings, batches=_batches(config, _entries(config, folder, manifest.of_split(config.split))))

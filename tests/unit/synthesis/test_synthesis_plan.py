@@ -70,6 +70,7 @@ CHANGES = [
     "images_per_mask=1",
     "batches_per_shard=1",
     "split=train",
+    "compile_blocks=true",
 ]
 
 
