@@ -1,7 +1,7 @@
 """Bytes of tensors that live at once while something runs, counted where PyTorch dispatches operations.
 
-It sees every storage that an operation returns, on any device, and when it dies. It does not see what a kernel allocates
-and frees within itself; on a GPU, ``torch.cuda.max_memory_allocated`` sees that too.
+It sees every storage that an operation returns, on any device, and when it dies. It does not see what a kernel
+allocates and frees within itself; on a GPU, ``torch.cuda.max_memory_allocated`` sees that too.
 """
 
 import gc

@@ -1,5 +1,7 @@
 """Plain LoRA with the same ownership as WDLoRA: W' = W + s B A, the baseline without weight decomposition.
 
+Shapes: x (..., in); T tokens, O out, R lora_rank, I in.
+
 Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
 """
 
@@ -26,8 +28,10 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The product x W'^T + bias, in the dtype of ``x``."""
-        update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return F.linear(x, self.weight, self.bias) + update * self.scale
+        x_TI = x.reshape(-1, x.shape[-1])
+        h_TR = F.linear(x_TI, self.lora_A.to(x.dtype))
+        y_TO = F.linear(x_TI, self.weight, self.bias)
+        return y_TO.addmm_(h_TR, self.lora_B.to(x.dtype).T, alpha=self.scale).view(*x.shape[:-1], -1)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

@@ -9,7 +9,8 @@
   says when it is due.
 * The output is a residual of the base's output: bit for bit the base at the start, in bfloat16 too.
 
-Shapes: x (..., in), W (out, in), A (r, in), B (out, r); T tokens, O out, R lora_rank, I in, K some rows of O.
+Shapes: x (..., in), W (out, in), A (r, in), B (out, r); T tokens, P some of them, O out, R lora_rank, I in, K some rows
+of O.
 
 Source: Liu et al. 2024 (arXiv:2402.09353), Eq. 5 and section 4.3; rows instead of the paper's columns, as all
 implementations do. Zelenin and Zhuravlyova 2026 (arXiv:2603.22276) for the factored norm.
@@ -17,6 +18,7 @@ implementations do. Zelenin and Zhuravlyova 2026 (arXiv:2603.22276) for the fact
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,7 +32,11 @@ NORM_FLOOR = 1e-6
 SMALL_MAGNITUDE, SMALL_GAIN = 1e-3, 0.125
 """Of |m| and |m| / norm, below which dm is not read off the output: dividing by m would blow up rounding errors."""
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE, VALUES_IN_CACHE = 128, 1 << 18
+"""Of a weight, and of activations, that are converted to fp32 at once: few enough for a core's cache."""
+
+TOKENS_AT_ONCE = {"cpu": 384, "cuda": 8192}
+"""Of which the backward pass goes on to the next: enough for products of matrices to be as fast as of all at once."""
 
 
 class NormClock:
@@ -191,13 +197,11 @@ class _WDLoRA(torch.autograd.Function):
     ) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
         h_TR = x_TI @ A.to(x.dtype).T
-        gB_OR = ((s * rows.gain)[:, None] * B).to(x.dtype)
         y_TO = F.linear(x_TI, W, b)
-        if b is None:
-            delta_TO = h_TR @ gB_OR.T
-        else:
-            delta_TO = torch.addmm(((1 - rows.gain) * b).to(x.dtype), h_TR, gB_OR.T)
-        torch.addcmul(delta_TO, y_TO, rows.gain, out=y_TO)  # computed in the dtype of the gain, rounded once
+        bias = y_TO.new_zeros(()) if b is None else (1 - rows.gain) * b
+        for part in _parts(len(y_TO), _num_cached(y_TO)):
+            torch.addcmul(bias, y_TO[part], rows.gain, out=y_TO[part])  # in the dtype of the gain, rounded once
+        y_TO.addmm_(h_TR, ((s * rows.gain)[:, None] * B).to(x.dtype).T)
         ctx.save_for_backward(x, W, b, A, B, h_TR, y_TO)
         ctx.rows, ctx.s = rows, s
         return y_TO.view(*x.shape[:-1], W.shape[0])
@@ -206,28 +210,54 @@ class _WDLoRA(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, W, b, A, B, h_TR, y_TO = ctx.saved_tensors
         x_TI, dy_TO = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
-        dm = None
-        if ctx.needs_input_grad[5]:
-            dm = _gradient_by_output(dy_TO, y_TO, b, ctx.rows)
-            if (k := ctx.rows.small.indices()) is not None:
-                product_TK = torch.addmm(x_TI @ W[k].T, h_TR, B[k].to(x.dtype).T, alpha=ctx.s)
-                dm[k] = (dy_TO[:, k] * product_TK).sum(0, dtype=dm.dtype) / ctx.rows.norm[k]
-        gdy_TO = torch.mul(dy_TO, ctx.rows.gain, out=torch.empty_like(dy_TO))
-        t_TR = gdy_TO @ B.to(dy_TO.dtype)
-        dB = (gdy_TO.T @ h_TR).to(B.dtype).mul_(ctx.s) if ctx.needs_input_grad[4] else None
-        dA = (t_TR.T @ x_TI).to(A.dtype).mul_(ctx.s) if ctx.needs_input_grad[3] else None
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = (gdy_TO @ W).addmm_(t_TR, A.to(dy_TO.dtype), alpha=ctx.s).view_as(x)
-        return dx, None, None, dA, dB, dm, None, None
+        needs_x, needs_A, needs_B, needs_m = (ctx.needs_input_grad[index] for index in (0, 3, 4, 5))
+        dx_TI = torch.empty_like(x_TI) if needs_x else None
+        dA, dB, dm = torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(ctx.rows.magnitude)
+        for part in _parts(len(x_TI), TOKENS_AT_ONCE[x.device.type]):
+            gdy_PO = _through_gain(dy_TO[part], y_TO[part], b, ctx.rows, dm if needs_m else None)
+            t_PR = gdy_PO @ B.to(x.dtype)
+            if needs_B:
+                dB += gdy_PO.T @ h_TR[part]
+            if dx_TI is not None:
+                torch.mm(gdy_PO, W, out=dx_TI[part]).addmm_(t_PR, A.to(x.dtype), alpha=ctx.s)
+            del gdy_PO
+            if needs_A:
+                dA += t_PR.T @ x_TI[part]
+        dm /= ctx.rows.magnitude
+        if needs_m and (k := ctx.rows.small.indices()) is not None:
+            product_TK = torch.addmm(x_TI @ W[k].T, h_TR, B[k].to(x.dtype).T, alpha=ctx.s)
+            dm[k] = (dy_TO[:, k] * product_TK).sum(0, dtype=dm.dtype) / ctx.rows.norm[k]
+        dx = None if dx_TI is None else dx_TI.view_as(x)
+        dA, dB = dA.mul_(ctx.s) if needs_A else None, dB.mul_(ctx.s) if needs_B else None
+        return dx, None, None, dA, dB, dm if needs_m else None, None, None
 
 
-def _gradient_by_output(dy_TO: Tensor, y_TO: Tensor, b: Tensor | None, rows: RowState) -> Tensor:
-    """Gradient of m: the sum over tokens of dy v, where v = (W + s B A) x / norm = (y - b) / m need not be saved."""
-    dm = (dy_TO * y_TO).sum(0, dtype=rows.magnitude.dtype)
-    if b is not None:
-        dm -= b.to(dm.dtype) * dy_TO.sum(0, dtype=dm.dtype)
-    return dm / rows.magnitude
+def _through_gain(dy_PO: Tensor, y_PO: Tensor, b: Tensor | None, rows: RowState, dm: Tensor | None) -> Tensor:
+    """The product g dy; and adds to ``dm`` m times the gradient of m.
+
+    That is the sum over tokens of dy m v, where m v = m (W + s B A) x / norm = y - b need not be saved.
+    """
+    gdy_PO = torch.empty_like(dy_PO)
+    for part in _parts(len(dy_PO), _num_cached(dy_PO)):
+        torch.mul(dy_PO[part], rows.gain, out=gdy_PO[part])
+        if dm is not None:
+            dm += (dy_PO[part] * y_PO[part]).sum(0, dtype=dm.dtype)
+            if b is not None:
+                dm -= b.to(dm.dtype) * dy_PO[part].sum(0, dtype=dm.dtype)
+    return gdy_PO
+
+
+def _num_cached(x_TO: Tensor) -> int:
+    """Number of tokens that are few enough for what is computed of them to stay in a CPU's cache.
+
+    On a CPU PyTorch copies operands of other dtypes as a whole; a GPU converts them on the way and takes all tokens.
+    """
+    return max(len(x_TO) if x_TO.is_cuda else VALUES_IN_CACHE // x_TO.shape[1], 1)
+
+
+def _parts(num: int, num_at_once: int) -> Iterator[slice]:
+    """Slices of ``num`` tokens."""
+    return (slice(start, start + num_at_once) for start in range(0, num, num_at_once))
 
 
 def root(squares: Tensor) -> Tensor:
@@ -244,7 +274,8 @@ def product_with_rows(W: Tensor, A: Tensor) -> Tensor:
         high = A.to(W.dtype)
         halves = torch.cat([high, (A - high.to(A.dtype)).to(W.dtype)])
         return torch.mm(W, halves.T, out_dtype=A.dtype).unflatten(1, (2, -1)).sum(1)
-    return torch.cat([rows.to(A.dtype) @ A.T for rows in W.split(ROWS_AT_ONCE)])
+    columns = A.T.contiguous()
+    return torch.cat([rows.to(A.dtype) @ columns for rows in W.split(ROWS_AT_ONCE)])
 
 
 def adapter_dtype(base: nn.Linear) -> torch.dtype:

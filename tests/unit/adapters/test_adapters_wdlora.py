@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ccmdist.adapters import wdlora
 from ccmdist.adapters.injection import inject, row_squares_of
 from ccmdist.adapters.wdlora import NormClock, RowState, WDLoRALinear, product_with_rows, root
 from ccmdist.config.train import WDLoRASettings
@@ -58,6 +59,16 @@ def errors(adapted, x, dy):
 def test_output_and_all_gradients_equal_the_dense_formula_in_fp64(bias):
     torch.manual_seed(0)
     adapted = moved(layer(nn.Linear(24, 40, bias=bias, dtype=torch.float64)))
+    x, dy = torch.randn(2, 5, 24, dtype=torch.float64), torch.randn(2, 5, 40, dtype=torch.float64)
+    assert max(errors(adapted, x, dy)) <= 1e-12
+
+
+@pytest.mark.parametrize(("num_tokens", "num_values"), [(1, 1), (4, 100), (9, 10**6)])
+def test_any_number_of_tokens_at_once_gives_the_same_gradients(num_tokens, num_values, monkeypatch):
+    monkeypatch.setattr(wdlora, "TOKENS_AT_ONCE", {"cpu": num_tokens})
+    monkeypatch.setattr(wdlora, "VALUES_IN_CACHE", num_values)
+    torch.manual_seed(0)
+    adapted = moved(layer(nn.Linear(24, 40, dtype=torch.float64)))
     x, dy = torch.randn(2, 5, 24, dtype=torch.float64), torch.randn(2, 5, 40, dtype=torch.float64)
     assert max(errors(adapted, x, dy)) <= 1e-12
 
