@@ -62,10 +62,15 @@ class Row:
         return {name: values[name] for name in order}
 
 
-def finish(name: str, rows: Sequence[Row]) -> int:
-    """Write the rows, print them, and return the exit code: 1 if a limit does not hold."""
+def write(name: str, rows: Sequence[Row]) -> None:
+    """Write the rows; what takes long writes those that it has, again and again."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps([row.as_json() for row in rows], indent=2) + "\n")
+
+
+def finish(name: str, rows: Sequence[Row]) -> int:
+    """Write the rows, print them, and return the exit code: 1 if a limit does not hold."""
+    write(name, rows)
     table = Table("claim", *("ours", "anchor", "ours / anchor", "limit", "goal", "holds"))
     for row in rows:
         bound = ">= " if row.at_least else "<= "

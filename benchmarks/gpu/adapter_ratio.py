@@ -1,0 +1,83 @@
+"""Time of a training step with WDLoRA against one with LoRA of the same rank, on one GPU.
+
+    python benchmarks/gpu/adapter_ratio.py [--micro-batch-sizes 1 4] [--repeats 8]
+
+Both are the product's objective and engine, as in training.py, with everything computed again; they share the frozen
+weights and take steps in turn in one process. The ratio is the median of those of steps that follow each other.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from measure.cases import PROBLEM, Case, Result, results, serve
+from measure.rows import Row, finish
+from measure.scale import Scale, device_name, in_turn
+from measure.timing import median_ratio
+
+WARM_UP = 3
+LIMITS = {1: 1.10, 4: 1.05}
+PUBLISHED = "PEFT DoRA / LoRA, FLUX.2-klein-4B, L40S: 1.93 (published)"
+
+
+def measure(case: Case) -> Iterator[Result]:
+    """Steps of both adapters in turn, for each micro-batch size."""
+    import torch
+    from measure.random_model import Training, one_rank, scale_of, train_settings
+
+    scale = scale_of(case)
+    group = one_rank(scale.device)
+    wdlora = Training(train_settings(scale), group, scale)
+    lora = Training(train_settings(scale, **{"adapter.kind": "lora"}), group, scale, wdlora.objective.weights)
+    for size in case["micro_batch_sizes"]:
+        batch = wdlora.objective.batch(size)
+        result = {**case, "device_name": device_name(group.device), "micro_batch_size": size}
+        sides = {"wdlora": lambda b=batch: wdlora.step(b), "lora": lambda b=batch: lora.step(b)}
+        try:
+            yield {**result, **in_turn(sides, case["repeats"], WARM_UP, group.device)}
+        except torch.OutOfMemoryError:
+            yield {**result, PROBLEM: "out of memory"}
+            return
+
+
+def rows_of(result: Result, scale: Scale) -> list[Row]:
+    """Rows of one micro-batch size."""
+    size = result.get("micro_batch_size", "any")
+    about = f"micro-batch {size}, recompute full; {scale.about(result.get('device_name', 'GPU'))}"
+    limit = scale.limit(LIMITS.get(size, float("inf")))
+    if problem := result.get(PROBLEM):
+        return [Row(f"step time, WDLoRA / LoRA of ours, {about}: {problem}", 1e3, PUBLISHED, limit)]
+    ours, anchor = result["wdlora"], result["lora"]
+    return [
+        Row(f"step time, WDLoRA / LoRA of ours, {about}", median_ratio(ours, anchor), PUBLISHED, limit),
+        Row(f"s per step, WDLoRA against LoRA of ours, {about}", statistics.median(ours), statistics.median(anchor)),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    Scale.add_to(parser)
+    parser.add_argument("--micro-batch-sizes", type=int, nargs="+", default=None, help="default: 1 4; on a CPU 1")
+    parser.add_argument("--repeats", type=int, default=None, help="timed steps of each; default: 8, on a CPU 2")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        return serve(arguments.case, measure)
+    scale = Scale.of(arguments)
+    is_gpu = scale.device == "cuda"
+    case = {
+        **asdict(scale),
+        "micro_batch_sizes": arguments.micro_batch_sizes or ([1, 4] if is_gpu else [1]),
+        "repeats": arguments.repeats or (8 if is_gpu else 2),
+    }
+    found = results(__file__, [case], measure, is_apart=is_gpu)
+    return finish(scale.file("adapter_ratio"), [row for result in found for row in rows_of(result, scale)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
