@@ -120,7 +120,7 @@ def step_flops(
         ConfigError: If a target selects nothing.
     """
     adapted = list(model.adapted(targets))
-    adapter = sum(_adapter_flops(linear, of, lora_rank) for _, linear in adapted)
+    adapter = sum(_adapter_flops(model, linear, of, lora_rank) for _, linear in adapted)
     attention = model.num_layers * _attention_flops(model, of)
     # An adapter's backward has two products for its weights, and two on the way to its input.
     to_input = sum(
@@ -167,8 +167,8 @@ def _times(model: Transformer, linear: Linear, of: Tokens) -> int:
     return of.of(linear.stream) * (1 + (model.is_clean_mask_timed and linear.name == "img_mod.1"))
 
 
-def _adapter_flops(linear: Linear, of: Tokens, lora_rank: int) -> float:
-    return 2.0 * of.of(linear.stream) * lora_rank * (linear.num_in + linear.num_out)
+def _adapter_flops(model: Transformer, linear: Linear, of: Tokens, lora_rank: int) -> float:
+    return 2.0 * _times(model, linear, of) * lora_rank * (linear.num_in + linear.num_out)
 
 
 def _has_dx(block: int, linear: Linear) -> bool:

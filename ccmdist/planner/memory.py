@@ -35,10 +35,10 @@ KEPT_SELECTIVE: Final = 24.0
 the adapter's narrow products. Estimate."""
 PEAK: Final = {"wdlora": 56.9, "lora": 54.6}
 """Bytes / (d T) at the peak of a block's forward and backward pass in bf16. Measured as above (246 and 236 MB)."""
-MAX_LIVE: Final = 1_000_000_000
-"""Weights that ZeRO-3 keeps gathered at most: DeepSpeed's stage3_max_live_parameters. An upper bound."""
-REDUCE_BUCKET: Final = 500_000_000
-"""Gradients in fp32 that DeepSpeed sends at once: its reduce_bucket_size, allocated whole."""
+LIVE_BLOCKS: Final = 2
+"""That ZeRO-3 keeps gathered: one that computes, and the next on its way; the engine sees to that."""
+REDUCE_BUCKET: Final = 50_000_000
+"""Gradients in fp32 that DeepSpeed sends at once: the engine's reduce_bucket_size, allocated whole."""
 ROW_VALUES: Final = 6
 """fp32 values that WDLoRA keeps of each row of an adapted linear."""
 LIBRARIES: Final = 1.5e9
@@ -103,7 +103,7 @@ def memory(
     trained = num_trained(config, model)
     average = 4.0 if config.optim.ema_decay is not None else 0.0
     return Memory(
-        weights=weight_bytes(config, model) * resident_share(sharding, num_ranks, ranks_per_node),
+        weights=_resident_bytes(config, model, resident_share(sharding, num_ranks, ranks_per_node)),
         gathered=_gathered_bytes(config, model, sharding, num_ranks),
         adapter=_adapter_bytes(trained, sharding, num_ranks, ranks_per_node) + _norm_bytes(config, model),
         # This rank's part is accumulated, and copied once more for the optimizer.
@@ -134,8 +134,19 @@ def weight_bytes(config: TrainConfig, model: Transformer) -> float:
     return (in_linears + rest) * HELD_AS[config.base]
 
 
+def block_bytes(config: TrainConfig, model: Transformer) -> float:
+    """Bytes of the frozen matrices of one block, which are gathered together."""
+    linears = model.block + (() if is_tabled(config, model) else model.modulation)
+    return sum(linear.num_weights for linear in linears) * HELD_AS[config.base]
+
+
+def cut_bytes(config: TrainConfig, model: Transformer) -> float:
+    """Of those, bytes that ZeRO-3 cuts and gathers: matrices. Biases and scales are whole on every rank."""
+    return weight_bytes(config, model) - _vector_bytes(config, model)
+
+
 def resident_share(sharding: Sharding, num_ranks: int, ranks_per_node: int) -> float:
-    """Part of the frozen weights that lies on each rank. zero3_hpz has the node's share beside its share of all."""
+    """Part of the frozen matrices that lies on each rank. zero3_hpz has the node's share beside its share of all."""
     if sharding == "replicated":
         return 1.0
     return 1 / num_ranks + (1 / ranks_per_node if sharding == "zero3_hpz" else 0.0)
@@ -159,8 +170,15 @@ def table_bytes(model: Transformer, num_noise_levels: int) -> float:
 def _gathered_bytes(config: TrainConfig, model: Transformer, sharding: Sharding, num_ranks: int) -> float:
     if sharding == "replicated" or num_ranks == 1:
         return 0.0
-    live = min(MAX_LIVE, model.num_resident_parameters(is_tabled(config, model)))
-    return live * HELD_AS[config.base]
+    return LIVE_BLOCKS * block_bytes(config, model)
+
+
+def _resident_bytes(config: TrainConfig, model: Transformer, share: float) -> float:
+    return _vector_bytes(config, model) + cut_bytes(config, model) * share
+
+
+def _vector_bytes(config: TrainConfig, model: Transformer) -> float:
+    return model.num_resident_vectors(is_tabled(config, model)) * HELD_AS[config.base]
 
 
 def _adapter_bytes(trained: int, sharding: Sharding, num_ranks: int, ranks_per_node: int) -> float:

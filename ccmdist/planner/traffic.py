@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ccmdist.config.train import TrainConfig
-from ccmdist.planner.memory import Sharding, num_trained, weight_bytes
+from ccmdist.planner.memory import Sharding, cut_bytes, num_trained
 from ccmdist.planner.transformer import Transformer
 
 GATHERS: Final = 2
@@ -47,7 +47,7 @@ def traffic(
     cut_over = {"replicated": 1, "zero3_hpz": min(ranks_per_node, num_ranks), "zero3": num_ranks}[sharding]
     adapter = 4.0 * num_trained(config, model) * _from_others(num_ranks)
     return Traffic(
-        weights_per_micro_step=GATHERS * weight_bytes(config, model) * _from_others(cut_over),
+        weights_per_micro_step=GATHERS * cut_bytes(config, model) * _from_others(cut_over),
         gradients_per_micro_step=adapter,
         adapter_per_step=adapter,
         num_micro_steps=config.global_batch_size // (config.micro_batch_size * num_ranks),
