@@ -49,12 +49,12 @@ def rows_of(result: Result, scale: Scale) -> list[Row]:
     """Rows of one micro-batch size."""
     size = result.get("micro_batch_size", "any")
     about = f"micro-batch {size}, recompute full; {scale.about(result.get('device_name', 'GPU'))}"
-    limit = scale.limit(LIMITS.get(size, float("inf")))
+    limit, published = scale.limit(LIMITS.get(size, float("inf"))), scale.anchor(PUBLISHED)
     if problem := result.get(PROBLEM):
-        return [Row(f"step time, WDLoRA / LoRA of ours, {about}: {problem}", 1e3, PUBLISHED, limit)]
+        return [Row(f"step time, WDLoRA / LoRA of ours, {about}: {problem}", 1e3, published, limit)]
     ours, anchor = result["wdlora"], result["lora"]
     return [
-        Row(f"step time, WDLoRA / LoRA of ours, {about}", median_ratio(ours, anchor), PUBLISHED, limit),
+        Row(f"step time, WDLoRA / LoRA of ours, {about}", median_ratio(ours, anchor), published, limit),
         Row(f"s per step, WDLoRA against LoRA of ours, {about}", statistics.median(ours), statistics.median(anchor)),
     ]
 

@@ -57,7 +57,7 @@ def rows_of(result: Result, scale: Scale) -> list[Row]:
         f"base {base}, micro-batch {result['micro_batch_size']}, recompute full; "
         f"{scale.about(result.get('device_name', 'GPU'))}"
     )
-    limit, anchor = scale.limit(LIMITS_GB.get(base, float("inf"))), ANCHORS.get(base)
+    limit, anchor = scale.limit(LIMITS_GB.get(base, float("inf"))), scale.anchor(ANCHORS.get(base))
     if problem := result.get(PROBLEM):
         return [Row(f"peak GB of training, {about}: {problem}", 1e3, anchor, limit)]
     allocated, reserved = result["allocated"] / 1e9, result["reserved"] / 1e9

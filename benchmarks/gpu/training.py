@@ -73,9 +73,9 @@ def rows_of(result: Result, scale: Scale) -> list[Row]:
         return [Row(f"training images/s, {about}: {problem}", 0.0, None, limit, at_least=True)]
     rows = [Row(f"training images/s, {about}", size / result["seconds"], None, limit, at_least=True)]
     if key := gpu_key(result["device_name"]):
-        peak = gpu_named(key).flops_per_s * result["seconds"]
+        peak, anchor = gpu_named(key).flops_per_s * result["seconds"], scale.anchor(ANCHOR)
         rows += [
-            Row(f"MFU of training in %, {about}", 100 * result["model_flops"] / peak, ANCHOR, at_least=True),
+            Row(f"MFU of training in %, {about}", 100 * result["model_flops"] / peak, anchor, at_least=True),
             Row(f"HFU of training in %, {about}", 100 * result["executed_flops"] / peak, at_least=True),
         ]
     if result["peak_bytes"]:

@@ -10,12 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-RESULTS = Path(__file__).parents[1] / "results"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def command() -> str:
     """The command that runs this script, as a reader would type it at the clone's root."""
-    script = Path(sys.argv[0]).resolve().relative_to(RESULTS.parents[1])
+    script = Path(sys.argv[0]).resolve().relative_to(ROOT)
     return " ".join(["python", str(script), *sys.argv[1:]])
 
 

@@ -71,6 +71,10 @@ class Scale:
         """A bound that the whole model on a GPU must keep; None for anything else."""
         return bound if self.is_full else None
 
+    def anchor(self, published: str | None) -> str | None:
+        """A published figure, which only the whole model on a GPU is compared with."""
+        return published if self.is_full else None
+
     def file(self, name: str) -> str:
         """Name of the results: those of a part of the model never replace those of the whole."""
         return f"gpu_{name}" + ("" if self.is_full else "_cpu" if self.device == "cpu" else "_part")

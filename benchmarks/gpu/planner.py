@@ -1,0 +1,112 @@
+"""What `ccmdist model plan` predicts for training on one GPU, against what is measured: step time and peak memory.
+
+    python benchmarks/gpu/planner.py [--configurations full:1 full:8 selective:4] [--repeats 6]
+
+The same steps as in training.py; a configuration is what is computed again and the micro-batch. Measured memory is the
+most that PyTorch has given out, and what CUDA and its libraries take beside PyTorch's reserve. A CPU is compared with
+the plan for an H200, which says nothing but that the script works.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from measure.cases import PROBLEM, Case, Result, results, serve
+from measure.rows import Row, finish, write
+from measure.scale import Scale, device_name, gpu_key, seconds_of
+
+WARM_UP = 3
+TIME_LIMIT, MEMORY_LIMIT = 0.20, 0.10
+FABRIC = "pcie-1x100g"
+"""Between GPUs, of which there is one."""
+
+
+def measure(case: Case) -> Iterator[Result]:
+    """One configuration: seconds and bytes, measured and planned."""
+    import torch
+    from measure.random_model import Training, Watch, one_rank, scale_of, train_settings
+
+    from ccmdist.planner.hardware import Machine
+    from ccmdist.planner.memory import memory
+    from ccmdist.planner.time import step_time
+
+    scale, size = scale_of(case), case["micro_batch_size"]
+    group = one_rank(scale.device)
+    name = device_name(group.device)
+    config = train_settings(scale, activation_checkpointing=case["recompute"], micro_batch_size=size)
+    watch = Watch(group.device)
+    try:
+        training = Training(config, group, scale)
+        batch = training.objective.batch(size)
+        seconds = seconds_of(lambda: training.step(batch), case["repeats"], WARM_UP, group.device)
+    except torch.OutOfMemoryError:
+        yield {**case, "device_name": name, PROBLEM: "out of memory"}
+        return
+    used = watch.most()
+    machine = Machine(gpu_key(name) or "h200", FABRIC, 1, 1)
+    model, tokens = scale.transformer, scale.tokens
+    yield {
+        **case,
+        "device_name": name,
+        "seconds": statistics.median(seconds),
+        "bytes": used.allocated + used.libraries,
+        "planned_seconds": step_time(config, model, tokens, "replicated", machine).overlapped_s,
+        "planned_bytes": memory(config, model, tokens, "replicated", 1, 1).total,
+    }
+
+
+def rows_of(result: Result, scale: Scale) -> list[Row]:
+    """Rows of one configuration."""
+    about = f"recompute {result['recompute']}, micro-batch {result['micro_batch_size']}"
+    about += f"; {scale.about(result.get('device_name', 'GPU'))}"
+    if problem := result.get(PROBLEM):
+        return [Row(f"planned against measured, {about}: {problem}", 1e3, None, scale.limit(TIME_LIMIT))]
+    off = {name: abs(result[f"planned_{name}"] / result[name] - 1) for name in ("seconds", "bytes")}
+    planned_for = "" if scale.device == "cuda" else "for an H200 "
+    time_limit = scale.limit(TIME_LIMIT) if gpu_key(result["device_name"]) else None
+    seconds, num_bytes = ((result[f"planned_{name}"], result[name]) for name in ("seconds", "bytes"))
+    return [
+        Row(f"step time, |planned {planned_for}/ measured - 1|, {about}", off["seconds"], None, time_limit),
+        Row(f"s per step, planned {planned_for}against measured, {about}", *seconds),
+        Row(f"peak memory, |planned / measured - 1|, {about}", off["bytes"], None, scale.limit(MEMORY_LIMIT)),
+        Row(f"peak GB, planned against measured, {about}", *(value / 1e9 for value in num_bytes)),
+    ]
+
+
+def configuration(text: str) -> tuple[str, int]:
+    """Such as full:8."""
+    recompute, _, size = text.partition(":")
+    if recompute not in ("full", "selective", "none") or not size.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not like full:8")
+    return recompute, int(size)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    Scale.add_to(parser)
+    told = "default: full:1 full:8 selective:4; on a CPU full:1"
+    parser.add_argument("--configurations", type=configuration, nargs="+", default=None, help=told)
+    parser.add_argument("--repeats", type=int, default=None, help="timed steps; default: 6, on a CPU 1")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        return serve(arguments.case, measure)
+    scale = Scale.of(arguments)
+    is_gpu = scale.device == "cuda"
+    given = arguments.configurations or ([("full", 1), ("full", 8), ("selective", 4)] if is_gpu else [("full", 1)])
+    about = {**asdict(scale), "repeats": arguments.repeats or (6 if is_gpu else 1)}
+    cases = [{**about, "recompute": recompute, "micro_batch_size": size} for recompute, size in given]
+    rows: list[Row] = []
+    for result in results(__file__, cases, measure, is_apart=is_gpu):
+        rows += rows_of(result, scale)
+        write(scale.file("planner"), rows)
+    return finish(scale.file("planner"), rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
