@@ -7,7 +7,7 @@ index is there.
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,8 +134,10 @@ def read_index(folder: Path, shard: str) -> ShardIndex:
     return ShardIndex.model_validate_json(index_path(folder, shard).read_bytes())
 
 
-def indexes(folder: Path, shards: Sequence[ShardEntry], data: DataSettings) -> list[ShardIndex]:
+def indexes(folder: Path, shards: Sequence[ShardEntry], data: DataSettings) -> Iterator[ShardIndex]:
     """The indexes of the shards, each compared with its tar's size and with the shard that it was made from.
+
+    One at a time: all of them would take hundreds of bytes per sample.
 
     Raises:
         CacheError: If shards are missing, or an index does not fit its tar or its source.
@@ -144,7 +146,7 @@ def indexes(folder: Path, shards: Sequence[ShardEntry], data: DataSettings) -> l
         raise CacheError(
             f"{folder}: {len(missing)} of {len(shards)} shards are missing ({named(missing)})", f"run `{command(data)}`"
         )
-    return [_checked(folder, shard, data) for shard in shards]
+    return (_checked(folder, shard, data) for shard in shards)
 
 
 def _checked(folder: Path, shard: ShardEntry, data: DataSettings) -> ShardIndex:

@@ -14,8 +14,9 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ from ccmdist.data.cache_index import (
     indexes,
     no_cache,
     read_fingerprint,
+    read_index,
 )
+from ccmdist.data.cached_samples import CachedSamples
 from ccmdist.data.manifest import read_manifest
 from ccmdist.errors import OF_THE_MACHINE, CacheError
 
@@ -64,6 +67,15 @@ class EncodedSample:
     """(C, h, w), normalised."""
 
 
+@dataclass(frozen=True)
+class _Tar:
+    """What an index says of its tar as a whole."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+
+
 class LatentCache:
     """The committed shards of one cache, for reading.
 
@@ -72,9 +84,11 @@ class LatentCache:
         digest: Identity of its contents.
     """
 
-    def __init__(self, folder: Path, digest: str, data: DataSettings, indexes: dict[Split, list[ShardIndex]]) -> None:
+    def __init__(
+        self, folder: Path, digest: str, data: DataSettings, samples: dict[Split, CachedSamples], tars: list[_Tar]
+    ) -> None:
         self.folder, self.digest, self.data = folder, digest, data
-        self._indexes = indexes
+        self._samples, self._tars = samples, tars
 
     @classmethod
     def open(cls, data: DataSettings, encoders: dict[str, Any], splits: Sequence[Split] = SPLITS) -> "LatentCache":
@@ -94,14 +108,14 @@ class LatentCache:
         folder = cache_folder(data, wanted)
         if read_fingerprint(folder) != wanted:
             raise no_cache(data, wanted)
-        shards = [shard for split in splits for shard in manifest.of_split(split)]
-        found = {index.shard: index for index in indexes(folder, shards, data)}
-        by_split = {split: [found[shard.name] for shard in manifest.of_split(split)] for split in splits}
-        return cls(folder, digest_of(wanted), data, by_split)
+        found = indexes(folder, [shard for split in splits for shard in manifest.of_split(split)], data)
+        tars: list[_Tar] = []
+        samples = {split: CachedSamples(_noted(found, len(manifest.of_split(split)), tars)) for split in splits}
+        return cls(folder, digest_of(wanted), data, samples, tars)
 
-    def entries(self, split: Split) -> tuple[CacheEntry, ...]:
+    def entries(self, split: Split) -> CachedSamples:
         """The samples of a split: shard by shard, each followed by its flipped views."""
-        return tuple(entry for index in self._indexes[split] for entry in index.entries)
+        return self._samples[split]
 
     def read(self, entry: CacheEntry) -> dict[str, Tensor]:
         """``prompt_embeds`` (L, D), ``image_latents`` and ``mask_latents`` (C, h, w), in the dtype of the cache.
@@ -126,15 +140,14 @@ class LatentCache:
         Raises:
             CacheError: If a tar is not the one that was written; names the damaged samples.
         """
-        found = [index for of_split in self._indexes.values() for index in of_split]
-        for index in found:
-            if sha256_of_file(self.folder / index.shard) != index.sha256:
-                for entry in index.entries:
+        for tar in self._tars:
+            if sha256_of_file(self.folder / tar.name) != tar.sha256:
+                for entry in read_index(self.folder, tar.name).entries:
                     self.read(entry)
                     self.read_negative(entry)
-                raise self._damaged(index.shard, "differs from its index between the samples")
-        num_samples, num_bytes = sum(len(index.entries) for index in found), sum(index.num_bytes for index in found)
-        return f"{self.folder}: {len(found)} shards, {num_samples} samples, {num_bytes} bytes, all intact"
+                raise self._damaged(tar.name, "differs from its index between the samples")
+        num_samples, num_bytes = sum(map(len, self._samples.values())), sum(tar.num_bytes for tar in self._tars)
+        return f"{self.folder}: {len(self._tars)} shards, {num_samples} samples, {num_bytes} bytes, all intact"
 
     def _tensors(self, entry: CacheEntry, ending: str, member: Member) -> dict[str, Tensor]:
         name = f"member {entry.key}{ending}"
@@ -156,6 +169,13 @@ class LatentCache:
         return CacheError(
             f"{path}: {problem}", f"remove {index_path(self.folder, shard)} and run `{command(self.data)}`"
         )
+
+
+def _noted(indexes: Iterator[ShardIndex], count: int, tars: list[_Tar]) -> Iterator[CacheEntry]:
+    """The entries of the next ``count`` indexes, whose tars are added to ``tars``."""
+    for index in islice(indexes, count):
+        tars.append(_Tar(index.shard, index.num_bytes, index.sha256))
+        yield from index.entries
 
 
 def write_cache_shard(folder: Path, shard: str, samples: Iterable[EncodedSample]) -> None:

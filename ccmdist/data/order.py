@@ -25,10 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccmdist.data.cache_index import CacheEntry
+from ccmdist.data.cached_samples import CachedSamples
 from ccmdist.errors import ConfigError
 
 Balance = Literal["natural", "clinical_groups"]
-Indices = NDArray[np.int64]
+Indices = NDArray[np.integer]
 Places = NDArray[np.float64]
 
 NUM_EPOCHS_HELD = 2
@@ -60,9 +61,9 @@ class _Epoch:
     """One epoch: its draws, per text length in their order, and the cells that become full in it."""
 
     draws: dict[int, Indices]
-    cell_lengths: list[int]
+    cell_lengths: Indices
     """Text length of each cell, in the order in which they become full."""
-    cell_numbers: list[int]
+    cell_numbers: Indices
     """Number of each cell among those of its text length over the whole run."""
 
 
@@ -90,13 +91,12 @@ class Order:
         if balance == "clinical_groups":
             _refuse_unlabelled(entries)
         self.seed, self.micro_batch_size, self.shuffle_window = seed, micro_batch_size, shuffle_window
-        self.num_samples = len(entries)
-        shards = list(dict.fromkeys(entry.shard for entry in entries))
-        numbers = {shard: number for number, shard in enumerate(shards)}
-        self._shard_of = np.array([numbers[entry.shard] for entry in entries], dtype=np.int64)
-        self._num_shards = len(shards)
-        strata = _strata(entries, balance)
-        self._strata = {length: [s for s in strata if s.num_text_tokens == length] for length in _lengths(entries)}
+        samples = CachedSamples.of(entries)
+        self.num_samples = len(samples)
+        self._shard_of, self._num_shards = samples.shard_numbers, len(samples.shards)
+        strata = _strata(samples, balance)
+        lengths = sorted({stratum.num_text_tokens for stratum in strata})
+        self._strata = {length: [s for s in strata if s.num_text_tokens == length] for length in lengths}
         self.samples_per_epoch = sum(stratum.num_drawn(1) for stratum in strata)
         self._held: dict[int, _Epoch] = {}
 
@@ -109,8 +109,8 @@ class Order:
         epoch = self.epoch_of(index)
         at = index - self._num_cells(epoch)
         plan = self._epoch(epoch)
-        first = plan.cell_numbers[at] * self.micro_batch_size
-        return self._samples(plan.cell_lengths[at], first, first + self.micro_batch_size, epoch)
+        first = int(plan.cell_numbers[at]) * self.micro_batch_size
+        return self._samples(int(plan.cell_lengths[at]), first, first + self.micro_batch_size, epoch)
 
     def epoch_of(self, index: int) -> int:
         """The epoch in which a cell becomes full."""
@@ -187,11 +187,11 @@ class Order:
             draws[length], places_of_length = self._draws(length, epoch)
             before = self._num_drawn(length, epoch)
             last_of_cells = np.arange(size - 1 - before % size, len(draws[length]), size)
-            lengths.append(np.full(len(last_of_cells), length))
+            lengths.append(np.full(len(last_of_cells), length, dtype=np.min_scalar_type(length)))
             numbers.append(before // size + np.arange(len(last_of_cells)))
             places.append(places_of_length[last_of_cells])
         order = np.argsort(np.concatenate(places), kind="stable")
-        return _Epoch(draws, np.concatenate(lengths)[order].tolist(), np.concatenate(numbers)[order].tolist())
+        return _Epoch(draws, np.concatenate(lengths)[order], np.concatenate(numbers)[order])
 
     def _draws(self, num_text_tokens: int, epoch: int) -> tuple[Indices, Places]:
         """The samples of one text length in the order of an epoch, and their places in it, in [0, 1)."""
@@ -214,7 +214,7 @@ class Order:
         place_of_shard = np.argsort(np.argsort(self._uniform(self._num_shards, SHARDS, epoch, 0), kind="stable"))
         num = len(stratum.members)
         first, last = stratum.num_drawn(epoch), stratum.num_drawn(epoch + 1)
-        rounds = [np.empty(0, dtype=np.int64)]
+        rounds = [np.empty(0, dtype=stratum.members.dtype)]
         for number in range(first // num, -(-last // num)):
             turn = np.argsort(self._uniform(num, ROUND, number, stratum.number), kind="stable")
             drawn = np.sort(turn[max(first - number * num, 0) : last - number * num])
@@ -231,22 +231,19 @@ class Order:
         return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _lengths(entries: Sequence[CacheEntry]) -> list[int]:
-    return sorted({entry.num_text_tokens for entry in entries})
-
-
-def _strata(entries: Sequence[CacheEntry], balance: Balance) -> tuple[_Stratum, ...]:
-    groups: dict[str, dict[int, list[int]]] = {}
-    for index, entry in enumerate(entries):
-        groups.setdefault(entry.clinical_group or "", {}).setdefault(entry.num_text_tokens, []).append(index)
-    sizes = {name: sum(map(len, lengths.values())) for name, lengths in groups.items()}
+def _strata(samples: CachedSamples, balance: Balance) -> tuple[_Stratum, ...]:
+    """The strata, group by group in the order of the names, each group's by text length."""
+    named = sorted(range(len(samples.groups)), key=lambda number: samples.groups[number] or "")
+    sizes = np.bincount(samples.group_numbers, minlength=len(named)).tolist()
     strata: list[_Stratum] = []
-    for name in sorted(groups):
-        num_before = 0
-        draws = sizes[name] if balance == "natural" else max(sizes.values())
-        for length, members in sorted(groups[name].items()):
-            strata.append(_Stratum(len(strata), length, np.array(members), num_before, sizes[name], draws))
-            num_before += len(members)
+    for group in named:
+        members = np.flatnonzero(samples.group_numbers == group)
+        lengths = samples.num_text_tokens[members]
+        draws, num_before = sizes[group] if balance == "natural" else max(sizes), 0
+        for length in np.unique(lengths).tolist():
+            alike = members[lengths == length].astype(np.min_scalar_type(len(samples)))
+            strata.append(_Stratum(len(strata), length, alike, num_before, sizes[group], draws))
+            num_before += len(alike)
     return tuple(strata)
 
 

@@ -17,11 +17,13 @@ from ccmdist.commit import commit_json
 from ccmdist.config.data import DataSettings
 from ccmdist.config.loading import resolved
 from ccmdist.config.train import TrainConfig
-from ccmdist.data.cache_index import CacheEntry, cache_folder, fingerprint, indexes, no_cache, read_fingerprint
+from ccmdist.data.cache_index import cache_folder, fingerprint, indexes, no_cache, read_fingerprint
+from ccmdist.data.cached_samples import CachedSamples
 from ccmdist.data.manifest import read_manifest
 from ccmdist.data.order import Order
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.planner.flops import tokens
+from ccmdist.planner.memory import memory
 from ccmdist.planner.mode import needed
 from ccmdist.planner.table import needs_line
 from ccmdist.planner.transformer import Transformer
@@ -82,14 +84,17 @@ def describe(config: TrainConfig) -> str:
     )
 
 
-def _memory(config: TrainConfig, model: ModelFolder, entries: list[CacheEntry], num_ranks: int) -> str:
+def _memory(config: TrainConfig, model: ModelFolder, entries: CachedSamples, num_ranks: int) -> str:
     """What the planner says of the memory of each GPU, all of them on one node."""
-    of = tokens(config.data.image_size_px, model.version, max(entry.num_text_tokens for entry in entries))
+    of = tokens(config.data.image_size_px, model.version, int(entries.num_text_tokens.max()))
     transformer = Transformer.from_config(model.config("transformer"))
-    return needs_line(needed(config, transformer, of, num_ranks, num_ranks), config.sharding)
+    if config.sharding == "auto":
+        return needs_line(needed(config, transformer, of, num_ranks, num_ranks))
+    need = memory(config, transformer, of, config.sharding, num_ranks, num_ranks)
+    return needs_line({config.sharding: need}, is_set=True)
 
 
-def training_entries(data: DataSettings, model: ModelFolder) -> list[CacheEntry]:
+def training_entries(data: DataSettings, model: ModelFolder) -> CachedSamples:
     """The cached samples of the train split, found without opening a tar.
 
     Raises:
@@ -100,4 +105,5 @@ def training_entries(data: DataSettings, model: ModelFolder) -> list[CacheEntry]
     folder = cache_folder(data, wanted)
     if read_fingerprint(folder) != wanted:
         raise no_cache(data, wanted)
-    return [entry for index in indexes(folder, manifest.of_split("train"), data) for entry in index.entries]
+    found = indexes(folder, manifest.of_split("train"), data)
+    return CachedSamples(entry for index in found for entry in index.entries)
