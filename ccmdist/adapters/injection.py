@@ -11,6 +11,7 @@ from ccmdist.adapters.lora import LoRALinear, update_scale
 from ccmdist.adapters.wdlora import ROWS_AT_ONCE, NormClock, WDLoRALinear
 from ccmdist.config.train import AdapterSettings, WDLoRASettings
 
+ROWS_OF_SQUARES = 64
 KINDS = ("lora_A", "lora_B", "magnitude")
 
 
@@ -35,7 +36,9 @@ class RowSquares:
         if (name := self._names.get(tensor_name)) is not None:
             dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
             self._rows[name] = num_rows
-            self._found[name][first_row] = rows.detach().to(dtype).square().sum(1).cpu()
+            # Few at a time: what is kept would else lie amid large holes, one for every weight.
+            parts = [part.to(dtype).square().sum(1) for part in rows.detach().split(ROWS_OF_SQUARES)]
+            self._found[name][first_row] = torch.cat(parts).cpu()
 
     def whole(self) -> dict[str, Tensor]:
         """Name of linear -> ||W||^2 of all its rows, on the CPU, when this process has read them all."""

@@ -43,6 +43,7 @@ class StoredTensors:
             length = int.from_bytes(stream.read(8), "little")
             self._entries = json.loads(stream.read(length))
         self._start = 8 + length
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         self._descriptor = os.open(file, os.O_RDONLY)
 
     def __enter__(self) -> "StoredTensors":
@@ -56,7 +57,7 @@ class StoredTensors:
         return tuple(self._entries[name]["shape"])
 
     def rows(self, name: str, first: int, stop: int) -> Tensor:
-        """Rows ``first`` to ``stop`` of a tensor of at least one dimension, as stored.
+        """Rows ``first`` to ``stop`` of a tensor of at least one dimension, as stored; valid until the next call.
 
         Raises:
             ModelError: If the file ends before, or the dtype is not known.
@@ -66,7 +67,9 @@ class StoredTensors:
             raise ModelError(f"{self.file}: {name} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
         shape = (stop - first, *entry["shape"][1:])
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        values = torch.empty((stop - first) * row_bytes, dtype=torch.uint8)
+        if len(self._buffer) < (num_bytes := (stop - first) * row_bytes):
+            self._buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        values = self._buffer[:num_bytes]
         self._read(memoryview(values.numpy()), self._start + entry["data_offsets"][0] + first * row_bytes)
         return values.view(dtype).view(shape)
 
