@@ -30,10 +30,10 @@ def page(plan: Plan) -> RenderableType:
     return Group(_head(plan), Text(), tables, Text(), _modes(plan), Text(), _variants(plan), Text(), *_notes(plan))
 
 
-def needs_line(needs: Mapping[Sharding, Memory], sharding: str) -> str:
+def needs_line(needs: Mapping[Sharding, Memory], is_set: bool = False) -> str:
     """Memory by mode in one line, for a dry run, which does not know the GPUs."""
-    told = ", ".join(f"{mode} {need.total / 1e9:.1f}" for mode, need in needs.items() if sharding in ("auto", mode))
-    how = "auto, which takes the first that fits of" if sharding == "auto" else "as set:"
+    told = ", ".join(f"{mode} {need.total / 1e9:.1f}" for mode, need in needs.items())
+    how = "as set:" if is_set else "auto, which takes the first that fits of"
     return f"sharding: {how} {told} GB per GPU (estimate); `ccmdist model plan` predicts time and traffic"
 
 
