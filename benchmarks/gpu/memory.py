@@ -5,6 +5,7 @@
 The same steps as in training.py, with everything computed again. Told are the most bytes that PyTorch's allocator has
 given out, and those that it has reserved, which is what another process could not have; both from the start of the
 process, so that making the model counts. CUDA itself takes more: what the GPU reports beyond the reserved bytes.
+PYTORCH_CUDA_ALLOC_CONF is expandable_segments:True unless it is set otherwise.
 
 On a CPU it is told by how much the process has grown.
 """

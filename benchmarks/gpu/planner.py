@@ -3,8 +3,9 @@
     python benchmarks/gpu/planner.py [--configurations full:1 full:8 selective:4] [--repeats 6]
 
 The same steps as in training.py; a configuration is what is computed again and the micro-batch. Measured memory is the
-most that PyTorch has given out, and what CUDA and its libraries take beside PyTorch's reserve. A CPU is compared with
-the plan for an H200, which says nothing but that the script works.
+most that PyTorch has given out, and what CUDA and its libraries take beside PyTorch's reserve. A CPU's time is compared
+with the plan for an H200, which says nothing but that the script works; its memory, by which the process has grown,
+with the plan without CUDA's.
 """
 
 import argparse
@@ -50,13 +51,14 @@ def measure(case: Case) -> Iterator[Result]:
     used = watch.most()
     machine = Machine(gpu_key(name) or "h200", FABRIC, 1, 1)
     model, tokens = scale.transformer, scale.tokens
+    planned = memory(config, model, tokens, "replicated", 1, 1)
     yield {
         **case,
         "device_name": name,
         "seconds": statistics.median(seconds),
         "bytes": used.allocated + used.libraries,
         "planned_seconds": step_time(config, model, tokens, "replicated", machine).overlapped_s,
-        "planned_bytes": memory(config, model, tokens, "replicated", 1, 1).total,
+        "planned_bytes": planned.total - (0 if scale.device == "cuda" else planned.libraries),
     }
 
 

@@ -149,7 +149,7 @@ class Training:
 def one_rank(device: str) -> ProcessGroup:
     """The process group of a run of one process, always the same: DeepSpeed keeps the first that it has seen."""
     if device == "cpu":
-        os.environ["CCMDIST_DEVICE"] = "cpu"
+        os.environ |= {"CCMDIST_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", folder)

@@ -84,7 +84,7 @@ class Scale:
         whole = self.blocks == FULL["blocks"] and self.heads == FULL["heads"]
         model = "20.4 B model" if whole else f"{self.blocks} blocks of width {self.transformer.width}"
         where = device_name if self.device == "cuda" else "on a CPU"
-        return f"{where}, {model}, {self.image_size_px} px"
+        return f"{where}, {model}, {self.image_size_px} px, {self.tokens.total:,} tokens"
 
     @property
     def config(self) -> dict[str, Any]:
