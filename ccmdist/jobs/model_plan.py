@@ -106,9 +106,10 @@ def base_of(config: TrainConfig) -> Base:
 def _num_text_tokens(config: TrainConfig, model: ModelFolder) -> int | None:
     """Of the longest cached prompt; None without a cache."""
     try:
-        return max((entry.num_text_tokens for entry in training_entries(config.data, model)), default=None)
+        entries = training_entries(config.data, model)
     except (CacheError, ShardError):
         return None
+    return int(entries.num_text_tokens.max()) if len(entries) else None
 
 
 def _num_gpus(config: TrainConfig, slurm: SlurmSettings) -> int:
