@@ -11,6 +11,7 @@ from ccmdist.config.loading import load
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.data.cache_index import cache_folder, commit_fingerprint, fingerprint
 from ccmdist.data.latent_cache import EncodedSample, write_cache_shard
+from ccmdist.data.manifest import read_manifest
 from ccmdist.data.reader import read_shard
 from ccmdist.data.triple import Triple, TripleMeta, prompt_for
 from ccmdist.data.writer import write_set
@@ -99,6 +100,14 @@ def config(sources, tmp_path):
     """A config with overrides, writing to out/ of the test."""
     made = cache(config_for)  # merging overrides takes longer than planning
     return lambda *overrides, out="out": made(sources, tmp_path / out, *overrides)
+
+
+@pytest.fixture
+def cache_in_bf16(config, tmp_path):
+    """A cache of the sources in bf16."""
+    wanted = config("base=auto", "data.dtype=bf16", f"data.cache={tmp_path}/cache").data
+    write_cache(wanted, read_manifest(wanted.shards))
+    return wanted.cache
 
 
 @pytest.fixture

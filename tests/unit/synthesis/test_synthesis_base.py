@@ -73,8 +73,8 @@ def test_the_adapter_is_merged_before_anything_is_rounded(sources, config, plan_
     assert (*seen, type(first_linear(model)).__name__) == ("Linear", "Linear4bit")
 
 
-def test_in_bf16_images_are_the_same_bytes_with_and_without_a_table(config, monkeypatch, tmp_path):
-    cache = f"data.cache={cache_in_bf16(config)}"
+def test_in_bf16_images_are_the_same_bytes_with_and_without_a_table(config, monkeypatch, tmp_path, cache_in_bf16):
+    cache = f"data.cache={cache_in_bf16}"
     built, original = [], mmdit.build
     monkeypatch.setattr(mmdit, "build", lambda *a, **b: built.append(original(*a, **b)) or built[-1])
     in_bf16 = ("base=bf16", "data.dtype=bf16", cache)
@@ -202,10 +202,12 @@ def test_a_set_that_another_card_has_begun_meanwhile_is_kept_to(config, remember
     assert read_plan(tmp_path / "out").settings.base == "nf4"
 
 
-def test_a_card_that_cannot_hold_the_base_of_the_set_is_refused_with_the_sizes(config, full, monkeypatch, tmp_path):
+def test_a_card_that_cannot_hold_the_base_of_the_set_is_refused_with_the_sizes(
+    config, full, monkeypatch, tmp_path, cache_in_bf16
+):
     card(monkeypatch, 23.6, "NVIDIA L4")
     with pytest.raises(RunError) as refusal:
-        synthesize(config("base=bf16", "data.dtype=bf16", f"data.cache={cache_in_bf16(config)}"), None)
+        synthesize(config("base=bf16", "data.dtype=bf16", f"data.cache={cache_in_bf16}"), None)
     assert str(refusal.value) == (
         f"{tmp_path}/out: the base in bf16 has 25.4 GiB and needs 4.0 GiB beside it, NVIDIA L4 has 23.6 GiB; "
         "run it on cards with more memory, or draw another set, in another out, with base=nf4"
@@ -216,15 +218,6 @@ def test_a_card_that_cannot_hold_the_base_of_the_set_is_refused_with_the_sizes(c
         RunError, match=r"the base in nf4 has \d+\.\d GiB .* has 7\.4 GiB; run it on cards with more memory$"
     ):
         synthesize(config("base=nf4"), None)
-
-
-def cache_in_bf16(config):
-    from conftest import write_cache
-
-    cache = config().out.parent / "cache"
-    wanted = config("base=auto", "data.dtype=bf16", f"data.cache={cache}")
-    write_cache(wanted.data, read_manifest(wanted.data.shards))
-    return cache
 
 
 def test_without_bitsandbytes_nf4_is_refused_with_the_command_that_installs_it(config, monkeypatch):
