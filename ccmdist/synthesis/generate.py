@@ -33,6 +33,7 @@ from ccmdist.models.compiling import compiled_block_pass
 from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.sampling import GuidedVelocity, block_pass
+from ccmdist.models.staging import staged
 from ccmdist.precompute.fill import DTYPES
 from ccmdist.precompute.views import views
 from ccmdist.synthesis import base
@@ -76,6 +77,8 @@ def synthesize(
     # To load the model takes minutes, in which no batch is claimed.
     if any(map(output.is_free, [*mine, *output.open_for_help(worker_index, num_workers)])):
         cache = LatentCache.open(config.data, encoders, (config.split,))
+        if config.data.stage_model:
+            model = staged(model, plan.settings.base_digest)
         worker = Worker(config, output, ImageSampler(plan, model, cache, adapter), Sources(config, cache), should_stop)
         worker.draw(mine)
         while worker.draw(output.open_for_help(worker_index, num_workers)):

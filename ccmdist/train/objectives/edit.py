@@ -25,6 +25,7 @@ from ccmdist.models import attention, mmdit
 from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.modulation_table import ModulationTable, is_tabled
+from ccmdist.models.staging import staged
 from ccmdist.models.tabulation import table_for
 from ccmdist.train.objectives.objective import Batch
 from ccmdist.train.sharding import forget_node_copies, hide_frozen_weights
@@ -66,6 +67,8 @@ class EditObjective:
 
     def build(self, zero_config: dict[str, Any]) -> torch.nn.Module:
         """The MMDiT with its base where ``sharding`` says and the adapter injected. Collective."""
+        if self.config.data.stage_model:
+            self.folder = staged(self.folder, self.base_digest)
         is_whole = self.config.sharding == "replicated"
         names = mmdit.linear_names(mmdit.skeleton(self.folder), self.config.adapter.targets)
         row_squares = RowSquares(names)
