@@ -1,17 +1,51 @@
 """Model folders that need no download."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from ccmdist.cluster.device import current_device
+from ccmdist.diffusion import flow
+from ccmdist.errors import ConfigError
+from ccmdist.models.convert import convert_model
 from ccmdist.models.make import make_model
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.train.fit.run import FULL, QUICK
 from ccmdist.train.fit.run import fit as fit_components
 
+LEVELS_AT_ONCE = 64
+
 
 def make(size: str, version: str, out: Path, seed: int, fitted: bool) -> None:
     """Write a complete checkpoint folder with random or fitted weights."""
     make_model(size, version, out, seed, fitted)
+
+
+def convert(
+    model: Path, out: Path, image_size_px: int, denoise_steps: Sequence[int], dtype: str, micro_batch_size: int
+) -> None:
+    """Write a folder of the same model with a table of its modulation, for training and for these numbers of steps.
+
+    Raises:
+        ConfigError: If the size or the dtype is not one of a run.
+        ModelError: If ``model`` is none, or ``out`` already holds one.
+    """
+    if image_size_px % 16 or not 32 <= image_size_px <= 2048:
+        raise ConfigError(
+            f"--image-size-px: {image_size_px} is not a multiple of 16 from 32 to 2048", "use data.image_size_px"
+        )
+    if (torch_dtype := {"bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype)) is None:
+        raise ConfigError(f"--dtype: {dtype!r} is not known", "use bf16 or fp32")
+    folder = ModelFolder.open(model)
+    noise_schedule = folder.noise_schedule()
+    shift = flow.resolution_shift((image_size_px // 16) ** 2, noise_schedule)
+    sampling = [flow.sampling_sigmas(steps, shift, noise_schedule) for steps in denoise_steps]
+    sigmas = torch.cat([flow.training_sigmas(shift), *sampling])
+    # In bf16 a table may be made in another shape than it is used in, and many levels at once take less time.
+    samples_at_once = micro_batch_size if dtype == "fp32" else LEVELS_AT_ONCE
+    convert_model(folder, out, sigmas, torch_dtype, samples_at_once, current_device())
 
 
 def fit(out: Path, seed: int, quick: bool) -> None:
