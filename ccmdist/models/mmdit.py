@@ -20,6 +20,7 @@ from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.modulation_table import ModulationTable, is_tabled
 
 BLOCK_ARGUMENTS: Final = tuple(inspect.signature(QwenImageTransformerBlock.forward).parameters)[1:]
+STREAMS: Final = ("hidden_states", "encoder_hidden_states")
 TARGET_GROUPS: Final = {"attn": ("attn.",), "mlp": ("img_mlp.", "txt_mlp.")}
 """Names for groups of linears in a block, and how the linears of each begin."""
 
@@ -190,11 +191,16 @@ def velocity(
 
 
 class PositionalBlock(QwenImageTransformerBlock):
-    """The same block; hands its tensors on by position, for DeepSpeed's hooks of leaf modules see no keywords."""
+    """The same block; hands its two streams on by position and the rest by name, however it is called.
+
+    DeepSpeed's hooks of leaf modules see no keywords: they need the streams, through which gradients come back, and
+    put every other tensor that they see through a function of their own in each pass.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the block with the arguments in the order of its forward."""
-        return super().__call__(*args, *(kwargs.get(name) for name in BLOCK_ARGUMENTS[len(args) :]))
+        """Call the block; arguments as of its forward."""
+        given = dict(zip(BLOCK_ARGUMENTS, args, strict=False)) | kwargs
+        return super().__call__(*[given.pop(name) for name in STREAMS], **given)
 
 
 def make_blocks_leaves(model: QwenImageTransformer2DModel) -> None:

@@ -55,9 +55,13 @@ def zero_config(config: TrainConfig, world_size: int, ranks_per_node: int | None
         "gradient_clipping": config.optim.max_grad_norm,
         "zero_optimization": {
             "stage": 3,
+            # Else PyTorch's own linear is replaced in the whole process, by one that costs the host more.
+            "memory_efficient_linear": False,
             # By size nothing persists; the adapter does by name, see Engine.
             "stage3_param_persistence_threshold": 0,
             "zero_hpz_partition_size": (ranks_per_node or 1) if config.sharding == "zero3_hpz" else 1,
+            # Allocated whole, in fp32: DeepSpeed's own 5e8 would take 2 GB of every GPU, more than most adapters do.
+            "reduce_bucket_size": 50_000_000,
             # One flat tensor per parameter set, however large: its Adam state is found by the set's name.
             "sub_group_size": 10**15,
         },
@@ -93,11 +97,13 @@ class Engine:
         self.module, self._zero, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.optimizer,
-            config=zero_config(config, group.ranks.world_size, group.ranks_per_node),
+            config=_gathering_one_block_ahead(
+                zero_config(config, group.ranks.world_size, group.ranks_per_node), model, parameter_sets
+            ),
         )
-        self._let_adapter_persist()
         self._ema_decay = config.optim.ema_decay
         self.local = self._local_parameters()
+        self._let_adapter_persist()
 
     def backward(self, loss_: torch.Tensor) -> None:
         """Accumulate gradients of ``loss_``, divided by the number of accumulations. Collective."""
@@ -112,7 +118,10 @@ class Engine:
         if active_sets is not None:
             self.optimizer.active = active_sets
             self.optimizer.set_lr(lr)
+        is_last = self.is_last_accumulation
         self.module.step()
+        if is_last:
+            self._gather_adapter()  # a step without an update, for a norm that is not finite, leaves it cut
         norm = self.module.get_global_grad_norm()
         return float(norm) if norm is not None else 0.0
 
@@ -133,7 +142,7 @@ class Engine:
 
     @torch.no_grad()
     def load(self, read: ReadStretch, adam_steps: dict[str, int]) -> None:
-        """Take over a state that any number of ranks has written. Local: every rank reads its own stretches."""
+        """Take over a state that any number of ranks has written; every rank reads its own stretches. Collective."""
         for name, parameter in self._named_parameters():
             local = self.local[name]
             for quantity, values in local.values.items():
@@ -142,14 +151,23 @@ class Engine:
             parameter.ds_tensor.data[: len(local.values["weight"])].copy_(local.values["weight"])
             parameter.partition()  # what was gathered before is out of date
         forget_node_copies([parameter for _, parameter in self._named_parameters()])
+        self._gather_adapter()
         for name, flat in self._flat_by_set().items():
             self.optimizer.state[flat]["step"].fill_(float(adam_steps[name]))
 
     def _let_adapter_persist(self) -> None:
-        """Gather what is trained once per optimizer step and keep it, instead of twice per block and micro-step."""
+        """Gather what is trained once per optimizer step, instead of twice per block and micro-step. Collective."""
         for _, parameter in self._named_parameters():
             parameter.ds_persist = True
             self._zero.persistent_parameters.append(parameter)
+        for block in _blocks(self.module):
+            _walk_once(block)
+        self._gather_adapter()
+
+    def _gather_adapter(self) -> None:
+        """Have what is trained whole on every rank; nothing to do where it is. Collective."""
+        persistent = self._zero.persistent_parameters
+        persistent[0].all_gather(persistent)
 
     def _named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [item for parameters in self.parameter_sets.values() for item in parameters.items()]
@@ -180,6 +198,43 @@ class Engine:
                 values["average"] = values["weight"].clone()
             local[name] = LocalParameter(tuple(parameter.ds_shape), start, values)
         return local
+
+
+def _gathering_one_block_ahead(
+    zero_config: dict[str, Any], model: torch.nn.Module, parameter_sets: dict[str, dict[str, torch.nn.Parameter]]
+) -> dict[str, Any]:
+    """The configuration with which a block is gathered while the one before computes, and freed when it has computed.
+
+    DeepSpeed's default prefetches the seventh part of a block of the 20 B model, and waits for the rest.
+    """
+    trained = {id(parameter) for parameters in parameter_sets.values() for parameter in parameters.values()}
+    blocks = _blocks(model) or [model]
+    largest = max(
+        sum(getattr(p, "ds_numel", p.numel()) for p in block.parameters() if id(p) not in trained) for block in blocks
+    )
+    ahead = {
+        "stage3_prefetch_bucket_size": max(largest, 1),
+        "stage3_max_reuse_distance": max(largest, 1),
+        # Two blocks: without a bound every hook, those of layers around the blocks too, would fetch one more.
+        "stage3_max_live_parameters": 2 * max(largest, 1),
+    }
+    return zero_config | {"zero_optimization": zero_config["zero_optimization"] | ahead}
+
+
+def _blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules whose weights are gathered together."""
+    from deepspeed.utils import get_z3_leaf_modules
+
+    return get_z3_leaf_modules(model)
+
+
+def _walk_once(block: torch.nn.Module) -> None:
+    """Let DeepSpeed's hooks see a list of the frozen parameters of a block; they walk its modules in every pass.
+
+    What is trained is always there, so the hooks need not ask for it.
+    """
+    frozen = tuple((name, parameter) for name, parameter in block.named_parameters() if not parameter.requires_grad)
+    block.__dict__["named_parameters"] = lambda prefix="", recurse=True, remove_duplicate=True: iter(frozen)
 
 
 def quiet_libraries() -> None:

@@ -76,7 +76,7 @@ def velocities_with_and_without(group, world, dtype):
     objective = EditObjective(config, group)
     batch = next(iter(objective.batches(0)))
     noise = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(0))
-    sigma = torch.tensor([0.5])
+    sigma = objective.grid[500:501]
     with torch.no_grad():
         plain = mmdit.build(objective.folder, objective.dtype, None)
         expected = objective._velocity(plain, batch, noise, sigma)
