@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ccmdist.adapters.frozen import frozen_product
+from ccmdist.adapters.kept import is_on_tape
 from ccmdist.adapters.wdlora import adapter_dtype, initial_down
 from ccmdist.config.train import AdapterSettings
 
@@ -30,8 +32,9 @@ class LoRALinear(nn.Module):
         """The product x W'^T + bias, in the dtype of ``x``."""
         x_TI = x.reshape(-1, x.shape[-1])
         h_TR = F.linear(x_TI, self.lora_A.to(x.dtype))
-        y_TO = F.linear(x_TI, self.weight, self.bias)
-        return y_TO.addmm_(h_TR, self.lora_B.to(x.dtype).T, alpha=self.scale).view(*x.shape[:-1], -1)
+        y_TO = frozen_product(x_TI, self.weight, self.bias)
+        add = torch.addmm if is_on_tape() else Tensor.addmm_
+        return add(y_TO, h_TR, self.lora_B.to(x.dtype).T, alpha=self.scale).view(*x.shape[:-1], -1)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

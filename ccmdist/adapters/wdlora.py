@@ -26,6 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ccmdist.adapters.frozen import Dense, dense
+from ccmdist.adapters.kept import kept
+
 NORM_FLOOR = 1e-6
 """Smallest norm of a row: a row of zeros has no direction, and must give neither NaN nor a jump."""
 
@@ -162,7 +165,7 @@ class WDLoRALinear(nn.Module):
         if self.rows is None or self._count != self.clock.count:
             with torch.inference_mode(False):  # what validation evaluates, training may have to save for backward
                 self.rows = RowState.evaluate(
-                    self.weight, self.lora_A, self.lora_B, self.magnitude, self.row_squares, self.scale
+                    dense(self.weight), self.lora_A, self.lora_B, self.magnitude, self.row_squares, self.scale
                 )
             self._count = self.clock.count
         return self.rows
@@ -187,7 +190,7 @@ class _WDLoRA(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        W: Tensor,
+        weight: Tensor | Dense,
         b: Tensor | None,
         A: Tensor,
         B: Tensor,
@@ -196,19 +199,15 @@ class _WDLoRA(torch.autograd.Function):
         s: float,
     ) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
-        h_TR = x_TI @ A.to(x.dtype).T
-        y_TO = F.linear(x_TI, W, b)
-        bias = y_TO.new_zeros(()) if b is None else (1 - rows.gain) * b
-        for part in _parts(len(y_TO), _num_cached(y_TO)):
-            torch.addcmul(bias, y_TO[part], rows.gain, out=y_TO[part])  # in the dtype of the gain, rounded once
-        y_TO.addmm_(h_TR, ((s * rows.gain)[:, None] * B).to(x.dtype).T)
-        ctx.save_for_backward(x, W, b, A, B, h_TR, y_TO)
-        ctx.rows, ctx.s = rows, s
-        return y_TO.view(*x.shape[:-1], W.shape[0])
+        h_TR, y_TO = kept(lambda: _products(x_TI, dense(weight), b, A, B, rows, s))
+        ctx.save_for_backward(x, b, A, B, h_TR, y_TO)
+        ctx.weight, ctx.rows, ctx.s = weight, rows, s
+        return y_TO.view(*x.shape[:-1], len(B))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, W, b, A, B, h_TR, y_TO = ctx.saved_tensors
+        x, b, A, B, h_TR, y_TO = ctx.saved_tensors
+        W = dense(ctx.weight)
         x_TI, dy_TO = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
         needs_x, needs_A, needs_B, needs_m = (ctx.needs_input_grad[index] for index in (0, 3, 4, 5))
         dx_TI = torch.empty_like(x_TI) if needs_x else None
@@ -230,6 +229,19 @@ class _WDLoRA(torch.autograd.Function):
         dx = None if dx_TI is None else dx_TI.view_as(x)
         dA, dB = dA.mul_(ctx.s) if needs_A else None, dB.mul_(ctx.s) if needs_B else None
         return dx, None, None, dA, dB, dm if needs_m else None, None, None
+
+
+def _products(
+    x_TI: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, rows: RowState, s: float
+) -> tuple[Tensor, Tensor]:
+    """The narrow product x A^T, and the output."""
+    h_TR = x_TI @ A.to(x_TI.dtype).T
+    y_TO = F.linear(x_TI, W, b)
+    bias = y_TO.new_zeros(()) if b is None else (1 - rows.gain) * b
+    for part in _parts(len(y_TO), _num_cached(y_TO)):
+        torch.addcmul(bias, y_TO[part], rows.gain, out=y_TO[part])  # in the dtype of the gain, rounded once
+    y_TO.addmm_(h_TR, ((s * rows.gain)[:, None] * B).to(x_TI.dtype).T)
+    return h_TR, y_TO
 
 
 def _through_gain(dy_PO: Tensor, y_PO: Tensor, b: Tensor | None, rows: RowState, dm: Tensor | None) -> Tensor:

@@ -15,9 +15,14 @@ def same(slices, others):
     )
 
 
-def test_wherever_the_base_lies_training_is_the_same_bit_for_bit(run_ranks, world):
+def test_wherever_the_base_lies_and_whatever_is_recomputed_training_is_the_same_bit_for_bit(run_ranks, world):
     """DeepSpeed keeps the groups of zero3_hpz for the rest of a process, so that mode comes last."""
-    modes = [["sharding=zero3"], ["sharding=replicated"], ["sharding=zero3_hpz"]]
+    modes = [
+        ["sharding=zero3"],
+        ["sharding=zero3", "activation_checkpointing=selective"],
+        ["sharding=replicated", "activation_checkpointing=none"],
+        ["sharding=zero3_hpz"],
+    ]
     for (told, slices), *in_other_modes in run_ranks(in_each_mode, 2, str(world), modes):
         for others_told, others in in_other_modes:
             assert told == others_told

@@ -3,12 +3,13 @@
 Shape suffixes: B samples, S packed latent tokens, C channels, L text tokens, D text width, h w latent rows and columns.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from ccmdist.adapters.frozen import freeze_linears
 from ccmdist.adapters.injection import AdaptedLinears, RowSquares, inject
 from ccmdist.cluster.preemption import ignore_stop_signals
 from ccmdist.cluster.process_group import ProcessGroup
@@ -28,6 +29,7 @@ from ccmdist.models.modulation_table import ModulationTable, is_tabled
 from ccmdist.models.staging import staged
 from ccmdist.models.tabulation import table_for
 from ccmdist.train.objectives.objective import Batch
+from ccmdist.train.recompute import set_recompute
 from ccmdist.train.sharding import forget_node_copies, hide_frozen_weights
 
 ADAPTER_SET = "adapter"
@@ -91,11 +93,10 @@ class EditObjective:
         """
         model.requires_grad_(False)
         self.adapted: AdaptedLinears = inject(model, names, self.config.adapter, row_squares, self.config.seed)
-        if self.config.sharding == "replicated":
-            hide_frozen_weights(model)
+        hide_frozen_weights(model, vectors_alone=self.config.sharding != "replicated")
         model.train()
-        if self.config.activation_checkpointing != "none":
-            model.enable_gradient_checkpointing()
+        freeze_linears(model)
+        set_recompute(model, self.config.activation_checkpointing)
         attention.set_backend(model, self.group.device, self.dtype)
         mmdit.make_blocks_leaves(model)
         return model
@@ -256,7 +257,7 @@ class EditObjective:
             self.token_hw,
         )
 
-    def _held_out(self, count: int) -> tuple[CacheEntry, ...]:
+    def _held_out(self, count: int) -> Sequence[CacheEntry]:
         """Up to ``count`` samples of the val split, evenly spread over it."""
         entries = self.cache.entries("val")
         return tuple(entries[i * len(entries) // count] for i in range(count)) if len(entries) > count else entries

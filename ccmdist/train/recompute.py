@@ -1,0 +1,45 @@
+"""What the backward pass computes again: every block, all but its products and attention, or nothing."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Final, Literal
+
+from diffusers import QwenImageTransformer2DModel
+from diffusers.models.transformers import transformer_qwenimage
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from ccmdist.adapters.kept import Tape, attending
+
+ATTEND: Final[Callable[..., Any]] = transformer_qwenimage.dispatch_attention_fn
+
+
+def set_recompute(model: QwenImageTransformer2DModel, how: Literal["full", "selective", "none"]) -> None:
+    """Let a model compute again what the settings say; changes no result.
+
+    Args:
+        model: Its products are layers of ``ccmdist.adapters``.
+        how: As ``activation_checkpointing`` of the settings.
+    """
+    if how == "full":
+        model.enable_gradient_checkpointing()
+    if how == "selective":
+        transformer_qwenimage.dispatch_attention_fn = _attend
+        model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=selective_contexts))
+
+
+def selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """For the first forward of a block and for the second, as ``torch.utils.checkpoint`` asks for them."""
+    tape = Tape(*create_selective_checkpoint_contexts(_keep_attention))
+    return tape.recording(), tape.replaying()
+
+
+def _keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep what an attention kernel gives, which is small; products of a plain attention would be large."""
+    is_kernel = "attention" in str(operation) or "flash" in str(operation)
+    return CheckpointPolicy.MUST_SAVE if is_kernel else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _attend(*args: Any, **kwargs: Any) -> Any:
+    with attending():
+        return ATTEND(*args, **kwargs)
