@@ -174,11 +174,11 @@ class Order:
             draws, _ = self._draws(num_text_tokens, epoch)
 
     def _epoch(self, epoch: int) -> _Epoch:
-        if epoch not in self._held:
-            while len(self._held) >= NUM_EPOCHS_HELD:
-                del self._held[next(iter(self._held))]
-            self._held[epoch] = self._planned(epoch)
-        return self._held[epoch]
+        if (plan := self._held.get(epoch)) is None:
+            plan = self._planned(epoch)
+            latest = list(self._held.items())[-(NUM_EPOCHS_HELD - 1) :]
+            self._held = dict([*latest, (epoch, plan)])  # put in place at once: two threads may ask
+        return plan
 
     def _planned(self, epoch: int) -> _Epoch:
         size = self.micro_batch_size

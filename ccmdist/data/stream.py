@@ -5,6 +5,7 @@ same for any number of workers. The stream knows its place from the step alone; 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class SampleStream(IterableDataset):
 
 
 def batches(stream: SampleStream, num_workers: int, worker_init: Callable[[int], None]) -> Iterator[dict[str, Any]]:
-    """The batches of ``stream``, read ahead by worker processes.
+    """The batches of ``stream``, read ahead by worker processes, and the next one taken over while this one is used.
 
     Args:
         stream: Of one rank.
@@ -86,10 +87,13 @@ def batches(stream: SampleStream, num_workers: int, worker_init: Callable[[int],
     Raises:
         CcmdistError: As in the worker, without its traceback.
     """
-    for item in DataLoader(_Told(stream), batch_size=None, num_workers=num_workers, worker_init_fn=worker_init):
-        if isinstance(item, CcmdistError):
-            raise item
-        yield item
+    loader = iter(DataLoader(_Told(stream), batch_size=None, num_workers=num_workers, worker_init_fn=worker_init))
+    with ThreadPoolExecutor(1, "next-batch") as thread:
+        coming = thread.submit(next, loader)
+        while not isinstance(item := coming.result(), CcmdistError):
+            coming = thread.submit(next, loader)
+            yield item
+        raise item
 
 
 class _Told(IterableDataset):

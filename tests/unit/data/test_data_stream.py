@@ -1,5 +1,6 @@
 """A rank's batches are those of the order, from any step on, with any number of workers; a damaged sample is told."""
 
+import threading
 from itertools import islice
 
 import pytest
@@ -72,6 +73,24 @@ def test_the_number_of_workers_does_not_change_the_batches():
     alone = taken(batches(stream(first_step=1), 0, _nothing), 7)
     assert alone == taken(stream(first_step=1), 7)
     assert alone == taken(batches(stream(first_step=1), 2, _nothing), 7)
+
+
+def test_the_next_batch_is_read_while_this_one_is_used():
+    class Watched(Numbers):
+        num_read, has_read_next = 0, threading.Event()
+
+        def read(self, entry):
+            self.num_read += 1
+            if self.num_read == 4:
+                self.has_read_next.set()
+            return super().read(entry)
+
+    cache = Watched()
+    source = batches(stream(cache=cache), 0, _nothing)
+    assert next(source)["positions"] == [0, 1]
+    assert cache.has_read_next.wait(20), "nobody reads the second batch of two samples"
+    source.close()
+    assert cache.num_read == 4
 
 
 def test_a_stream_is_a_source_of_a_webdataset_pipeline():
