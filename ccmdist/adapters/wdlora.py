@@ -38,7 +38,7 @@ SMALL_MAGNITUDE, SMALL_GAIN = 1e-3, 0.125
 ROWS_AT_ONCE, VALUES_IN_CACHE = 128, 1 << 18
 """Of a weight, and of activations, that are converted to fp32 at once: few enough for a core's cache."""
 
-TOKENS_AT_ONCE = {"cpu": 384, "cuda": 8192}
+TOKENS_AT_ONCE, TOKENS_AT_ONCE_ON_CPU = 8192, 384
 """Of which the backward pass goes on to the next: enough for products of matrices to be as fast as of all at once."""
 
 
@@ -212,7 +212,7 @@ class _WDLoRA(torch.autograd.Function):
         needs_x, needs_A, needs_B, needs_m = (ctx.needs_input_grad[index] for index in (0, 3, 4, 5))
         dx_TI = torch.empty_like(x_TI) if needs_x else None
         dA, dB, dm = torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(ctx.rows.magnitude)
-        for part in _parts(len(x_TI), TOKENS_AT_ONCE[x.device.type]):
+        for part in _parts(len(x_TI), TOKENS_AT_ONCE_ON_CPU if x.is_cpu else TOKENS_AT_ONCE):
             gdy_PO = _through_gain(dy_TO[part], y_TO[part], b, ctx.rows, dm if needs_m else None)
             t_PR = gdy_PO @ B.to(x.dtype)
             if needs_B:
@@ -264,7 +264,7 @@ def _num_cached(x_TO: Tensor) -> int:
 
     On a CPU PyTorch copies operands of other dtypes as a whole; a GPU converts them on the way and takes all tokens.
     """
-    return max(len(x_TO) if x_TO.is_cuda else VALUES_IN_CACHE // x_TO.shape[1], 1)
+    return max(VALUES_IN_CACHE // x_TO.shape[1] if x_TO.is_cpu else len(x_TO), 1)
 
 
 def _parts(num: int, num_at_once: int) -> Iterator[slice]:

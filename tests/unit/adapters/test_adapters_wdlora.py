@@ -65,7 +65,7 @@ def test_output_and_all_gradients_equal_the_dense_formula_in_fp64(bias):
 
 @pytest.mark.parametrize(("num_tokens", "num_values"), [(1, 1), (4, 100), (9, 10**6)])
 def test_any_number_of_tokens_at_once_gives_the_same_gradients(num_tokens, num_values, monkeypatch):
-    monkeypatch.setattr(wdlora, "TOKENS_AT_ONCE", {"cpu": num_tokens})
+    monkeypatch.setattr(wdlora, "TOKENS_AT_ONCE_ON_CPU", num_tokens)
     monkeypatch.setattr(wdlora, "VALUES_IN_CACHE", num_values)
     torch.manual_seed(0)
     adapted = moved(layer(nn.Linear(24, 40, dtype=torch.float64)))
