@@ -19,6 +19,8 @@ from ccmdist.models.model_folder import ModelFolder
 
 PRELOADED = ["deepspeed", "ccmdist.train.engine", "ccmdist.models.tabulation", "measure.loading"]
 HW, NUM_TEXT, LEVEL = (4, 4), 8, 0.5
+BASE = "bench"
+"""Stands for the digest of the model."""
 ZERO = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
 Told = dict[str, Any]
@@ -30,7 +32,8 @@ def started(function: Callable[..., Told], world_size: int, *arguments: Any) -> 
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(prefix="ccmdist-bench-") as folder:
         queue = context.Queue()
-        places = [(function, rank, world_size, folder, queue, arguments) for rank in range(world_size)]
+        node = os.environ["CCMDIST_NODE_TMP"]  # the server, from which they are forked, may have another one
+        places = [(function, rank, world_size, folder, node, queue, arguments) for rank in range(world_size)]
         children = [context.Process(target=_rank, args=place) for place in places]
         for child in children:
             child.start()
@@ -41,7 +44,13 @@ def started(function: Callable[..., Told], world_size: int, *arguments: Any) -> 
 
 
 def _rank(
-    function: Callable[..., Told], rank: int, world_size: int, folder: str, queue: Any, arguments: tuple[Any, ...]
+    function: Callable[..., Told],
+    rank: int,
+    world_size: int,
+    folder: str,
+    node: str,
+    queue: Any,
+    arguments: tuple[Any, ...],
 ) -> None:
     from ccmdist.cluster.process_group import ProcessGroup
     from ccmdist.cluster.ranks import Ranks
@@ -50,7 +59,7 @@ def _rank(
     quiet_libraries()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    os.environ["TORCH_EXTENSIONS_DIR"] = folder
+    os.environ["TORCH_EXTENSIONS_DIR"], os.environ["CCMDIST_NODE_TMP"] = folder, node
     group = ProcessGroup(Ranks(rank, rank, world_size), 10, f"file://{folder}/rendezvous")
     queue.put(function(group, *arguments))
     group.barrier()
@@ -65,8 +74,8 @@ def stock(group: Any, path: Path) -> Told:
     return {"checksum": _output(model)}
 
 
-def loaded(group: Any, path: Path, version: Any, is_tabled: bool, squares_file: Path | None = None) -> Told:
-    """Load this rank's share; peak memory, bytes, seconds and output."""
+def loaded(group: Any, path: Path, version: Any, levels: Tensor | None) -> Told:
+    """Load this rank's share, with a table of noise levels or whole; peak memory, bytes, seconds and output."""
     from ccmdist.adapters.injection import RowSquares
     from ccmdist.models import mmdit
     from ccmdist.models.tabulation import table_for
@@ -75,7 +84,7 @@ def loaded(group: Any, path: Path, version: Any, is_tabled: bool, squares_file: 
     squares = RowSquares(mmdit.linear_names(mmdit.skeleton(folder), ("attn", "mlp")))
     group.barrier()
     start = _Usage.now()
-    table = table_for(folder, torch.tensor([LEVEL]), bf16, 1, cpu, "bench") if is_tabled else None
+    table = None if levels is None else table_for(folder, levels, bf16, 1, cpu, BASE)
     between = _Usage.now()
     model = mmdit.build(folder, bf16, ZERO, squares.on_rows, table=table)
     squares.reduce()

@@ -12,10 +12,9 @@ from ccmdist.errors import ConfigError
 from ccmdist.models.convert import convert_model
 from ccmdist.models.make import make_model
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.tabulation import LEVELS_AT_ONCE
 from ccmdist.train.fit.run import FULL, QUICK
 from ccmdist.train.fit.run import fit as fit_components
-
-LEVELS_AT_ONCE = 64
 
 
 def make(size: str, version: str, out: Path, seed: int, fitted: bool) -> None:

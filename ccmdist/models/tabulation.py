@@ -31,6 +31,8 @@ FORMAT_VERSION: Final = "1"
 IN_MODEL: Final = "modulation"
 """Folder for tables in a model folder."""
 NAMES: Final = "modulation-*.safetensors"
+LEVELS_AT_ONCE: Final = 64
+"""In which a table is made where its shape does not matter: each weight is then looked at a few times only."""
 DTYPE_NAMES: Final = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
@@ -92,6 +94,8 @@ def table_for(
     Raises:
         ModelError: If the node's disk has no room, or its folder is not this user's alone.
     """
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        samples_at_once = LEVELS_AT_ONCE  # any shape gives the same bits there (benchmarks/modulation_table.py)
     kind, levels_N = TableKind.of(base_digest, dtype, samples_at_once, device), levels(sigmas, dtype)
     if (table := _opened(folder.path / IN_MODEL, kind, levels_N, is_given=True)) is not None:
         return table
