@@ -22,7 +22,7 @@ from measure.cases import PROBLEM, Case, Result, results, serve
 from measure.rows import Row, finish, write
 from measure.scale import Scale, device_name
 
-STEPS = 4
+STEPS = {"cuda": 4, "cpu": 1}
 LIMITS_GB = {"bf16": 40.0, "nf4": 24.0}
 ANCHORS = {
     "bf16": "musubi-tuner, LoRA at 1024 px, 1 sample: 42 GB (published)",
@@ -43,7 +43,7 @@ def measure(case: Case) -> Iterator[Result]:
     try:
         training = Training(config, group, scale)
         batch = training.objective.batch(size)
-        for _ in range(STEPS):
+        for _ in range(STEPS[scale.device]):
             training.step(batch)
     except torch.OutOfMemoryError:
         yield {**result, PROBLEM: "out of memory"}
