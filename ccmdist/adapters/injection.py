@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ccmdist.adapters.frozen import dense
 from ccmdist.adapters.lora import LoRALinear, update_scale
 from ccmdist.adapters.wdlora import ROWS_AT_ONCE, NormClock, WDLoRALinear
 from ccmdist.config.train import AdapterSettings, WDLoRASettings
@@ -77,7 +78,7 @@ def row_squares_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """||W||^2 per row of linears whose weights lie in this process."""
     squares = {}
     for name in names:
-        weight = model.get_submodule(name).weight.detach()
+        weight = dense(model.get_submodule(name).weight).detach()
         dtype = torch.promote_types(weight.dtype, torch.float32)
         squares[name] = torch.cat([rows.to(dtype).square().sum(1) for rows in weight.split(ROWS_AT_ONCE)])
     return squares

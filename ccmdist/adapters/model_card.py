@@ -42,7 +42,7 @@ The base has to be the one named below. What to know of stock loaders and pipeli
   `ccmdist adapter merge` computes them in float32 and rounds once.
 - The pipeline enlarges the mask to about one megapixel, and under transformers 5 encodes it without its positions in
   the image (diffusers issue 14194). `ccmdist synthesize` conditions as in training.
-- Where there is a `comfyui.safetensors`, it is the same adapter for ComfyUI's LoRA loader, at strength 1.
+{quantized}- Where there is a `comfyui.safetensors`, it is the same adapter for ComfyUI's LoRA loader, at strength 1.
 
 | | |
 |---|---|
@@ -57,6 +57,11 @@ The base has to be the one named below. What to know of stock loaders and pipeli
 
 The base model is published under Apache-2.0. Which licence this adapter may carry depends on the images it
 was trained on and on the consent of the people they show: fill in `license` above, or do not publish it.
+"""
+
+
+QUANTIZED: Final = """- It was trained on the base in {base}. On the base as published each row keeps its trained norm;
+  its direction is off by what the {base} weights are off. `ccmdist adapter merge` too merges into the published base.
 """
 
 
@@ -79,7 +84,7 @@ def model_card(
             that loads it.
         weights_file: Name of the file to load.
     """
-    repository = facts.get("base_model", "")
+    repository, held = facts.get("base_model", ""), facts.get("base_in_training")
     return CARD.format(
         base_model=f"base_model: {repository}\n" if repository else "",
         load_from=repository or "FOLDER_OF_THE_BASE",
@@ -88,6 +93,7 @@ def model_card(
         kind=settings.kind,
         formula=FORMULAS[settings.kind],
         weights_file=weights_file,
+        quantized=QUANTIZED.format(base=held) if held in ("nf4", "int8") else "",
         lora_rank=settings.lora_rank,
         scale=scale,
         num_linears=len(linears),

@@ -127,7 +127,7 @@ class TrainConfig(Settings):
     sigma_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
     base: Literal["bf16", "fp32", "nf4", "int8"] = "bf16"
     """How the frozen weights are held. Activations are fp32 beside fp32, else bf16; the adapter is always fp32.
-    nf4 and int8 need bitsandbytes and sharding: replicated."""
+    nf4 and int8 are kept whole on every rank (sharding: replicated); nf4 needs bitsandbytes."""
     sharding: Literal["auto", "zero3", "zero3_hpz", "replicated"] = free("auto")
     """Where the frozen weights lie: cut over all ranks, cut over the ranks of each node (zero3_hpz), or whole on every
     rank. auto: what `ccmdist model plan` chooses for these ranks' memory and network; zero3 on CPUs."""

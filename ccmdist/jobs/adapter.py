@@ -236,6 +236,7 @@ def _facts(checkpoint: Checkpoint, config: TrainConfig, quantity: str) -> dict[s
     facts |= {
         "image_size_px": str(config.data.image_size_px),
         "weights": "moving average" if quantity == "average" else "last",
+        "base_in_training": config.base,
     }
     try:
         return facts | _base_facts(ModelFolder.open(config.data.model))

@@ -11,7 +11,7 @@ from ccmdist.adapters.state import AdapterState
 from ccmdist.cluster.device import is_gpu_usable
 from ccmdist.diffusion import flow
 from ccmdist.errors import RunError
-from ccmdist.models import mmdit, nf4
+from ccmdist.models import mmdit, quantized
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.modulation_table import is_tabled
 from ccmdist.models.tabulation import table_for
@@ -68,7 +68,7 @@ def load(
     built = mmdit.build(model, dtype, None, device="cpu" if in_nf4 else device, table=table)
     if adapter is not None:
         merge_into(built, adapter)
-    return nf4.quantize_blocks(built, device) if in_nf4 else built
+    return quantized.quantize_blocks(built, device) if in_nf4 else built
 
 
 def is_tabulated(base: Base, adapter: AdapterState | None) -> bool:
@@ -86,7 +86,7 @@ def _shortage(model: ModelFolder, base: Base, dtype: str, adapter: AdapterState 
         return None
     card = torch.cuda.get_device_properties(torch.cuda.current_device())
     has_modulation = not is_tabulated(base, adapter)
-    needed = nf4.num_bytes(model, DTYPES[dtype], in_nf4=base == NF4, has_modulation=has_modulation)
+    needed = quantized.num_bytes(model, DTYPES[dtype], in_nf4=base == NF4, has_modulation=has_modulation)
     if needed + HEADROOM_BYTES <= card.total_memory:
         return None
     return (

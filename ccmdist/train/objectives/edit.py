@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ccmdist.adapters.frozen import freeze_linears
-from ccmdist.adapters.injection import AdaptedLinears, RowSquares, inject
+from ccmdist.adapters.injection import AdaptedLinears, RowSquares, inject, row_squares_of
 from ccmdist.cluster.preemption import ignore_stop_signals
 from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.config.train import TrainConfig
@@ -26,6 +26,7 @@ from ccmdist.models import attention, mmdit
 from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.modulation_table import ModulationTable, is_tabled
+from ccmdist.models.quantized import FORMS, hold_quantized
 from ccmdist.models.staging import staged
 from ccmdist.models.tabulation import table_for
 from ccmdist.train.objectives.objective import Batch
@@ -71,15 +72,25 @@ class EditObjective:
         """The MMDiT with its base where ``sharding`` says and the adapter injected. Collective."""
         if self.config.data.stage_model:
             self.folder = staged(self.folder, self.base_digest)
-        is_whole = self.config.sharding == "replicated"
         names = mmdit.linear_names(mmdit.skeleton(self.folder), self.config.adapter.targets)
-        row_squares = RowSquares(names)
-        partition_as = None if is_whole else zero_config
         table = self._table(names)
         self._is_tabled = table is not None
-        model = mmdit.build(self.folder, self.dtype, partition_as, row_squares.on_rows, self.group.device, table)
+        model, row_squares = self._base(names, table, zero_config)
+        return self.adapt(model, names, row_squares)
+
+    def _base(
+        self, names: list[str], table: ModulationTable | None, zero_config: dict[str, Any]
+    ) -> tuple[mmdit.QwenImageTransformer2DModel, Mapping[str, torch.Tensor]]:
+        """The base in its form and place, and the squared norms of the linears called ``names``. Collective."""
+        if self.config.base in FORMS:
+            model = mmdit.build(self.folder, self.dtype, None, table=table)
+            model = hold_quantized(model, self.config.base, self.group.device)
+            return model, row_squares_of(model, names)  # of the weights that the adapter computes with
+        is_whole, squares = self.config.sharding == "replicated", RowSquares(names)
+        partition_as = None if is_whole else zero_config
+        model = mmdit.build(self.folder, self.dtype, partition_as, squares.on_rows, self.group.device, table)
         forget_node_copies(model.parameters())
-        return self.adapt(model, names, row_squares.whole() if is_whole else row_squares.reduce())
+        return model, squares.whole() if is_whole else squares.reduce()
 
     def adapt(
         self, model: mmdit.QwenImageTransformer2DModel, names: list[str], row_squares: Mapping[str, torch.Tensor]

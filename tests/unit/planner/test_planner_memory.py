@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ccmdist.adapters.injection import inject, row_squares_of
-from ccmdist.models import mmdit, nf4
+from ccmdist.models import mmdit, quantized
 from ccmdist.planner import memory as planned
 from ccmdist.planner.flops import tokens
 from ccmdist.planner.memory import (
@@ -131,4 +131,4 @@ def test_the_table_has_a_row_for_each_noise_level():
 def test_constants_are_those_of_the_code_that_runs():
     zero = zero_config(config(), 1)["zero_optimization"]
     assert zero["reduce_bucket_size"] == planned.REDUCE_BUCKET
-    assert planned.NF4_BYTES == nf4.BYTES_PER_WEIGHT
+    assert planned.NF4_BYTES == quantized.BYTES_PER_WEIGHT

@@ -15,7 +15,7 @@ from ccmdist.data.manifest import read_manifest
 from ccmdist.data.reader import read_split
 from ccmdist.errors import ConfigError, ModelError, RunError
 from ccmdist.jobs.synthesize import describe
-from ccmdist.models import mmdit, nf4
+from ccmdist.models import mmdit, quantized
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.modulation_table import is_tabled
 from ccmdist.models.sizes import SIZES
@@ -59,9 +59,10 @@ def test_in_nf4_the_velocity_differs_by_a_few_per_cent(dtype, sources, config, p
     # What is small and sensitive stays as it is: embeddings, norms, the projections in and out.
     assert in_nf4.proj_out.weight.dtype == torch_dtype
     kept = sum(weight.numel() * weight.itemsize for weight in in_nf4.parameters())
-    assert kept < nf4.num_bytes(model, torch_dtype, in_nf4=True, has_modulation=False) < 1.1 * kept
+    assert kept < quantized.num_bytes(model, torch_dtype, in_nf4=True, has_modulation=False) < 1.1 * kept
     has_modulation = dtype == "fp32"
-    assert nf4.num_bytes(model, torch_dtype, False, has_modulation) == sum(w.nbytes for w in as_it_is.parameters())
+    whole = sum(weight.nbytes for weight in as_it_is.parameters())
+    assert quantized.num_bytes(model, torch_dtype, False, has_modulation) == whole
 
 
 def test_the_adapter_is_merged_before_anything_is_rounded(sources, config, plan_of, monkeypatch):
@@ -78,7 +79,7 @@ def test_in_bf16_images_are_the_same_bytes_with_and_without_a_table(config, monk
     built, original = [], mmdit.build
     monkeypatch.setattr(mmdit, "build", lambda *a, **b: built.append(original(*a, **b)) or built[-1])
     in_bf16 = ("base=bf16", "data.dtype=bf16", cache)
-    assert synthesize(config(*in_bf16), None)
+    assert synthesize(config(*in_bf16, "data.stage_model=true"), None)
     monkeypatch.setattr(base_module, "is_tabulated", lambda base, adapter: False)
     assert synthesize(config(*in_bf16, out="plain"), None)
     has_modulation = [any(is_tabled(name) for name, _ in model.named_parameters()) for model in built]
@@ -133,7 +134,7 @@ def card(monkeypatch, num_gib, name="NVIDIA A40"):
 def small(sources):
     """GiB of a card that holds the tiny base in nf4, but not in fp32."""
     model = ModelFolder.open(sources / "model")
-    sizes = [nf4.num_bytes(model, torch.float32, in_nf4) for in_nf4 in (True, False)]
+    sizes = [quantized.num_bytes(model, torch.float32, in_nf4) for in_nf4 in (True, False)]
     return (HEADROOM_BYTES + sum(sizes) / 2) / GIB
 
 
@@ -143,7 +144,7 @@ def full(monkeypatch):
     structure = mmdit.QwenImageTransformer2DModel
     with torch.device("meta"):
         model = structure(**SIZES["full"].transformer)
-    monkeypatch.setattr(nf4, "skeleton", lambda folder: model)
+    monkeypatch.setattr(quantized, "skeleton", lambda folder: model)
 
 
 @pytest.mark.parametrize(
@@ -167,10 +168,11 @@ def test_a_card_that_cannot_hold_the_20_b_base_in_bf16_takes_nf4(num_gib, dtype,
 
 def test_a_table_takes_a_third_off_the_20_b_base_of_38_gib_in_bf16_and_10_in_nf4(sources, full):
     model = ModelFolder.open(sources / "model")
-    assert nf4.num_bytes(model, torch.bfloat16, False, has_modulation=False) / GIB == pytest.approx(25.38, abs=0.02)
-    assert nf4.num_bytes(model, torch.bfloat16, True, has_modulation=False) / GIB == pytest.approx(6.6, abs=0.1)
-    assert nf4.num_bytes(model, torch.bfloat16, in_nf4=False) / GIB == pytest.approx(38.05, abs=0.02)
-    assert nf4.num_bytes(model, torch.bfloat16, in_nf4=True) / GIB == pytest.approx(9.9, abs=0.2)
+    tabled = quantized.num_bytes(model, torch.bfloat16, False, has_modulation=False)
+    assert tabled / GIB == pytest.approx(25.38, abs=0.02)
+    assert quantized.num_bytes(model, torch.bfloat16, True, has_modulation=False) / GIB == pytest.approx(6.6, abs=0.1)
+    assert quantized.num_bytes(model, torch.bfloat16, in_nf4=False) / GIB == pytest.approx(38.05, abs=0.02)
+    assert quantized.num_bytes(model, torch.bfloat16, in_nf4=True) / GIB == pytest.approx(9.9, abs=0.2)
     assert HEADROOM_BYTES == 4 * GIB
 
 

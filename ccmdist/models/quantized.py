@@ -1,13 +1,17 @@
-"""The blocks of the MMDiT in 4 bits, for cards that cannot hold them in bf16: to draw with, not to train.
+"""The linears of the MMDiT's blocks in 4 or 8 bits, for cards that cannot hold them in bf16.
+
+To draw with, or frozen beneath an adapter that is trained.
 
 NF4 with double quantization: Dettmers et al., "QLoRA" (arXiv 2305.14314), section 3, as bitsandbytes implements it.
+int8 with one scale per row: Dettmers et al., "LLM.int8()" (arXiv 2208.07339), section 2.2, of weights alone, for a
+product is that of the dense weight. It needs no other library.
 """
 
 from types import ModuleType
 from typing import Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ccmdist.errors import ModelError
 from ccmdist.models.mmdit import QwenImageTransformer2DModel, skeleton
@@ -34,6 +38,77 @@ def quantize_blocks(model: QwenImageTransformer2DModel, device: torch.device | s
     for block in model.transformer_blocks:
         for name in _linears(block):
             block.set_submodule(name, _quantized(library, block.get_submodule(name), device))
+    return nn.Module.to(model, device)
+
+
+class NF4Weight(nn.Module):
+    """A weight in 4 bits that gives the dense one when asked."""
+
+    def __init__(self, weight: Tensor, device: torch.device | str) -> None:
+        """Quantize ``weight``, (out, in), on a device."""
+        super().__init__()
+        library = _bitsandbytes()
+        self.dtype, self._make = weight.dtype, library.functional.dequantize_4bit
+        codes, self._state = library.functional.quantize_4bit(
+            weight.to(device), compress_statistics=True, quant_type="nf4"
+        )
+        self.register_buffer("codes", codes, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight lies."""
+        return self.codes.device
+
+    def dense(self) -> Tensor:
+        """The weight, (out, in)."""
+        return self._make(self.codes, self._state)
+
+
+class Int8Weight(nn.Module):
+    """A weight in 8 bits with one scale per row, which gives the dense one when asked."""
+
+    def __init__(self, weight: Tensor, device: torch.device | str) -> None:
+        """Quantize ``weight``, (out, in), on a device."""
+        super().__init__()
+        self.dtype, rows = weight.dtype, weight.to(device).float()
+        scales = (rows.abs().amax(1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        self.register_buffer("codes", (rows / scales).round().to(torch.int8), persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight lies."""
+        return self.codes.device
+
+    def dense(self) -> Tensor:
+        """The weight, (out, in)."""
+        return torch.mul(self.codes, self.scales, out=torch.empty_like(self.codes, dtype=self.dtype))
+
+
+FORMS: Final = {"nf4": NF4Weight, "int8": Int8Weight}
+
+
+def hold_quantized(
+    model: QwenImageTransformer2DModel, form: str, device: torch.device | str
+) -> QwenImageTransformer2DModel:
+    """The model on a device, to be trained: the weights of its blocks' linears are modules that give dense ones.
+
+    The linears themselves cannot be called; ``ccmdist.adapters`` takes their weights over.
+
+    Args:
+        model: Whole, in host memory; changed in place, a linear at a time.
+        form: "nf4" or "int8".
+        device: Where it is to be trained.
+
+    Raises:
+        ModelError: If nf4 is asked for and bitsandbytes is not installed.
+    """
+    for block in model.transformer_blocks:
+        for name in _linears(block):
+            linear = block.get_submodule(name)
+            weight = FORMS[form](linear.weight.data, device)
+            del linear.weight
+            linear.weight = weight
     return nn.Module.to(model, device)
 
 
