@@ -22,7 +22,7 @@ HELD_AS: Final = {"bf16": 2.0, "fp32": 4.0, "nf4": 2.0, "int8": 2.0}
 NF4_BYTES: Final = 4 / 8 + 1 / 64 + 4 / (64 * 256)
 """Of a weight in the blocks: four bits, an 8-bit scale for 64, a 32-bit scale for 256 of those (bitsandbytes)."""
 INT8_ROW_BYTES: Final = 4
-"""Scale of a row beside its 8-bit weights (bitsandbytes)."""
+"""Scale of a row beside its 8-bit weights."""
 MOMENT_BYTES: Final = {"adamw": 2 * 4.0, "adamw8bit": 2 * (1 + 4 / 256)}
 """Of one trained value: two moments in fp32, or in 8 bits with a 32-bit scale for 256 (bitsandbytes)."""
 

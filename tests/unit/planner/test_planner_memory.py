@@ -1,6 +1,7 @@
 """Memory per GPU: exact where it can be, and it moves in the right direction where it is an estimate."""
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
