@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from measure.cases import PROBLEM, Case, Result, results, serve
+from measure.cases import DIED, PROBLEM, Case, Result, results, serve
 from measure.rows import Row, finish
 from measure.scale import Scale, device_name, in_turn
 from measure.timing import median_ratio
@@ -75,8 +75,9 @@ def main() -> int:
         "micro_batch_sizes": arguments.micro_batch_sizes or ([1, 4] if is_gpu else [1]),
         "repeats": arguments.repeats or (8 if is_gpu else 2),
     }
-    found = results(__file__, [case], measure, is_apart=is_gpu)
-    return finish(scale.file("adapter_ratio"), [row for result in found for row in rows_of(result, scale)])
+    found = list(results(__file__, [case], measure, is_apart=is_gpu))
+    code = finish(scale.file("adapter_ratio"), [row for result in found for row in rows_of(result, scale)])
+    return code or int(any(DIED in result for result in found))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from measure.cases import PROBLEM, Case, Result, results, serve
+from measure.cases import DIED, Case, Result, results, serve
 from measure.rows import Row, finish
 from measure.scale import Scale, device_name, seconds_of
 
@@ -95,11 +95,11 @@ def main() -> int:
     is_gpu = scale.device == "cuda"
     sizes, repeats = arguments.batch_sizes or ([1, 8] if is_gpu else [1]), arguments.repeats or (10 if is_gpu else 2)
     case = {**asdict(scale), "batch_sizes": sizes, "repeats": repeats}
-    found = [one for one in results(__file__, [case], measure, is_apart=is_gpu) if PROBLEM not in one]
-    by_size = [[one for one in found if one["batch_size"] == size] for size in sizes]
+    found = list(results(__file__, [case], measure, is_apart=is_gpu))
+    by_size = [[one for one in found if one.get("batch_size") == size] for size in sizes]
     rows = [row for of_size in by_size if of_size for row in rows_of(of_size, scale)]
     finish(scale.file("attention"), rows)
-    return 0 if rows else 1
+    return int(not rows or any(DIED in one for one in found))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from measure.cases import PROBLEM, Case, Result, results, serve
+from measure.cases import DIED, PROBLEM, Case, Result, results, serve
 from measure.rows import Row, finish, write
 from measure.scale import Scale, device_name
 
@@ -82,10 +82,12 @@ def main() -> int:
     about = {**asdict(scale), "micro_batch_size": arguments.micro_batch_size}
     cases = [{**about, "base": base} for base in arguments.bases]
     rows: list[Row] = []
+    has_died = False
     for result in results(__file__, cases, measure, is_apart=scale.device == "cuda"):
         rows += rows_of(result, scale)
+        has_died |= DIED in result
         write(scale.file("memory"), rows)
-    return finish(scale.file("memory"), rows)
+    return finish(scale.file("memory"), rows) or int(has_died)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from measure.cases import PROBLEM, Case, Result, results, serve
+from measure.cases import DIED, PROBLEM, Case, Result, results, serve
 from measure.rows import Row, finish, write
 from measure.scale import Scale, device_name, gpu_key, seconds_of
 
@@ -104,10 +104,12 @@ def main() -> int:
     about = {**asdict(scale), "repeats": arguments.repeats or (6 if is_gpu else 1)}
     cases = [{**about, "recompute": recompute, "micro_batch_size": size} for recompute, size in given]
     rows: list[Row] = []
+    has_died = False
     for result in results(__file__, cases, measure, is_apart=is_gpu):
         rows += rows_of(result, scale)
+        has_died |= DIED in result
         write(scale.file("planner"), rows)
-    return finish(scale.file("planner"), rows)
+    return finish(scale.file("planner"), rows) or int(has_died)
 
 
 if __name__ == "__main__":

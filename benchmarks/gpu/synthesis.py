@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from measure.cases import PROBLEM, Case, Result, results, serve
+from measure.cases import DIED, PROBLEM, Case, Result, results, serve
 from measure.rows import Row, finish, write
 from measure.scale import Scale, device_name, gpu_key, seconds_of
 
@@ -91,10 +91,12 @@ def main() -> int:
     is_target = case["batch_sizes"][0] == 8 and case["denoise_steps"] == 40
     name = scale.file("synthesis") + ("_compiled" if arguments.compile else "")
     rows: list[Row] = []
+    has_died = False
     for result in results(__file__, [case], measure, is_apart=is_gpu):
         rows += rows_of(result, scale, is_target and not rows)
+        has_died |= DIED in result
         write(name, rows)
-    return finish(name, rows)
+    return finish(name, rows) or int(has_died)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from measure.cases import PROBLEM, Case, Result, results, serve
+from measure.cases import DIED, PROBLEM, Case, Result, results, serve
 from measure.rows import Row, finish, write
 from measure.scale import Scale, device_name, gpu_key, seconds_of
 
@@ -102,10 +102,12 @@ def main() -> int:
     }
     cases = [{**about, "recompute": recompute} for recompute in arguments.recompute]
     rows: list[Row] = []
+    has_died = False
     for result in results(__file__, cases, measure, is_apart=is_gpu):
         rows += rows_of(result, scale)
+        has_died |= DIED in result
         write(scale.file("training"), rows)
-    return finish(scale.file("training"), rows)
+    return finish(scale.file("training"), rows) or int(has_died)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ Measure = Callable[[Case], Iterable[Result]]
 MARK: Final = "RESULT "
 PROBLEM: Final = "problem"
 """Key of a result that says why there is none."""
+DIED: Final = "died"
+"""Key of a result of a process that has ended on its own."""
 ENVIRONMENT: Final = {
     # Batches of several sizes follow each other: without it, memory that one leaves in pieces is lost to the next.
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
@@ -59,4 +61,4 @@ def _in_child(script: str, case: Case) -> Iterator[Result]:
             else:
                 sys.stderr.write(line)
     if child.returncode:
-        yield {**case, PROBLEM: f"the process ended with {child.returncode}"}
+        yield {**case, DIED: True, PROBLEM: f"the process ended with {child.returncode}"}

@@ -27,6 +27,7 @@ from ccmdist.config.train import TrainConfig
 from ccmdist.diffusion import flow
 from ccmdist.models import attention, mmdit
 from ccmdist.models.modulation_table import ModulationTable, levels, row_length
+from ccmdist.models.quantized import FORMS
 from ccmdist.train.engine import Engine, quiet_libraries, zero_config
 from ccmdist.train.objectives.edit import ADAPTER_SET, DTYPES, EditObjective
 from ccmdist.train.objectives.objective import Batch
@@ -43,6 +44,27 @@ def skeleton(scale: Scale, table: ModulationTable | None) -> nn.Module:
     if table is not None:
         table.install(model)
     return model
+
+
+@torch.no_grad()
+def hold_random(model: nn.Module, form: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Random values for a model without weights, the linears of its blocks in 4 or 8 bits.
+
+    They are made and rounded one by one: the model never exists in ``dtype`` as a whole.
+    """
+    source = torch.Generator(device).manual_seed(0)
+    linears = {f"{name}.weight": module for name, module in model.named_modules() if _is_in_block(name, module)}
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    rest = {name: random_weight(name, shape, dtype, source) for name, shape in shapes.items() if name not in linears}
+    model.load_state_dict(rest, assign=True, strict=False)
+    for name, linear in linears.items():
+        held = FORMS[form](random_weight(name, shapes[name], dtype, source), device)
+        del linear.weight
+        linear.weight = held
+
+
+def _is_in_block(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and name.startswith("transformer_blocks.")
 
 
 @torch.no_grad()
@@ -105,9 +127,11 @@ class RandomEdit(EditObjective):
         """The model, ready to be trained."""
         names = mmdit.linear_names(skeleton(self.scale, None), self.config.adapter.targets)
         model = skeleton(self.scale, self._table(names))
-        if self.weights is None:
-            self.weights = random_weights(model, self.dtype, self.group.device)
-        model.load_state_dict(self.weights, assign=True)
+        if self.config.base in FORMS:
+            hold_random(model, self.config.base, self.dtype, self.group.device)
+        else:
+            self.weights = self.weights or random_weights(model, self.dtype, self.group.device)
+            model.load_state_dict(self.weights, assign=True)
         return self.adapt(model, names, row_squares_of(model, names))
 
     def batch(self, micro_batch_size: int) -> Batch:

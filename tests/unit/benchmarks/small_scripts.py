@@ -8,9 +8,9 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 SMALL = ["--device", "cpu", "--heads", "1", "--image-size-px", "32", "--text-tokens", "8"]
 SCRIPTS = {
-    "training": ["--micro-batch-sizes", "1", "2", "--recompute", "full", "--repeats", "1"],
+    "training": ["--micro-batch-sizes", "1", "2", "--recompute", "full", "selective", "--repeats", "1"],
     "adapter_ratio": ["--repeats", "1"],
-    "memory": ["--bases", "bf16"],
+    "memory": ["--bases", "bf16", "nf4"],
     "planner": ["--configurations", "full:1"],
     "synthesis": [],
     "attention": ["--repeats", "1"],

@@ -87,7 +87,7 @@ def test_a_case_that_dies_leaves_what_it_had_measured_and_the_others_go_on(modul
     found = list(module("measure.cases").results(str(script), cases, None, is_apart=True))
     assert found == [
         {"number": 1, "value": 2},
-        {"number": 1, "problem": "the process ended with 9"},
+        {"number": 1, "died": True, "problem": "the process ended with 9"},
         {"number": 2, "value": 4},
     ]
     assert "no result" in capfd.readouterr().err
@@ -118,3 +118,14 @@ def _is_alive(process):
         return "Z" not in Path(f"/proc/{process}/stat").read_text().split(") ")[1][:1]
     except (ProcessLookupError, FileNotFoundError):
         return False
+
+
+def test_a_script_of_which_a_process_died_fails_even_without_a_target(module, monkeypatch, tmp_path):
+    training, scale = module("training"), module("measure.scale")
+    monkeypatch.setattr(module("measure.rows"), "RESULTS", tmp_path)
+    monkeypatch.setattr(scale.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(training, "results", lambda *_, **__: [{"recompute": "none", "died": True, "problem": "gone"}])
+    monkeypatch.setattr("sys.argv", [str(BENCHMARKS / "gpu" / "training.py")])
+    assert training.main() == 1
+    (row,) = json.loads((tmp_path / "gpu_training.json").read_text())
+    assert (row["ours"], row["claim"].endswith(": gone")) == (0.0, True)
