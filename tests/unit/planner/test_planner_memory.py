@@ -133,3 +133,5 @@ def test_constants_are_those_of_the_code_that_runs():
     zero = zero_config(config(), 1)["zero_optimization"]
     assert zero["reduce_bucket_size"] == planned.REDUCE_BUCKET
     assert planned.NF4_BYTES == quantized.BYTES_PER_WEIGHT
+    weight = quantized.Int8Weight(torch.randn(6, 8), "cpu")
+    assert sum(buffer.nbytes for buffer in weight.buffers()) == 6 * 8 + 6 * planned.INT8_ROW_BYTES
