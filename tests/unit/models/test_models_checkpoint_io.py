@@ -49,7 +49,10 @@ def test_every_row_is_told_once_however_few_are_read_at_a_time(tiny_models, monk
 
     model = mmdit.build(folder, torch.float32, None, on_rows)
     weights = model.state_dict()
-    assert seen.keys() == weights.keys()
+    files = set(folder.weight_files("transformer").values())
+    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert seen.keys() == weights.keys() == stored.keys()
+    assert all(torch.equal(weights[name], stored[name].float()) for name in seen)
     assert all(torch.equal(seen[name], weights[name].view(len(seen[name]), -1)) for name in seen)
 
 
