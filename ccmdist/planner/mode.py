@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from ccmdist.config.train import TrainConfig
 from ccmdist.errors import ConfigError
+from ccmdist.models.template import Version
 from ccmdist.planner.flops import Tokens, tokens
 from ccmdist.planner.memory import HEADROOM, SHARDINGS, Memory, Sharding, memory
 from ccmdist.planner.transformer import Transformer
@@ -41,6 +42,7 @@ def choose_mode(
     ranks_per_node: int,
     gpu_memory_bytes: int | None,
     num_text_tokens: int | None = None,
+    version: Version = "2509",
 ) -> Mode:
     """The fastest way to hold the frozen weights that fits into the memory of each GPU.
 
@@ -51,13 +53,14 @@ def choose_mode(
         ranks_per_node: How many of them share a node.
         gpu_memory_bytes: Of the smallest GPU; None on CPUs.
         num_text_tokens: Of a sample, if known.
+        version: Of Qwen-Image-Edit, which decides the length of the text where it is not known.
 
     Raises:
         ConfigError: If nothing fits, with what would.
     """
     if gpu_memory_bytes is None:
         return _on_cpus(config)
-    model, of = Transformer.from_config(transformer), tokens(config.data.image_size_px, num_text=num_text_tokens)
+    model, of = Transformer.from_config(transformer), tokens(config.data.image_size_px, version, num_text_tokens)
     needs = needed(config, model, of, num_ranks, ranks_per_node)
     for sharding, need in needs.items():
         if need.fits(gpu_memory_bytes):

@@ -30,10 +30,15 @@ def settle_sharding(config: TrainConfig, group: ProcessGroup) -> TrainConfig:
 
 
 def _chosen(config: TrainConfig, group: ProcessGroup) -> Mode:
-    transformer = ModelFolder.open(config.data.model).config("transformer")
-    # Nodes of unequal size have no group of their own for every rank: as if each rank were alone.
+    folder = ModelFolder.open(config.data.model)
     return choose_mode(
-        config, transformer, group.ranks.world_size, group.ranks_per_node or 1, _smallest_gpu_bytes(group)
+        config,
+        folder.config("transformer"),
+        group.ranks.world_size,
+        # Nodes of unequal size have no group of their own for every rank: as if each rank were alone.
+        group.ranks_per_node or 1,
+        _smallest_gpu_bytes(group),
+        version=folder.version,
     )
 
 

@@ -41,7 +41,7 @@ def test_cutting_over_each_node_needs_several_nodes_of_several_ranks():
 
 
 def test_auto_is_decided_and_the_reason_told(caplog, monkeypatch):
-    folder = SimpleNamespace(config=lambda part: {"num_layers": 2, "num_attention_heads": 1})
+    folder = SimpleNamespace(version="2509", config=lambda part: {"num_layers": 2, "num_attention_heads": 1})
     monkeypatch.setattr(module, "ModelFolder", SimpleNamespace(open=lambda path: folder))
     caplog.set_level(logging.INFO)
     assert settled("auto", 2, 2) == "zero3"
