@@ -15,10 +15,8 @@ import torch
 
 from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.config.train import TrainConfig
-from ccmdist.train.optim import SetwiseAdamW, update_average
+from ccmdist.train.optim import MOMENTS, optimizer, update_average
 from ccmdist.train.sharding import forget_node_copies
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class LocalParameter:
         shape: Shape of the whole parameter.
         start: Where the slice begins in the flattened parameter.
         values: "weight", "exp_avg", "exp_avg_sq" and, if there is one, "average": 1-D fp32 tensors of equal length
-            that share memory with the optimizer's state.
+            that share memory with the optimizer's state if that is fp32.
     """
 
     shape: tuple[int, ...]
@@ -93,7 +91,7 @@ class Engine:
 
         quiet_libraries()
         self.parameter_sets = parameter_sets
-        self.optimizer = SetwiseAdamW({name: list(s.values()) for name, s in parameter_sets.items()}, config.optim)
+        self.optimizer = optimizer({name: list(s.values()) for name, s in parameter_sets.items()}, config.optim)
         self.module, self._zero, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.optimizer,
@@ -101,9 +99,17 @@ class Engine:
                 zero_config(config, group.ranks.world_size, group.ranks_per_node), model, parameter_sets
             ),
         )
+        for flat in self._flat_by_set().values():
+            self.optimizer.begin(flat)
+        self._places = self._places_in_flats()
         self._ema_decay = config.optim.ema_decay
-        self.local = self._local_parameters()
+        self._averages = self._started_averages()
         self._let_adapter_persist()
+
+    @property
+    def local(self) -> dict[str, LocalParameter]:
+        """This rank's slices: views of the optimizer's state, or copies where it holds it in 8 bits."""
+        return self._slices(self._quantities())
 
     def backward(self, loss_: torch.Tensor) -> None:
         """Accumulate gradients of ``loss_``, divided by the number of accumulations. Collective."""
@@ -133,8 +139,9 @@ class Engine:
     def update_average(self) -> None:
         """Let the moving average follow the parameters by one step."""
         if self._ema_decay is not None:
-            for parameter in self.local.values():
-                update_average([parameter.values["average"]], [parameter.values["weight"]], self._ema_decay)
+            flats = self._flat_by_set()
+            weights = [self._places[name].of(flats) for name in self._averages]
+            update_average(self._averages.values(), weights, self._ema_decay)
 
     def adam_steps(self) -> dict[str, int]:
         """How often each parameter set has been updated."""
@@ -143,8 +150,10 @@ class Engine:
     @torch.no_grad()
     def load(self, read: ReadStretch, adam_steps: dict[str, int]) -> None:
         """Take over a state that any number of ranks has written; every rank reads its own stretches. Collective."""
+        quantities = self._quantities()
+        slices = self._slices(quantities)
         for name, parameter in self._named_parameters():
-            local = self.local[name]
+            local = slices[name]
             for quantity, values in local.values.items():
                 values.copy_(read(name, quantity, local.start, local.start + len(values)))
             # Copies must agree: what forward gathers, the fp32 master, and the moments.
@@ -153,6 +162,7 @@ class Engine:
         forget_node_copies([parameter for _, parameter in self._named_parameters()])
         self._gather_adapter()
         for name, flat in self._flat_by_set().items():
+            self.optimizer.set_moments(flat, {moment: quantities[moment][name] for moment in MOMENTS})
             self.optimizer.state[flat]["step"].fill_(float(adam_steps[name]))
 
     def _let_adapter_persist(self) -> None:
@@ -178,26 +188,55 @@ class Engine:
         assert len(set(ids)) == len(ids), "DeepSpeed has split a parameter set"
         return {self.optimizer.param_groups[group]["name"]: flat for group, flat in zip(ids, flats, strict=True)}
 
-    @torch.no_grad()
-    def _local_parameters(self) -> dict[str, LocalParameter]:
-        """Views into the optimizer's flat tensors; Adam's lazy state is created first."""
-        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+    def _quantities(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Quantity -> name of set -> flat fp32 tensor."""
+        flats = self._flat_by_set()
+        moments = {name: self.optimizer.moments(flat) for name, flat in flats.items()}
+        return {"weight": flats} | {moment: {name: of[moment] for name, of in moments.items()} for moment in MOMENTS}
 
-        for flat in self._flat_by_set().values():
-            state = {"step": torch.tensor(0.0), **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
-            self.optimizer.state[flat] = state
-        local = {}
-        for name, parameter in self._named_parameters():
-            length = parameter.ds_tensor.ds_numel
-            start = min(parameter.ds_zero_partition_rank * length, parameter.ds_numel)
-            stop = min(start + length, parameter.ds_numel)  # the last slices are padded
-            values = {"weight": safe_get_local_fp32_param(parameter)}
-            values |= {moment: safe_get_local_optimizer_state(parameter, moment) for moment in MOMENTS}
-            values = {quantity: tensor.detach()[: stop - start] for quantity, tensor in values.items()}
-            if self._ema_decay is not None:
-                values["average"] = values["weight"].clone()
-            local[name] = LocalParameter(tuple(parameter.ds_shape), start, values)
-        return local
+    def _slices(self, quantities: dict[str, dict[str, torch.Tensor]]) -> dict[str, LocalParameter]:
+        """Views into flat quantities, and the averages."""
+        slices = {}
+        for name, place in self._places.items():
+            values = {quantity: place.of(flats) for quantity, flats in quantities.items()}
+            if name in self._averages:
+                values["average"] = self._averages[name]
+            slices[name] = LocalParameter(place.shape, place.start, values)
+        return slices
+
+    def _places_in_flats(self) -> dict[str, "_Place"]:
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        places = {}
+        for set_name, parameters in self.parameter_sets.items():
+            first = self._flat_by_set()[set_name].storage_offset()
+            for name, parameter in parameters.items():
+                length, rank = parameter.ds_tensor.ds_numel, parameter.ds_zero_partition_rank
+                start = min(rank * length, parameter.ds_numel)
+                count = min(start + length, parameter.ds_numel) - start  # the last slices are padded
+                offset = safe_get_local_fp32_param(parameter).storage_offset() - first
+                places[name] = _Place(set_name, offset, count, start, tuple(parameter.ds_shape))
+        return places
+
+    def _started_averages(self) -> dict[str, torch.Tensor]:
+        """Moving averages as they begin; none if the settings want none."""
+        flats = self._flat_by_set()
+        return {} if self._ema_decay is None else {n: place.of(flats).clone() for n, place in self._places.items()}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where this rank's slice of a parameter lies: ``count`` numbers from ``offset`` in the flat tensors of its set."""
+
+    set_name: str
+    offset: int
+    count: int
+    start: int
+    shape: tuple[int, ...]
+
+    def of(self, flats: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The slice."""
+        return flats[self.set_name].detach()[self.offset : self.offset + self.count]
 
 
 def _gathering_one_block_ahead(

@@ -1,4 +1,4 @@
-"""AdamW over named parameter sets, and the learning rate as a pure function of the step."""
+"""AdamW over named parameter sets, in 32 or 8 bits, and the learning rate as a pure function of the step."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -7,6 +7,11 @@ from typing import Any
 import torch
 
 from ccmdist.config.train import OptimSettings
+from ccmdist.errors import ConfigError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+BLOCK = 256
+"""Numbers that share a scale."""
 
 
 class SetwiseAdamW(torch.optim.AdamW):
@@ -22,6 +27,18 @@ class SetwiseAdamW(torch.optim.AdamW):
         super().__init__(groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
         self.active: frozenset[str] = frozenset(sets)
 
+    def begin(self, flat: torch.Tensor) -> None:
+        """Make the state of a tensor that was never updated."""
+        self.state[flat] = {"step": torch.tensor(0.0), **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
+
+    def moments(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The moments of a tensor by name, fp32, in its shape."""
+        return {moment: self.state[flat][moment] for moment in MOMENTS}
+
+    def set_moments(self, flat: torch.Tensor, moments: dict[str, torch.Tensor]) -> None:
+        """Replace the moments of a tensor."""
+        self.state[flat].update(moments)
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of the active sets."""
         resting = [group for group in self.param_groups if group["name"] not in self.active]
@@ -29,15 +46,131 @@ class SetwiseAdamW(torch.optim.AdamW):
         for group in resting:
             group["params"] = []
         try:
-            return super().step(closure)
+            return self._update(closure)
         finally:
             for group, parameters in zip(resting, held, strict=True):
                 group["params"] = parameters
+
+    def _update(self, closure: Callable[[], Any] | None) -> Any:
+        return super().step(closure)
 
     def set_lr(self, lr: float) -> None:
         """Use ``lr`` for all sets from now on."""
         for group in self.param_groups:
             group["lr"] = lr
+
+
+class SetwiseAdamW8bit(SetwiseAdamW):
+    """The same with moments in 8 bits: codes of 256 values each, with one fp32 scale for every 256 numbers.
+
+    The fp32 numbers that :meth:`moments` gives determine codes and scales, so a state that is stored as fp32 and
+    taken up again with equal blocks is the same bit for bit. With other blocks, that is on other ranks, numbers are
+    rounded once more.
+
+    Source: Dettmers et al. 2021 (arXiv:2110.02861), sections 2 and 3, as bitsandbytes implements them.
+    """
+
+    def __init__(self, sets: dict[str, list[torch.nn.Parameter]], settings: OptimSettings) -> None:
+        super().__init__(sets, settings)
+        self._library = _bitsandbytes().functional
+        signed, unsigned = (self._library.create_dynamic_map(signed=signed) for signed in (True, False))
+        # bitsandbytes' own ends at -0.993: a largest number that is negative would shrink with every load.
+        signed[0] = -1.0
+        self._codes = {"exp_avg": signed, "exp_avg_sq": unsigned}
+
+    def begin(self, flat: torch.Tensor) -> None:
+        """Make the state of a tensor that was never updated."""
+        self.state[flat] = {"step": torch.tensor(0.0)}
+        self.set_moments(flat, {moment: torch.zeros_like(flat) for moment in MOMENTS})
+
+    def moments(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The moments of a tensor by name, fp32, in its shape; copies."""
+        state = self.state[flat]
+        return {
+            moment: self._library.dequantize_blockwise(
+                state[moment], absmax=state[f"{moment}_scales"], code=self._code(moment, flat), blocksize=BLOCK
+            )
+            for moment in MOMENTS
+        }
+
+    def set_moments(self, flat: torch.Tensor, moments: dict[str, torch.Tensor]) -> None:
+        """Replace the moments of a tensor by what 8 bits hold of them."""
+        for moment, values in moments.items():
+            codes, scales = in_8_bits(values, self._code(moment, flat))
+            self.state[flat].update({moment: codes, f"{moment}_scales": scales})
+
+    def _code(self, moment: str, flat: torch.Tensor) -> torch.Tensor:
+        self._codes[moment] = self._codes[moment].to(flat.device)
+        return self._codes[moment]
+
+    @torch.no_grad()
+    def _update(self, closure: Callable[[], Any] | None) -> Any:
+        for group in self.param_groups:
+            for flat in group["params"]:
+                if flat.grad is not None:
+                    self._update_one(flat, group)
+
+    def _update_one(self, flat: torch.Tensor, group: dict[str, Any]) -> None:
+        if flat not in self.state:
+            self.begin(flat)
+        state = self.state[flat]
+        state["step"] += 1
+        (first, second), (beta1, beta2) = MOMENTS, group["betas"]
+        self._library.optimizer_update_8bit_blockwise(
+            "adam",
+            flat.grad,
+            flat.data,
+            state[first],
+            state[second],
+            beta1,
+            beta2,
+            0.0,
+            0.0,
+            group["eps"],
+            int(state["step"]),
+            group["lr"],
+            self._code(first, flat),
+            self._code(second, flat),
+            state[f"{first}_scales"],
+            state[f"{second}_scales"],
+            group["weight_decay"],
+        )
+
+
+def in_8_bits(values: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest codes of numbers, uint8, and the largest of each block, fp32.
+
+    bitsandbytes' own function does not find the nearest near zero on a CPU, and a state would change with every load.
+
+    Args:
+        values: 1-D fp32.
+        code: What the 256 codes stand for, ascending, in units of the largest of a block.
+    """
+    blocks = torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
+    scales = blocks.abs().amax(1)
+    between = (code[1:] + code[:-1]) / 2
+    codes = torch.bucketize(blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None], between)
+    return codes.to(torch.uint8).view(-1)[: len(values)].clone(), scales
+
+
+def optimizer(sets: dict[str, list[torch.nn.Parameter]], settings: OptimSettings) -> SetwiseAdamW:
+    """The optimizer that the settings name.
+
+    Raises:
+        ConfigError: If it needs bitsandbytes, and that is not installed.
+    """
+    return (SetwiseAdamW8bit if settings.kind == "adamw8bit" else SetwiseAdamW)(sets, settings)
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ConfigError(
+            f"optim.kind: adamw8bit needs bitsandbytes, which cannot be imported ({error})",
+            'run `pip install "ccmdist[quant]"`, or set optim.kind=adamw',
+        ) from None
+    return bitsandbytes
 
 
 def learning_rate(step: int, num_steps: int, settings: OptimSettings) -> float:
