@@ -24,8 +24,13 @@ def set_recompute(model: QwenImageTransformer2DModel, how: Literal["full", "sele
     if how == "full":
         model.enable_gradient_checkpointing()
     if how == "selective":
-        transformer_qwenimage.dispatch_attention_fn = _attend
+        attend_on_tape()
         model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=selective_contexts))
+
+
+def attend_on_tape() -> None:
+    """Let blocks compute their attention in the context that the tape names, if there is one; for this process."""
+    transformer_qwenimage.dispatch_attention_fn = _attend
 
 
 def selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
