@@ -104,7 +104,7 @@ def table_for(
         table = _opened(place, kind, levels_N)
         if table is None:
             num_bytes = len(levels_N) * row_length(skeleton(folder)) * dtype.itemsize
-            remedy = "set tabulate_modulation=false, or give a model folder from `ccmdist model convert`"
+            remedy = "give a model folder from `ccmdist model convert`, or train with tabulate_modulation=false"
             make_room(place, num_bytes, "the table of modulation", remedy, NAMES)
             write_table(place, folder, levels_N, dtype, kind, device)
             table = _opened(place, kind, levels_N)

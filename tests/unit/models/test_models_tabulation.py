@@ -177,8 +177,8 @@ def test_a_node_without_room_is_refused_with_what_lies_there(node, folder, monke
         table(folder, samples_at_once=1)
     assert str(refusal.value) == (
         f"{node}: has 0.0 GiB free, expected 0.3 GiB for the table of modulation; 1 others there hold 0.0 GiB; remove "
-        "what is there, set CCMDIST_NODE_TMP to a folder on another disk of this node, or set "
-        "tabulate_modulation=false, or give a model folder from `ccmdist model convert`"
+        "what is there, set CCMDIST_NODE_TMP to a folder on another disk of this node, or "
+        "give a model folder from `ccmdist model convert`, or train with tabulate_modulation=false"
     )
 
 
