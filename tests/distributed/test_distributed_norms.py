@@ -40,11 +40,12 @@ def count_evaluations(rank):
 
 def evaluate_always(rank):
     """Let every forward and every recompute evaluate the norms again."""
+    from ccmdist.adapters.frozen import dense
     from ccmdist.adapters.wdlora import RowState, WDLoRALinear
 
     def row_state(self):
         self.rows = RowState.evaluate(
-            self.weight, self.lora_A, self.lora_B, self.magnitude, self.row_squares, self.scale
+            dense(self.weight), self.lora_A, self.lora_B, self.magnitude, self.row_squares, self.scale
         )
         return self.rows
 

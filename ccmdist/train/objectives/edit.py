@@ -29,6 +29,7 @@ from ccmdist.models.modulation_table import ModulationTable, is_tabled
 from ccmdist.models.quantized import FORMS, hold_quantized
 from ccmdist.models.staging import staged
 from ccmdist.models.tabulation import table_for
+from ccmdist.train.flat_blocks import flatten_blocks
 from ccmdist.train.objectives.objective import Batch
 from ccmdist.train.recompute import set_recompute
 from ccmdist.train.sharding import forget_node_copies, hide_frozen_weights
@@ -103,6 +104,8 @@ class EditObjective:
             row_squares: Their squared norms, as :func:`ccmdist.adapters.injection.inject` takes them.
         """
         model.requires_grad_(False)
+        if self.config.sharding != "replicated":
+            flatten_blocks(model.transformer_blocks)
         self.adapted: AdaptedLinears = inject(model, names, self.config.adapter, row_squares, self.config.seed)
         hide_frozen_weights(model, vectors_alone=self.config.sharding != "replicated")
         model.train()

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ccmdist.adapters.frozen import freeze_linears
 from ccmdist.cluster.ranks import Ranks, common_ranks_per_node
 from ccmdist.config.loading import load
 from ccmdist.config.train import TrainConfig
 from ccmdist.errors import ConfigError
 from ccmdist.train import sharding as module
+from ccmdist.train.flat_blocks import flatten_blocks
 from ccmdist.train.sharding import hide_frozen_weights, settle_sharding
 
 
@@ -55,6 +57,17 @@ def test_auto_is_decided_and_the_reason_told(caplog, monkeypatch):
 )  # fmt: skip
 def test_ranks_per_node_are_those_of_every_node(local_ranks, expected):
     assert common_ranks_per_node(local_ranks) == expected
+
+
+def test_blocks_of_one_frozen_parameter_compute_the_same():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2, bias=False)).requires_grad_(False)
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    expected = torch.autograd.grad(model(x).square().sum(), x)
+    blocks = torch.nn.ModuleList([model])
+    flatten_blocks(blocks)
+    freeze_linears(blocks)
+    assert {name: len(p.shape) for name, p in model.named_parameters()} == {"flat": 2, "0.bias": 1}
+    assert torch.equal(*torch.autograd.grad(model(x).square().sum(), x), *expected)
 
 
 def test_hidden_weights_keep_their_names_and_compute_the_same():
