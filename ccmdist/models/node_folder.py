@@ -15,10 +15,11 @@ from typing import Final
 import filelock
 
 from ccmdist.console import log
-from ccmdist.errors import ModelError
+from ccmdist.errors import OF_THE_MACHINE, ModelError
 
 VARIABLE: Final = "CCMDIST_NODE_TMP"
 """Environment variable that names the folder above; slurm/env.sh sets it."""
+REMEDY: Final = f"set {VARIABLE} to a folder on this node that you can write and nobody else"
 GIB: Final = 1 << 30
 SECONDS_IN_SILENCE: Final = 5.0
 RESERVE_BYTES: Final = 256 << 20
@@ -32,14 +33,20 @@ def node_folder() -> Path:
         ModelError: If somebody else could have put files there.
     """
     folder = Path(os.environ.get(VARIABLE) or tempfile.gettempdir()) / f"ccmdist-{os.getuid()}"
-    with contextlib.suppress(FileExistsError):
+    try:
         folder.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno in OF_THE_MACHINE:
+            raise
+        raise ModelError(f"{folder}: cannot be made ({error.strerror})", REMEDY) from None
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         kind = f"belongs to user {found.st_uid}" if stat.S_ISDIR(found.st_mode) else "is no folder"
         raise ModelError(
             f"{folder}: {kind}, expected a folder of user {os.getuid()}",
-            f"set {VARIABLE} to a folder on this node in which nobody else may write",
+            REMEDY,
         )
     if stat.S_IMODE(found.st_mode) != 0o700:
         folder.chmod(0o700)
@@ -85,7 +92,8 @@ def make_room(folder: Path, num_bytes: int, what: str, remedy: str, pattern: str
     for left_over in folder.glob(f".{pattern}.tmp-*"):
         shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
     others = list(folder.glob(pattern))
-    held = sum(file.stat().st_size for other in others for file in (other.rglob("*") if other.is_dir() else [other]))
+    # Links are not followed: what they lead to may be gone.
+    held = sum(file.lstat().st_size for other in others for file in (other.rglob("*") if other.is_dir() else [other]))
     free = shutil.disk_usage(folder).free
     if free < num_bytes + RESERVE_BYTES:
         beside = f"; {len(others)} others there hold {held / GIB:.1f} GiB" if others else ""

@@ -1,5 +1,6 @@
 """A model on the node's own disk, and one that was converted, are the model; half of either is none."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -38,10 +39,9 @@ def weights(folder):
 
 def test_a_staged_model_is_the_same_and_its_transformer_lies_on_the_node(node, folder):
     copy = staged(folder, folder.transformer_digest())
-    assert copy.path.parent == node
+    assert (copy.path / "transformer").resolve().parents[1] == node
     assert ModelFolder.open(copy.path).transformer_digest() == folder.transformer_digest()
     assert copy.encoder_identity() == folder.encoder_identity()
-    assert not (copy.path / "transformer").is_symlink()
     expected, found = weights(folder), weights(copy)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     LatentCodec.load(copy, torch.float32, CPU)
@@ -58,6 +58,38 @@ def test_it_is_copied_once_and_again_only_when_a_file_is_cut_short(node, folder,
     os.truncate(next((copy.path / "transformer").glob("*.safetensors")), 100)
     assert staged(folder, digest).transformer_digest() == digest
     assert len(copies) == 2 * num_files
+
+
+def test_models_that_share_a_transformer_keep_all_else_apart(node, folder, tmp_path):
+    other = ModelFolder.open(shutil.copytree(folder.path, tmp_path / "other"))
+    schedule = other.path / "scheduler/scheduler_config.json"
+    schedule.write_text(json.dumps(folder.noise_schedule() | {"shift_terminal": 0.5}))
+    digest = folder.transformer_digest()
+    assert staged(folder, digest).noise_schedule() == folder.noise_schedule()
+    copy = staged(other, digest)
+    assert copy.noise_schedule()["shift_terminal"] == 0.5
+    (other.path / "modulation").mkdir()  # such as a table that comes later
+    assert (staged(other, digest).path / "modulation").is_dir()
+    assert len(list(node.glob("model-*"))) == 1
+
+
+def test_a_model_that_is_gone_hinders_no_other(node, folder, tmp_path):
+    gone = ModelFolder.open(shutil.copytree(folder.path, tmp_path / "gone"))
+    config = gone.path / "transformer/config.json"
+    config.write_text(json.dumps(gone.config("transformer") | {"_name_or_path": "other"}))
+    staged(gone, gone.transformer_digest())
+    moved = ModelFolder.open(gone.path.rename(tmp_path / "moved"))
+    staged(folder, folder.transformer_digest())
+    assert ModelFolder.open(staged(moved, moved.transformer_digest()).path).noise_schedule() == moved.noise_schedule()
+
+
+def test_a_node_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CCMDIST_NODE_TMP", str(tmp_path / "file"))
+    with pytest.raises(
+        ModelError, match=r"cannot be made \(Not a directory\); set CCMDIST_NODE_TMP to a folder on this"
+    ):
+        node_folder()
 
 
 def test_a_copy_that_differs_is_refused_and_removed(node, folder):
