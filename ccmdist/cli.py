@@ -238,8 +238,8 @@ def plan_training(
         int | None, typer.Option("--time-limit-min", min=1, help="Of one job; else that of the section slurm.")
     ] = None,
     efficiency: Annotated[
-        float, typer.Option("--efficiency", min=0.01, max=1, help="Of the GPU's peak, assumed.")
-    ] = 0.4,
+        float | None, typer.Option("--efficiency", min=0.01, max=1, help="Of the GPU's peak; else as planned with.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Show instead how it scales to 8, 64 and 512 GPUs.")

@@ -28,7 +28,7 @@ DEFAULT_GPU: Final = "h100"
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line says of the machine; None where it says nothing."""
+    """What the command line says of the machine; None or as assumed where it says nothing."""
 
     gpus: int | None = None
     gpus_per_node: int | None = None
@@ -53,7 +53,7 @@ def show(arguments: Sequence[str], asked: dict[str, Any], as_json: bool, is_scal
 
     Args:
         arguments: YAML files and overrides of `ccmdist train`; a section `slurm` says what is asked of Slurm.
-        asked: Fields of :class:`Asked` that the command line names.
+        asked: Fields of :class:`Asked`; None for those of which the command line says nothing.
         as_json: Print one JSON object.
         is_scaling: Print how the run scales, instead.
 
@@ -61,7 +61,8 @@ def show(arguments: Sequence[str], asked: dict[str, Any], as_json: bool, is_scal
         CcmdistError: If the settings, the machine or the model folder cannot be used, or nothing fits.
     """
     config, slurm = load_for_slurm(TrainConfig, *parted(arguments))
-    wish, base = Asked(**asked), base_of(config)
+    wish = Asked(**{name: value for name, value in asked.items() if value is not None})
+    base = base_of(config)
     values, view = (_scaled if is_scaling else _planned)(config, slurm, wish, base)
     if as_json:
         sys.stdout.write(json.dumps(values | {"note": base.note}, indent=2) + "\n")

@@ -1,5 +1,6 @@
 """`ccmdist model plan` says in text and in JSON what a run needs, and refuses what cannot be, without torch."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from ccmdist.cli import exit_code
 from ccmdist.config.slurm import SlurmSettings
+from ccmdist.jobs import model_plan
 from ccmdist.jobs.model_plan import Asked, base_of, machine_of
 from tests.distributed.small_world import data_overrides
 from tests.unit.planner.planned import config
@@ -59,6 +61,11 @@ def test_the_text_answers_what_a_student_asks(capsys):
     ):
         assert re.search(expected, text), expected
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_an_efficiency_that_is_not_given_is_the_planner_s(capsys, monkeypatch):
+    monkeypatch.setattr(model_plan, "Asked", functools.partial(Asked, efficiency=0.3))
+    assert as_json(capsys, "--gpus", "8")["machine"]["efficiency"] == 0.3
 
 
 def test_json_holds_the_same_figures(capsys):
