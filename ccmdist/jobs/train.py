@@ -1,6 +1,7 @@
 """Start a training run, or tell what it would do. Imports no torch: that is left to the processes that train."""
 
 import importlib
+import importlib.util
 import os
 import tempfile
 from collections import Counter
@@ -21,6 +22,7 @@ from ccmdist.data.cache_index import cache_folder, fingerprint, indexes, no_cach
 from ccmdist.data.cached_samples import CachedSamples
 from ccmdist.data.manifest import read_manifest
 from ccmdist.data.order import Order
+from ccmdist.errors import ConfigError
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.planner.flops import tokens
 from ccmdist.planner.memory import memory
@@ -60,8 +62,10 @@ def describe(config: TrainConfig) -> str:
     """What the command would do; everything that would refuse to start refuses here too.
 
     Raises:
-        CcmdistError: If the model, the shards or the cache are not there or do not fit, or the batch does not divide.
+        CcmdistError: If a library, the model, the shards or the cache are not there or do not fit, or the batch does
+            not divide.
     """
+    refuse_missing_libraries(config)
     model = ModelFolder.open(config.data.model)
     entries = training_entries(config.data, model)
     order = Order(entries, config.seed, config.micro_batch_size, config.balance, config.shuffle_window)
@@ -82,6 +86,21 @@ def describe(config: TrainConfig) -> str:
         f"{_memory(config, model, entries, ranks.world_size)}\n"
         f"run: {config.run}, {start}"
     )
+
+
+def refuse_missing_libraries(config: TrainConfig) -> None:
+    """Refuse what needs a library that is not installed, before minutes are spent on loading the model.
+
+    Raises:
+        ConfigError: With the command that installs it.
+    """
+    asked = [f"base: {config.base}"] if config.base == "nf4" else []
+    asked += [f"optim.kind: {config.optim.kind}"] if config.optim.kind == "adamw8bit" else []
+    if asked and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"{' and '.join(asked)} needs bitsandbytes, which is not installed",
+            'run `pip install "ccmdist[quant]"`, or set base=int8 or bf16 and optim.kind=adamw',
+        )
 
 
 def _memory(config: TrainConfig, model: ModelFolder, entries: CachedSamples, num_ranks: int) -> str:

@@ -23,6 +23,7 @@ from ccmdist.config.train import TrainConfig
 from ccmdist.console import log, start_logging
 from ccmdist.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_REFUSED, CcmdistError
 from ccmdist.jobs.adapter import adapter_of
+from ccmdist.jobs.train import refuse_missing_libraries
 from ccmdist.train.checkpoint import newest_valid
 from ccmdist.train.loop import train
 from ccmdist.train.objectives.edit import EditObjective
@@ -87,6 +88,7 @@ class _Rank:
             return EXIT_REFUSED
         self.is_held = True
         with self.sections("startup"):
+            refuse_missing_libraries(config)
             config = settle_sharding(config, group)
             objective = EditObjective(config, group)
         outcome = train(config, objective, group, self.folder, stop, self.ledger)
