@@ -184,7 +184,9 @@ def _vector_bytes(config: TrainConfig, model: Transformer) -> float:
 def _adapter_bytes(trained: int, sharding: Sharding, num_ranks: int, ranks_per_node: int) -> float:
     """Whole, as forward uses it; and twice this rank's part: DeepSpeed's partition and the optimizer's master."""
     of_node = 4.0 / ranks_per_node if sharding == "zero3_hpz" else 0.0
-    return trained * (4.0 + 8.0 / num_ranks + of_node)
+    # The partition of a single rank is whole itself.
+    whole = 4.0 if num_ranks > 1 else 0.0
+    return trained * (whole + 8.0 / num_ranks + of_node)
 
 
 def _norm_bytes(config: TrainConfig, model: Transformer) -> float:

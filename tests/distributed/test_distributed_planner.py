@@ -4,6 +4,7 @@ import pytest
 
 from ccmdist.planner.memory import REDUCE_BUCKET
 from tests.distributed.counted_engine import counted_in_turn
+from tests.distributed.small_engine import built, steps
 
 pytestmark = pytest.mark.distributed
 
@@ -29,3 +30,14 @@ def test_two_ranks_hold_and_receive_what_was_planned(run_ranks, world):
             gathered = received.get("gathered 2", 0) / traffic["num_micro_steps"]
             kept = run["block_bytes"] + 2 * run["outer_bytes"]
             assert traffic["weights_per_micro_step"] - kept / 2 <= gathered <= traffic["weights_per_micro_step"], name
+
+
+def whole_adapter(group, world):
+    """Whether what forward uses of each trained parameter lies where DeepSpeed's partition of it does."""
+    config, objective, engine = built(group, world, *RUNS["replicated"])
+    steps(config, objective, engine, 0, 1)
+    return [parameter.data_ptr() == parameter.ds_tensor.data_ptr() for _, parameter in engine._named_parameters()]
+
+
+def test_one_rank_holds_no_second_copy_of_the_adapter(run_ranks, world):
+    assert all(run_ranks(whole_adapter, 1, str(world))[0])
