@@ -367,7 +367,7 @@ def main() -> int:
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result["rows"], indent=2) + "\n")
     print(json.dumps(result, indent=2) if arguments.json else told(result))
-    return 0 if all(row["holds"] for row in result["rows"]) else 1
+    return int(any(row["holds"] is False for row in result["rows"]))
 
 
 if __name__ == "__main__":

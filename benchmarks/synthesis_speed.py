@@ -48,7 +48,7 @@ from ccmdist.models.template import Version
 GUIDANCE_SCALE = 4.0
 FORCED_PX = 1024
 LIMIT_AS_IT_COMES, LIMIT_EQUAL_SIZES = 5.0, 1.3
-LATENTS_LIMIT = 0.05
+LATENTS_LIMIT = 0.02
 """bf16 rounds by up to 0.4 %, and guidance of scale 4 weighs that of its branches by 4 and 3, in each of the steps."""
 PIPELINE = "QwenImageEditPlusPipeline, same run"
 

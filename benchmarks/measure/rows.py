@@ -48,10 +48,10 @@ class Row:
         return self.ours / self.anchor if isinstance(self.anchor, int | float) and self.anchor else None
 
     @property
-    def holds(self) -> bool:
-        """Whether the limit, if there is one, holds."""
+    def holds(self) -> bool | None:
+        """Whether the limit holds; None if there is none."""
         if self.limit is None:
-            return True
+            return None
         return self.ours >= self.limit if self.at_least else self.ours <= self.limit
 
     def as_json(self) -> dict[str, Any]:
@@ -77,10 +77,10 @@ def finish(name: str, rows: Sequence[Row]) -> int:
         bound = ">= " if row.at_least else "<= "
         figures = [row.ours, row.anchor, row.ratio]
         bounds = ["" if b is None else f"{bound}{told(b)}" for b in (row.limit, row.goal)]
-        verdict = "" if row.limit is None else "yes" if row.holds else "NO"
+        verdict = {None: "", True: "yes", False: "NO"}[row.holds]
         table.add_row(row.claim, *map(told, figures), *bounds, verdict)
     Console(width=None if sys.stdout.isatty() else 160, markup=False).print(table)
-    return int(not all(row.holds for row in rows))
+    return int(any(row.holds is False for row in rows))
 
 
 def told(value: float | str | None) -> str:

@@ -61,8 +61,8 @@ class DataSettings(Settings):
     flips: tuple[Flip, ...] = ()
     """Views of each training sample that are cached beside the sample itself."""
     stage_model: bool = free(False)
-    """Copy the transformer to each node's own disk ($CCMDIST_NODE_TMP) once, and read it from there: 41 GB, which the
-    next start on the node finds again."""
+    """Copy the transformer to each node's own disk ($CCMDIST_NODE_TMP) once, and read it from there in training and
+    synthesis: 41 GB, which the next start on the node finds again."""
 
 
 class PrecomputeConfig(Settings):

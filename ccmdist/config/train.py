@@ -130,7 +130,7 @@ class TrainConfig(Settings):
     nf4 and int8 are kept whole on every rank (sharding: replicated); nf4 needs bitsandbytes."""
     sharding: Literal["auto", "zero3", "zero3_hpz", "replicated"] = free("auto")
     """Where the frozen weights lie: cut over all ranks, cut over the ranks of each node (zero3_hpz), or whole on every
-    rank. auto: what `ccmdist model plan` chooses for these ranks' memory and network; zero3 on CPUs."""
+    rank. auto: the fastest that fits, by the rules of `ccmdist model plan`; zero3 on CPUs."""
     activation_checkpointing: Literal["full", "selective", "none"] = free("full")
     """What is computed again in the backward pass instead of being kept: every block, all but its matrix products
     and attention, or nothing. Costs time or memory, never changes a result."""

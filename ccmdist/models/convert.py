@@ -43,7 +43,7 @@ def convert_model(
         raise ModelError(f"{out}: already holds a model", "choose another folder")
     if source.path.resolve() in (out.resolve(), *out.resolve().parents):
         raise ModelError(f"{out}: lies in the model that is converted", "choose a folder beside it")
-    files = [file for file in sorted(source.path.rglob("*")) if file.is_file() and not _is_hidden(file, source.path)]
+    files = _files(source.path)
     for file in tracked(files, "files", len(files)):
         if (name := file.relative_to(source.path)) != Path(INDEX):
             _link(file, out / name)
@@ -56,6 +56,13 @@ def convert_model(
     found = ModelFolder.open(out).transformer_digest()
     assert found == kind.base_digest, "files were linked as they are"
     log.info("%s: the same model with %s; give it as data.model", out, table.relative_to(out))
+    log.info("its other files are those of %s under a second name: never write into them", source.path)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Every file, also those of a component that is a link to a folder elsewhere."""
+    found = (Path(place) / name for place, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(file for file in found if file.is_file() and not _is_hidden(file, folder))
 
 
 def _is_hidden(file: Path, folder: Path) -> bool:

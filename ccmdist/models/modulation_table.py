@@ -115,6 +115,15 @@ class ModulationTable:
         index_B, is_there_B = _found(levels_N, timestep_B.to(self.dtype).float())
         return rows_NR[index_B].masked_fill(~is_there_B[:, None], float("nan"))
 
+    def only(self, levels_N: Tensor) -> "ModulationTable":
+        """A table in memory of some of the levels alone.
+
+        Args:
+            levels_N: From :func:`levels`; all have a row.
+        """
+        index_N, _ = _found(self.levels_N, levels_N)
+        return ModulationTable(levels_N, self.rows_NR[index_N], self.about)
+
     def install(self, model: QwenImageTransformer2DModel) -> None:
         """Put the table in place of the modulation layers of a model without weights.
 

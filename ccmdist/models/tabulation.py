@@ -170,6 +170,10 @@ def _opened(place: Path, kind: TableKind, levels_N: Tensor, is_given: bool = Fal
             table.check(levels_N, "")
         except (SafetensorError, ConfigError):
             continue
+        except OSError as error:
+            # Whatever became of it, a table can be made anew.
+            log.info("%s: is not used (%s)", file, error)
+            continue
         log.info("%s: modulation at %d noise levels", file, len(table.levels_N))
         return table
     return None

@@ -21,8 +21,8 @@ DEQUANTISED_BYTES: Final = 0.5 + 2 + 2
 """That each use of a 4-bit weight reads and writes beyond the product itself."""
 SETUP_S: Final = 60.0
 """Imports, finding the other ranks, the first step's kernels. Assumed."""
-NUM_NOISE_LEVELS: Final = 1000
-"""Of the training grid; the table has a row for each."""
+NUM_NOISE_LEVELS: Final = {"bf16": 425, "fp32": 1000}
+"""Of the training grid, for which the table has a row: bf16 rounds many to one value (counted at 256 px)."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,9 @@ def startup_bytes(config: TrainConfig, model: Transformer, sharding: Sharding, m
     """Bytes that each node reads at a start: its ranks' parts of the bf16 files, or all of them once, and the table."""
     tabled = is_tabled(config, model)
     share = 1.0 if sharding == "replicated" else resident_share("zero3", machine.num_gpus, 1) * machine.gpus_per_node
-    return 2.0 * model.num_resident_parameters(tabled) * share + tabled * table_bytes(model, NUM_NOISE_LEVELS)
+    return 2.0 * model.num_resident_parameters(tabled) * share + tabled * table_bytes(
+        model, NUM_NOISE_LEVELS["fp32" if config.base == "fp32" else "bf16"]
+    )
 
 
 def _update_s(config: TrainConfig, model: Transformer, machine: Machine) -> float:

@@ -13,7 +13,7 @@ from ccmdist.diffusion import flow
 from ccmdist.errors import RunError
 from ccmdist.models import mmdit, quantized
 from ccmdist.models.model_folder import ModelFolder
-from ccmdist.models.modulation_table import is_tabled
+from ccmdist.models.modulation_table import is_tabled, levels
 from ccmdist.models.tabulation import table_for
 from ccmdist.precompute.fill import DTYPES
 from ccmdist.synthesis.plan import NF4, Base, PlanSettings
@@ -65,6 +65,7 @@ def load(
     if is_tabulated(settings.base, adapter):
         sigmas = noise_levels(model, settings)
         table = table_for(model, sigmas, dtype, settings.batch_size, device, settings.base_digest)
+        table = table.only(levels(sigmas, dtype))  # of a converted model it may be too large for the device
     built = mmdit.build(model, dtype, None, device="cpu" if in_nf4 else device, table=table)
     if adapter is not None:
         merge_into(built, adapter)

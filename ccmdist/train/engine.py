@@ -89,7 +89,6 @@ class Engine:
         """
         import deepspeed
 
-        quiet_libraries()
         self.parameter_sets = parameter_sets
         self.optimizer = optimizer({name: list(s.values()) for name, s in parameter_sets.items()}, config.optim)
         self.module, self._zero, *_ = deepspeed.initialize(
@@ -116,7 +115,7 @@ class Engine:
         self.module.backward(loss_)
 
     def step(self, active_sets: frozenset[str] | None = None, lr: float = 0.0) -> float:
-        """End one micro-step; at the last of an optimizer step clip, update, and return the gradient norm.
+        """End one micro-step; at the last of an optimizer step clip, update, and return the gradient norm, else 0.
 
         Collective. Every micro-step ends with this call. When the norm of all ranks' gradients is not finite,
         no rank updates anything and the norm is infinite.
@@ -126,8 +125,9 @@ class Engine:
             self.optimizer.set_lr(lr)
         is_last = self.is_last_accumulation
         self.module.step()
-        if is_last:
-            self._gather_adapter()  # a step without an update, for a norm that is not finite, leaves it cut
+        if not is_last:
+            return 0.0  # without asking the device for anything
+        self._gather_adapter()  # a step without an update, for a norm that is not finite, leaves it cut
         norm = self.module.get_global_grad_norm()
         return float(norm) if norm is not None else 0.0
 

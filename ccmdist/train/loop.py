@@ -21,7 +21,7 @@ from ccmdist.config.train import TrainConfig
 from ccmdist.console import log
 from ccmdist.errors import CheckpointError, RunError
 from ccmdist.train.checkpoint import CheckpointStore
-from ccmdist.train.engine import Engine, zero_config
+from ccmdist.train.engine import Engine, quiet_libraries, zero_config
 from ccmdist.train.monitor import Monitor, StepReport
 from ccmdist.train.objectives.objective import Batch, Objective
 from ccmdist.train.optim import learning_rate
@@ -38,6 +38,7 @@ def train(
         CheckpointError: If the run's checkpoints belong to other weights or data.
     """
     with ledger.sections("startup"):
+        quiet_libraries()
         model = objective.build(zero_config(config, group.ranks.world_size, group.ranks_per_node))
         engine = Engine(model, objective.parameter_sets(), config, group)
     with ledger.sections("restore"):
@@ -114,17 +115,17 @@ class _Loop:
             with self.sections("data_wait", step):
                 batch = next(batches)
             loss = self.objective.loss(self.engine.module, batch)
-            losses.append(float(loss.detach()))
+            losses.append(loss.detach())
             keys += batch["keys"]
-            if not math.isfinite(losses[-1]):
-                # DeepSpeed skips an update on all ranks when the common gradient norm is not finite: let it be so.
-                loss = loss * math.nan
+            # DeepSpeed skips an update on all ranks when the common gradient norm is not finite: let it be so where the
+            # loss is not. Without looking at its value, for which the host would have to wait.
+            loss = loss * torch.where(losses[-1].isfinite(), 1.0, math.nan)
             is_last = self.engine.is_last_accumulation
             self.engine.backward(loss)
             grad_norm = self.engine.step(active, lr)
         self.engine.update_average()
         self.objective.after_step()
-        loss_mean, wait_s = sum(losses) / len(losses), self.sections.totals["data_wait"] - waited
+        loss_mean, wait_s = sum(torch.stack(losses).tolist()) / len(losses), self.sections.totals["data_wait"] - waited
         return StepReport(loss_mean, grad_norm, lr, wait_s, self.sections.now() - start, tuple(keys))
 
     def _agree(self, report: StepReport) -> tuple[bool, bool]:

@@ -21,11 +21,13 @@ def set_recompute(model: QwenImageTransformer2DModel, how: Literal["full", "sele
         model: Its products are layers of ``ccmdist.adapters``.
         how: As ``activation_checkpointing`` of the settings.
     """
+    # Nothing in a block is random, so the states of generators need not be kept for every block.
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if how == "full":
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing(again)
     if how == "selective":
         attend_on_tape()
-        model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=selective_contexts))
+        model.enable_gradient_checkpointing(partial(again, context_fn=selective_contexts))
 
 
 def attend_on_tape() -> None:

@@ -51,7 +51,7 @@ def test_the_text_answers_what_a_student_asks(capsys):
         r"step +0\.\d+ s predicted at 40% of peak \(assumed\)",
         r"images/s +\d+\.\d predicted, [56]\.\d+ per GPU",
         r"break-even +micro-batch \d+\.\d",
-        r"start +66 s predicted: 31\.7 GB per node at 5 GB/s and 60 s of set-up \(assumed\)",
+        r"start +66 s predicted: 29\.1 GB per node at 5 GB/s and 60 s of set-up \(assumed\)",
         r"finish +\d+\.\d min predicted in 1 start of at most 24 h",
         r"frozen weights +27\.25",
         r"received by each GPU in a step",

@@ -1,5 +1,6 @@
 """A model on the node's own disk, and one that was converted, are the model; half of either is none."""
 
+import inspect
 import json
 import os
 import shutil
@@ -8,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ccmdist import cli
 from ccmdist.cli import exit_code
+from ccmdist.config.synthesize import SynthesizeConfig
+from ccmdist.config.train import MonitorSettings
 from ccmdist.errors import ModelError
 from ccmdist.models import convert as convert_module
 from ccmdist.models import mmdit, staging, tabulation
@@ -167,6 +171,22 @@ def test_across_file_systems_files_are_linked_by_name(folder, tmp_path, monkeypa
     assert convert(folder.path, tmp_path / "converted") == 0
     assert (tmp_path / "converted/vae/config.json").is_symlink()
     assert ModelFolder.open(tmp_path / "converted").transformer_digest() == folder.transformer_digest()
+
+
+def test_a_component_that_is_a_link_to_a_folder_elsewhere_is_converted_too(tiny_copy, tmp_path):
+    (tiny_copy / "vae").rename(tmp_path / "vae")
+    (tiny_copy / "vae").symlink_to(tmp_path / "vae")
+    assert convert(tiny_copy, tmp_path / "converted") == 0
+    assert (tmp_path / "converted/vae/config.json").samefile(tmp_path / "vae/config.json")
+
+
+def test_by_default_those_levels_are_tabulated_that_runs_use_by_default():
+    fields = {"out": "out", "data": {"shards": "shards", "model": "model"}}
+    drawn = SynthesizeConfig.model_validate(fields).denoise_steps
+    assert inspect.signature(cli.convert).parameters["denoise_steps"].default == [
+        drawn,
+        MonitorSettings().denoise_steps,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,20 @@ def test_a_file_that_is_cut_short_is_made_anew(node, folder, made):
     assert len(made) == 2
 
 
+def test_a_file_that_leads_nowhere_is_made_anew(node, folder, made, tiny_copy):
+    (tiny_copy / "modulation").mkdir()
+    (tiny_copy / "modulation" / "modulation-0123.safetensors").symlink_to("nowhere")
+    table(ModelFolder.open(tiny_copy))
+    assert len(made) == 1
+
+
+def test_some_levels_alone_are_those_rows_in_memory(node, folder):
+    whole = table(folder)
+    some = whole.only(whole.levels_N[1:3])
+    assert torch.equal(some.rows_NR, whole.rows_NR[1:3])
+    assert torch.equal(some.rows(whole.levels_N[1:3], CPU), whole.rows(whole.levels_N[1:3], CPU))
+
+
 def test_the_file_is_one_that_safetensors_reads(node, folder):
     file = Path(table(folder, dtype=torch.bfloat16).about)
     with safe_open(file, "pt") as stored:

@@ -87,7 +87,8 @@ def test_a_start_reads_what_its_nodes_ranks_hold():
     assert startup_bytes(plain, PUBLISHED, "replicated", machine) == whole
     assert startup_bytes(plain, PUBLISHED, "zero3", machine) == whole / 8
     tabled = startup_bytes(config(), PUBLISHED, "replicated", machine)
-    assert tabled == pytest.approx(2 * PUBLISHED.num_resident_parameters(True) + 4.42e9, rel=1e-3)
+    # 425 rows of 4.42 MB; beside fp32, 1000.
+    assert tabled == pytest.approx(2 * PUBLISHED.num_resident_parameters(True) + 1.88e9, rel=1e-3)
 
 
 def test_four_bits_cost_time_in_every_pass():
