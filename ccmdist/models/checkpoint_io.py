@@ -33,7 +33,9 @@ class Stretch:
 
 
 @torch.no_grad()
-def load_weights(model: torch.nn.Module, weight_files: dict[str, Path], on_rows: OnRows | None = None) -> int:
+def load_weights(
+    model: torch.nn.Module, weight_files: dict[str, Path], on_rows: OnRows | None = None, prefix: str = ""
+) -> int:
     """Fill every parameter and persistent buffer of ``model``.
 
     Local: each rank reads its own part, whenever it likes.
@@ -42,6 +44,7 @@ def load_weights(model: torch.nn.Module, weight_files: dict[str, Path], on_rows:
         model: Plain, or built under deepspeed.zero.Init.
         weight_files: Tensor name -> file, from ``ModelFolder.weight_files``; not empty.
         on_rows: Told the rows on the way, so that they need not be read again.
+        prefix: Of the names in the files, where ``model`` is a part of what they hold.
 
     Returns:
         The number of bytes that were read.
@@ -49,7 +52,7 @@ def load_weights(model: torch.nn.Module, weight_files: dict[str, Path], on_rows:
     Raises:
         ModelError: If names or shapes do not fit the model.
     """
-    wanted = _tensors(model)
+    wanted = {prefix + name: tensor for name, tensor in _tensors(model).items()}
     names_of_file: dict[Path, list[str]] = {}
     for name, file in weight_files.items():
         names_of_file.setdefault(file, []).append(name)

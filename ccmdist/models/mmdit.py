@@ -4,6 +4,7 @@ Shape suffixes: B samples, S packed latent tokens of target or mask, C channels,
 """
 
 import inspect
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -61,9 +62,14 @@ def build(
         model = nn.Module.to(model, dtype).to_empty(device=device)
     else:
         _partition(model, dtype, zero_config)
-    files = folder.weight_files("transformer")
-    load_weights(model, {n: f for n, f in files.items() if table is None or not is_tabled(n)}, on_rows)
+    load_weights(model, weight_files(folder, table), on_rows)
     return model.eval()
+
+
+def weight_files(folder: ModelFolder, table: ModulationTable | None) -> dict[str, Path]:
+    """Tensor name -> file, of what a model with or without a table is loaded from."""
+    files = folder.weight_files("transformer")
+    return {name: file for name, file in files.items() if table is None or not is_tabled(name)}
 
 
 class _Owned(nn.Module):

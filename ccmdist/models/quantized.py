@@ -11,12 +11,14 @@ from types import ModuleType
 from typing import Final
 
 import torch
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from torch import Tensor, nn
 
 from ccmdist.errors import ModelError
-from ccmdist.models.mmdit import QwenImageTransformer2DModel, skeleton
+from ccmdist.models.checkpoint_io import load_weights
+from ccmdist.models.mmdit import QwenImageTransformer2DModel, skeleton, weight_files
 from ccmdist.models.model_folder import ModelFolder
-from ccmdist.models.modulation_table import is_tabled
+from ccmdist.models.modulation_table import ModulationTable, is_tabled
 
 BYTES_PER_WEIGHT: Final = 4 / 8 + 1 / 64 + 4 / (64 * 256)
 """Four bits, an 8-bit scale for 64 weights, and a 32-bit scale for 256 of those scales."""
@@ -88,28 +90,55 @@ class Int8Weight(nn.Module):
 FORMS: Final = {"nf4": NF4Weight, "int8": Int8Weight}
 
 
-def hold_quantized(
-    model: QwenImageTransformer2DModel, form: str, device: torch.device | str
+def build_quantized(
+    folder: ModelFolder, dtype: torch.dtype, form: str, device: torch.device | str, table: ModulationTable | None
 ) -> QwenImageTransformer2DModel:
-    """The model on a device, to be trained: the weights of its blocks' linears are modules that give dense ones.
+    """The model of a folder on a device, to be trained: the weights of its blocks' linears give dense ones when asked.
 
-    The linears themselves cannot be called; ``ccmdist.adapters`` takes their weights over.
+    A block is read, quantized and sent before the next one is: host memory holds one block. The linears themselves
+    cannot be called; ``ccmdist.adapters`` takes their weights over.
 
     Args:
-        model: Whole, in host memory; changed in place, a linear at a time.
+        folder: Where the weights are.
+        dtype: Of all that is not quantized, and of the dense weights.
         form: "nf4" or "int8".
         device: Where it is to be trained.
+        table: Takes the place of the modulation layers.
 
     Raises:
-        ModelError: If nf4 is asked for and bitsandbytes is not installed.
+        ModelError: If the weights do not fit the config, or nf4 is asked for and bitsandbytes is not installed.
     """
-    for block in model.transformer_blocks:
-        for name in _linears(block):
-            linear = block.get_submodule(name)
-            weight = FORMS[form](linear.weight.data, device)
-            del linear.weight
-            linear.weight = weight
-    return nn.Module.to(model, device)
+    model = skeleton(folder)
+    if table is not None:
+        table.install(model)
+    model, files = nn.Module.to(model, dtype), weight_files(folder, table)
+    for prefix, part in _parts(model):
+        part.to_empty(device="cpu")
+        load_weights(part, {n: files.pop(n) for n in list(files) if n.startswith(prefix)}, prefix=prefix)
+        if isinstance(part, QwenImageTransformerBlock):
+            _hold_quantized(part, form, device)
+        part.to(device)
+    if files:
+        raise ModelError(
+            f"{folder.path / 'transformer'}: the weights do not fit {type(model).__name__}: unexpected {min(files)}",
+            "use config.json and weights of the same checkpoint",
+        )
+    return model.eval()
+
+
+def _parts(model: QwenImageTransformer2DModel) -> list[tuple[str, nn.Module]]:
+    """All parts that have weights, each with how the names of these begin: the blocks, and the layers around them."""
+    children = [(f"{name}.", child) for name, child in model.named_children() if name != "transformer_blocks"]
+    blocks = [(f"transformer_blocks.{index}.", block) for index, block in enumerate(model.transformer_blocks)]
+    return blocks + [(prefix, child) for prefix, child in children if any(True for _ in child.parameters())]
+
+
+def _hold_quantized(block: nn.Module, form: str, device: torch.device | str) -> None:
+    for name in _linears(block):
+        linear = block.get_submodule(name)
+        weight = FORMS[form](linear.weight.data, device)
+        del linear.weight
+        linear.weight = weight
 
 
 def num_bytes(folder: ModelFolder, dtype: torch.dtype, in_nf4: bool, has_modulation: bool = True) -> int:

@@ -26,7 +26,7 @@ from ccmdist.models import attention, mmdit
 from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.modulation_table import ModulationTable, is_tabled
-from ccmdist.models.quantized import FORMS, hold_quantized
+from ccmdist.models.quantized import FORMS, build_quantized
 from ccmdist.models.staging import staged
 from ccmdist.models.tabulation import table_for
 from ccmdist.train.flat_blocks import flatten_blocks
@@ -84,8 +84,7 @@ class EditObjective:
     ) -> tuple[mmdit.QwenImageTransformer2DModel, Mapping[str, torch.Tensor]]:
         """The base in its form and place, and the squared norms of the linears called ``names``. Collective."""
         if self.config.base in FORMS:
-            model = mmdit.build(self.folder, self.dtype, None, table=table)
-            model = hold_quantized(model, self.config.base, self.group.device)
+            model = build_quantized(self.folder, self.dtype, self.config.base, self.group.device, table)
             return model, row_squares_of(model, names)  # of the weights that the adapter computes with
         is_whole, squares = self.config.sharding == "replicated", RowSquares(names)
         partition_as = None if is_whole else zero_config

@@ -10,7 +10,10 @@ from ccmdist.adapters.frozen import FrozenLinear, freeze_linears
 from ccmdist.adapters.injection import inject, row_squares_of
 from ccmdist.config.train import LoRASettings, WDLoRASettings
 from ccmdist.errors import ModelError
-from ccmdist.models.quantized import FORMS, NF4Weight
+from ccmdist.models import mmdit, quantized
+from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.quantized import FORMS, NF4Weight, build_quantized
+from ccmdist.models.tabulation import table_for
 
 WIDTH, HEIGHT, TOKENS = 192, 128, 5
 ERRORS = {"nf4": 0.12, "int8": 0.01}
@@ -89,3 +92,43 @@ def test_nf4_without_bitsandbytes_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ModelError, match=r"base: nf4 needs bitsandbytes, .*; run `pip install \"ccmdist\[quant\]\"`"):
         NF4Weight(torch.ones(2, 2), "cpu")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("is_with_table", [False, True])
+def test_a_model_quantized_while_it_is_read_is_that_of_the_folder(form, is_with_table, tiny_models):
+    folder, dtype = ModelFolder.open(tiny_models["2511"]), torch.bfloat16
+    sigmas = torch.tensor([0.5])
+    table = table_for(folder, sigmas, dtype, 1, torch.device("cpu"), "base") if is_with_table else None
+    whole, held = mmdit.build(folder, dtype, None, table=table), build_quantized(folder, dtype, form, "cpu", table)
+    expected = dict(whole.named_parameters())
+    assert not any(parameter.is_meta for parameter in held.parameters())
+    for name, linear in held.named_modules():
+        if isinstance(linear, nn.Linear) and name.startswith("transformer_blocks."):
+            weight = FORMS[form](expected.pop(f"{name}.weight").data, "cpu")
+            assert torch.equal(linear.weight.dense(), weight.dense())
+    found = dict(held.named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_of_a_model_that_is_quantized_host_memory_holds_a_block(tiny_models, monkeypatch):
+    folder, blocks = ModelFolder.open(tiny_models["2509"]), []
+
+    def noted(block, form, device):
+        dense = [linear for linear in models[0].transformer_blocks.modules() if isinstance(linear, nn.Linear)]
+        blocks.append(sum(isinstance(linear.weight, nn.Parameter) and not linear.weight.is_meta for linear in dense))
+        original(block, form, device)
+
+    original, models = quantized._hold_quantized, []
+    monkeypatch.setattr(quantized, "skeleton", lambda folder: models.append(mmdit.skeleton(folder)) or models[-1])
+    monkeypatch.setattr(quantized, "_hold_quantized", noted)
+    build_quantized(folder, torch.bfloat16, "int8", "cpu", None)
+    assert blocks == [blocks[0]] * len(models[0].transformer_blocks)
+
+
+def test_weights_that_belong_nowhere_are_refused(tiny_models, monkeypatch):
+    folder, original = ModelFolder.open(tiny_models["2509"]), quantized.weight_files
+    monkeypatch.setattr(quantized, "weight_files", lambda *a: original(*a) | {"foreign.weight": folder.path})
+    with pytest.raises(ModelError, match=r"do not fit Qwen.*: unexpected foreign\.weight; use config"):
+        build_quantized(folder, torch.bfloat16, "int8", "cpu", None)
