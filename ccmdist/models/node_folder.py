@@ -20,6 +20,7 @@ from ccmdist.errors import OF_THE_MACHINE, ModelError
 VARIABLE: Final = "CCMDIST_NODE_TMP"
 """Environment variable that names the folder above; slurm/env.sh sets it."""
 REMEDY: Final = f"set {VARIABLE} to a folder on this node that you can write and nobody else"
+WORTH_TELLING_BYTES: Final = 1 << 30
 GIB: Final = 1 << 30
 SECONDS_IN_SILENCE: Final = 5.0
 RESERVE_BYTES: Final = 256 << 20
@@ -96,13 +97,11 @@ def make_room(folder: Path, num_bytes: int, what: str, remedy: str, pattern: str
     held = sum(file.lstat().st_size for other in others for file in (other.rglob("*") if other.is_dir() else [other]))
     free = shutil.disk_usage(folder).free
     if free < num_bytes + RESERVE_BYTES:
-        beside = f"; {len(others)} others there hold {held / GIB:.1f} GiB" if others else ""
+        beside = f"; earlier ones hold {held / GIB:.1f} GiB there" if others else ""
         raise ModelError(
             f"{folder}: has {free / GIB:.1f} GiB free, expected {(num_bytes + RESERVE_BYTES) / GIB:.1f} GiB for "
             f"{what}{beside}",
             f"remove what is there, set {VARIABLE} to a folder on another disk of this node, or {remedy}",
         )
-    if others:
-        log.info(
-            "%s: holds %d others of %.1f GiB in all; remove those that no run needs", folder, len(others), held / GIB
-        )
+    if others and held >= WORTH_TELLING_BYTES:
+        log.info("%s: earlier ones hold %.1f GiB; remove those that no run needs", folder, held / GIB)

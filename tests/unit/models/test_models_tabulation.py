@@ -190,19 +190,20 @@ def test_a_node_without_room_is_refused_with_what_lies_there(node, folder, monke
     with pytest.raises(ModelError) as refusal:
         table(folder, samples_at_once=1)
     assert str(refusal.value) == (
-        f"{node}: has 0.0 GiB free, expected 0.3 GiB for the table of modulation; 1 others there hold 0.0 GiB; remove "
-        "what is there, set CCMDIST_NODE_TMP to a folder on another disk of this node, or "
+        f"{node}: has 0.0 GiB free, expected 0.3 GiB for the table of modulation; earlier ones hold 0.0 GiB there; "
+        "remove what is there, set CCMDIST_NODE_TMP to a folder on another disk of this node, or "
         "give a model folder from `ccmdist model convert`, or train with tabulate_modulation=false"
     )
 
 
-def test_what_a_killed_process_had_begun_is_removed_and_others_are_told(node, folder, caplog):
+def test_what_a_killed_process_had_begun_is_removed_and_others_are_told(node, folder, caplog, monkeypatch):
+    monkeypatch.setattr("ccmdist.models.node_folder.WORTH_TELLING_BYTES", 0)
     table(folder)
     (node / ".modulation-0123.safetensors.tmp-1-2").write_bytes(b"x")
     with caplog.at_level("INFO", logger="ccmdist"):
         table(folder, samples_at_once=1)
     assert not list(node.glob(".modulation-*"))
-    assert f"{node}: holds 1 others of 0.0 GiB in all; remove those that no run needs" in caplog.text
+    assert f"{node}: earlier ones hold 0.0 GiB; remove those that no run needs" in caplog.text
 
 
 def test_who_waits_says_so(node, monkeypatch, caplog):
