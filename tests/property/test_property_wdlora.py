@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -15,6 +15,8 @@ from ccmdist.config.train import LoRASettings, WDLoRASettings
 
 shapes = st.tuples(st.integers(1, 33), st.integers(1, 33), st.integers(1, 9))
 cases = st.tuples(shapes, st.booleans(), st.integers(0, 2**31), st.floats(1e-3, 8))
+CANCELLING = ((1, 28, 5), True, 115444086, 3.9296875)
+"""A row of one weight, of which the update leaves next to nothing."""
 
 
 def build(case, dtype):
@@ -36,6 +38,18 @@ def move(adapted):
     adapted.clock.advance()
 
 
+@torch.no_grad()
+def bound(base, adapted):
+    """What rounding may do to an output or gradient, relative: 1e-12 for usual weights.
+
+    A norm by its parts loses digits where a row of W and its update cancel: as many as the squares of both are larger
+    than the square of the sum. In layers of one input they cancel to any degree.
+    """
+    update = adapted.scale * adapted.lora_B @ adapted.lora_A
+    squares = base.weight.square().sum(1) + update.square().sum(1)
+    return 1e-12 * float((squares / (base.weight + update).square().sum(1).clamp_min(1e-12)).max().clamp_min(1))
+
+
 @given(case=cases, dtype=st.sampled_from([torch.float32, torch.bfloat16]), num_tokens=st.integers(0, 9))
 @settings(max_examples=30, deadline=None)
 def test_every_layer_starts_as_its_base_bit_for_bit(case, dtype, num_tokens):
@@ -45,6 +59,7 @@ def test_every_layer_starts_as_its_base_bit_for_bit(case, dtype, num_tokens):
 
 
 @given(case=cases)
+@example(case=CANCELLING)
 @settings(max_examples=30, deadline=None)
 def test_output_and_gradients_are_those_of_the_dense_formula(case):
     base, adapted = build(case, torch.float64)
@@ -60,12 +75,12 @@ def test_output_and_gradients_are_those_of_the_dense_formula(case):
     expected = nn.functional.linear(x64, weight, None if base.bias is None else base.bias.detach())
     expected.backward(dy)
     found = [y, x.grad, adapted.lora_A.grad, adapted.lora_B.grad, adapted.magnitude.grad]
-    # A norm by its parts loses digits where W and its update cancel, so the bound is wider than for usual weights.
     for part, wanted in zip(found, [expected, *(leaf.grad for leaf in leaves)], strict=True):
-        assert (part - wanted).abs().max() <= 1e-9 * wanted.abs().max()
+        assert (part - wanted).abs().max() <= bound(base, adapted) * wanted.abs().max()
 
 
 @given(case=cases)
+@example(case=CANCELLING)
 @settings(max_examples=30, deadline=None)
 def test_merging_changes_no_output(case):
     base, adapted = build(case, torch.float64)
@@ -75,7 +90,7 @@ def test_merging_changes_no_output(case):
     x = torch.randn(4, base.in_features, dtype=torch.float64)
     expected = adapted(x).detach()
     found = nn.functional.linear(x, merged, None if base.bias is None else base.bias.detach())
-    assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
+    assert (found - expected).abs().max() <= bound(base, adapted) * expected.abs().max()
 
 
 kinds = st.sampled_from([WDLoRASettings, LoRASettings])
