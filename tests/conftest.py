@@ -1,6 +1,7 @@
 """Processes for distributed tests are forked from one server that has imported the heavy libraries once."""
 
 import atexit
+import logging
 import multiprocessing
 import os
 import shutil
@@ -100,3 +101,13 @@ def _rank(function, rank, world_size, folder, arguments):
 
 def _failures(folder):
     return "\n".join(f"rank {path.name[-1]}:\n{path.read_text()}" for path in sorted(Path(folder).glob("failure-*")))
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before():
+    """A command that a test runs in this process logs to that test's stderr, which is closed after it."""
+    log = logging.getLogger("ccmdist")
+    handlers, level, propagate = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.propagate = handlers, propagate
+    log.setLevel(level)

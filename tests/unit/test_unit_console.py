@@ -19,10 +19,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def stderr(capsys):
     """What was written to a stderr that is no terminal, since the last call."""
-    before = log.handlers[:], log.level, log.propagate
-    yield lambda: capsys.readouterr().err
-    log.handlers[:], log.propagate = before[0], before[2]
-    log.setLevel(before[1])
+    return lambda: capsys.readouterr().err
 
 
 @pytest.fixture
