@@ -267,7 +267,9 @@ def test_the_process_ends_with_the_exit_code():
 def test_ctrl_c_in_a_working_process_asks_to_run_the_command_again(tmp_path):
     overrides = [f"out={tmp_path}/shards", "subjects_per_group=5000", "size_px=64"]
     command = [sys.executable, "-m", "ccmdist", "shards", "phantom", *overrides]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A shell that starts the tests in the background lets them, and what they start, ignore ctrl-C.
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **heeds)
     while not (tmp_path / "shards").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
