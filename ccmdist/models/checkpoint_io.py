@@ -42,9 +42,9 @@ def load_weights(
 
     Args:
         model: Plain, or built under deepspeed.zero.Init.
-        weight_files: Tensor name -> file, from ``ModelFolder.weight_files``; not empty.
+        weight_files: Tensor name -> file, from ``ModelFolder.weight_files``; not empty. Those with the prefix are read.
         on_rows: Told the rows on the way, so that they need not be read again.
-        prefix: Of the names in the files, where ``model`` is a part of what they hold.
+        prefix: How the names in the files begin, where ``model`` is a part of what they hold.
 
     Returns:
         The number of bytes that were read.
@@ -52,14 +52,12 @@ def load_weights(
     Raises:
         ModelError: If names or shapes do not fit the model.
     """
+    check_names(model, weight_files, prefix)
     wanted = {prefix + name: tensor for name, tensor in _tensors(model).items()}
     names_of_file: dict[Path, list[str]] = {}
     for name, file in weight_files.items():
-        names_of_file.setdefault(file, []).append(name)
-    missing, unexpected = wanted.keys() - weight_files, weight_files.keys() - wanted
-    if missing or unexpected:
-        what = f"missing {_listed(missing)}" if missing else f"unexpected {_listed(unexpected)}"
-        raise _misfit(next(iter(names_of_file)).parent, what, model)
+        if name in wanted:
+            names_of_file.setdefault(file, []).append(name)
     num_bytes = 0
     for file, names in names_of_file.items():
         with StoredTensors(file) as stored:
@@ -69,6 +67,16 @@ def load_weights(
                     raise _misfit(file, f"{name} has shape {found}, expected {shape}", model)
                 num_bytes += _fill(name, _kept(wanted[name]), stored, shape, on_rows)
     return num_bytes
+
+
+def check_names(model: torch.nn.Module, weight_files: dict[str, Path], prefix: str = "") -> None:
+    """Compare names alone, before anything is read; arguments and errors as of :func:`load_weights`."""
+    wanted = {prefix + name for name in _tensors(model)}
+    found = {name for name in weight_files if name.startswith(prefix)}
+    if wanted != found:
+        missing, unexpected = wanted - found, found - wanted
+        what = f"missing {_listed(missing)}" if missing else f"unexpected {_listed(unexpected)}"
+        raise _misfit(next(iter(weight_files.values())).parent, what, model)
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from torch import Tensor, nn
 
 from ccmdist.errors import ModelError
-from ccmdist.models.checkpoint_io import load_weights
+from ccmdist.models.checkpoint_io import check_names, load_weights
 from ccmdist.models.mmdit import QwenImageTransformer2DModel, skeleton, weight_files
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.modulation_table import ModulationTable, is_tabled
@@ -112,17 +112,13 @@ def build_quantized(
     if table is not None:
         table.install(model)
     model, files = nn.Module.to(model, dtype), weight_files(folder, table)
+    check_names(model, files)
     for prefix, part in _parts(model):
         part.to_empty(device="cpu")
-        load_weights(part, {n: files.pop(n) for n in list(files) if n.startswith(prefix)}, prefix=prefix)
+        load_weights(part, files, prefix=prefix)
         if isinstance(part, QwenImageTransformerBlock):
             _hold_quantized(part, form, device)
         part.to(device)
-    if files:
-        raise ModelError(
-            f"{folder.path / 'transformer'}: the weights do not fit {type(model).__name__}: unexpected {min(files)}",
-            "use config.json and weights of the same checkpoint",
-        )
     return model.eval()
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -229,12 +229,9 @@ def _chunks(timestep_N: Tensor, size: int, is_doubled: bool) -> Iterator[tuple[s
 
 
 def _layer(
-    model: nn.Module, name: str, dtype: torch.dtype, device: torch.device | str, files: dict[str, Any]
+    model: nn.Module, name: str, dtype: torch.dtype, device: torch.device | str, files: dict[str, Path]
 ) -> nn.Module:
     """One layer of a model without weights, with its weights."""
     layer = nn.Module.to(model.get_submodule(name), dtype).to_empty(device=device)
-    holder: nn.Module = layer
-    for part in reversed(name.split(".")):
-        holder = nn.ModuleDict({part: holder})
-    load_weights(holder, {stored: file for stored, file in files.items() if stored.startswith(f"{name}.")})
+    load_weights(layer, files, prefix=f"{name}.")
     return layer

@@ -11,6 +11,8 @@ from ccmdist.errors import ModelError
 from ccmdist.models import checkpoint_io, mmdit
 from ccmdist.models.checkpoint_io import load_weights
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.quantized import build_quantized
+from ccmdist.models.tabulation import table_for
 
 
 def small_model(dtype=torch.float32):
@@ -114,6 +116,11 @@ def test_a_config_of_another_size_is_refused_before_anything_runs(tiny_copy):
     file.write_text(file.read_text().replace('"num_layers": 4', '"num_layers": 5'))
     with pytest.raises(ModelError, match=r"do not fit QwenImageTransformer2DModel: missing transformer_blocks\.4\."):
         mmdit.build(ModelFolder.open(tiny_copy), torch.float32, None)
+    with pytest.raises(ModelError, match=r"do not fit QwenImageTransformer2DModel: missing transformer_blocks\.4\."):
+        build_quantized(ModelFolder.open(tiny_copy), torch.bfloat16, "int8", "cpu", None)
+    sigmas, device = torch.tensor([0.5]), torch.device("cpu")
+    with pytest.raises(ModelError, match=r"do not fit \w+: missing transformer_blocks\.4\.img_mod\.1\.bias"):
+        table_for(ModelFolder.open(tiny_copy), sigmas, torch.bfloat16, 1, device, "base")
 
 
 def test_weights_are_those_of_the_files_not_what_the_class_draws(tiny_copy):
