@@ -17,7 +17,7 @@ import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from measure.memory import LiveBytes
 from measure.rows import Row, finish
-from measure.timing import interleaved, median_ratio
+from measure.timing import in_turn, median_ratio
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -105,7 +105,7 @@ def time_rows(runs: dict[str, Run], repeats: int) -> list[Row]:
     def backward(run: Run) -> Callable[[], None]:
         return lambda: torch.autograd.backward([output.float().mean() for output in run()])
 
-    seconds = interleaved({how: backward(run) for how, run in runs.items()}, repeats)
+    seconds = in_turn({how: backward(run) for how, run in runs.items()}, repeats)
     return [
         Row(
             "CPU time of forward and backward, by that of keeping everything: " + how,

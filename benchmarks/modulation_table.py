@@ -25,7 +25,7 @@ import measure.quiet  # noqa: F401  before torch
 import torch
 from measure.full_width import DEFAULT_FOLDER, full_width_folder
 from measure.rows import Row, finish
-from measure.timing import interleaved, median_ratio
+from measure.timing import in_turn, median_ratio
 
 from ccmdist.diffusion import flow
 from ccmdist.models import mmdit
@@ -114,7 +114,7 @@ def speed(folder: ModelFolder, repeats: int, edge: int, num_text: int) -> Iterat
     sides = {
         name: (lambda model=model: velocity(model, bf16, SIGMAS[[4]], edge, num_text)) for name, model in models.items()
     }
-    seconds = interleaved(sides, repeats)
+    seconds = in_turn(sides, repeats)
     ratio = median_ratio(seconds["table"], seconds["layers"])
     about = f"{2 * edge * edge} image and {num_text} text tokens, batch 1"
     yield Row(f"two blocks, {about}: CPU time of a forward, table / layers", ratio, 1.0, 1.05)

@@ -32,7 +32,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
 from diffusers.utils import logging
 from measure.rows import Row, finish
-from measure.timing import interleaved, median_ratio
+from measure.timing import in_turn, median_ratio
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -293,7 +293,7 @@ def host_rows(given: argparse.Namespace, num_blocks: int = 60, repeats: int = 7)
     embeds, hw = [torch.randn(1, length, 64) for length in (9, 7)], (4, 4)
     predict = GuidedVelocity(model, mask_latents, embeds, hw, hw)
     stock_step = lambda: asked_twice(model, latents, mask_latents, embeds, sigma, hw, hw)  # noqa: E731
-    seconds = interleaved({"ours": lambda: predict(latents, sigma), "stock": stock_step}, repeats)
+    seconds = in_turn({"ours": lambda: predict(latents, sigma), "stock": stock_step}, repeats)
     ours, anchor = (1e3 * statistics.median(seconds[name]) for name in ("ours", "stock"))
     return [Row(f"host: CPU ms per denoise step, {num_blocks} narrow blocks, batch 1, guidance", ours, anchor)]
 

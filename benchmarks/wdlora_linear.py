@@ -29,7 +29,7 @@ import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from measure.memory import peak_bytes
 from measure.rows import Row, finish
-from measure.timing import interleaved, median_ratio
+from measure.timing import in_turn, median_ratio
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
@@ -202,7 +202,7 @@ def _ratios(found: dict[str, Side], inputs: Inputs, accumulation: int, repeats: 
     runs: dict[str, Callable[[], object]] = {
         name: (lambda side=side: side.whole_step(inputs, accumulation)) for name, side in found.items()
     }
-    seconds = interleaved(runs, repeats, warm_up=0)
+    seconds = in_turn(runs, repeats, warm_up=0)
     return {name: median_ratio(seconds[name], seconds[ANCHOR]) for name in runs if name != ANCHOR}
 
 

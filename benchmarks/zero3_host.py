@@ -23,7 +23,7 @@ import deepspeed
 import torch
 from diffusers import QwenImageTransformer2DModel
 from measure.rows import Row, finish
-from measure.timing import interleaved
+from measure.timing import in_turn
 from peft import LoraConfig, inject_adapter_in_model
 
 from ccmdist.adapters.frozen import freeze_linears
@@ -157,7 +157,7 @@ def measured(group: ProcessGroup, repeats: int) -> list[Row]:
         sides[f"ours {count}"] = ours(count, group)
         sides[f"plain peft {count}"] = plain(with_peft(count))
         sides[f"default peft {count}"] = by_default_hooks(count)
-    seconds = interleaved(sides, repeats, warm_up=4)  # DeepSpeed's first micro-steps trace the model
+    seconds = in_turn(sides, repeats, warm_up=4)  # DeepSpeed's first micro-steps trace the model
     ms = {name: 1e3 * slope(seconds, name) for name in ("plain", "ours", "plain peft", "default peft")}
     what = "host ms per block and micro-step, world 1"
     return [

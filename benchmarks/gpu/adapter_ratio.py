@@ -10,15 +10,14 @@ import argparse
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from measure.cases import DIED, PROBLEM, Case, Result, results, serve
-from measure.rows import Row, finish
-from measure.scale import Scale, device_name, in_turn
-from measure.timing import median_ratio
+from measure.cases import PROBLEM, Case, Result, each, run
+from measure.rows import Row
+from measure.scale import Scale, device_name
+from measure.timing import in_turn, median_ratio
 
 WARM_UP = 3
 LIMITS = {1: 1.10, 4: 1.05}
@@ -27,22 +26,20 @@ PUBLISHED = "PEFT DoRA / LoRA, FLUX.2-klein-4B, L40S: 1.93 (published)"
 
 def measure(case: Case) -> Iterator[Result]:
     """Steps of both adapters in turn, for each micro-batch size."""
-    import torch
     from measure.random_model import Training, one_rank, scale_of, train_settings
 
     scale = scale_of(case)
     group = one_rank(scale.device)
     wdlora = Training(train_settings(scale), group, scale)
     lora = Training(train_settings(scale, **{"adapter.kind": "lora"}), group, scale, wdlora.objective.weights)
-    for size in case["micro_batch_sizes"]:
+
+    def steps(size: int) -> Result:
         batch = wdlora.objective.batch(size)
-        result = {**case, "device_name": device_name(group.device), "micro_batch_size": size}
-        sides = {"wdlora": lambda b=batch: wdlora.step(b), "lora": lambda b=batch: lora.step(b)}
-        try:
-            yield {**result, **in_turn(sides, case["repeats"], WARM_UP, group.device)}
-        except torch.OutOfMemoryError:
-            yield {**result, PROBLEM: "out of memory"}
-            return
+        sides = {"wdlora": lambda: wdlora.step(batch), "lora": lambda: lora.step(batch)}
+        return in_turn(sides, case["repeats"], WARM_UP, group.device)
+
+    about = {**case, "device_name": device_name(group.device)}
+    yield from each(about, "micro_batch_size", case["micro_batch_sizes"], steps)
 
 
 def rows_of(result: Result, scale: Scale) -> list[Row]:
@@ -59,25 +56,19 @@ def rows_of(result: Result, scale: Scale) -> list[Row]:
     ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    Scale.add_to(parser)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batch-sizes", type=int, nargs="+", default=None, help="default: 1 4; on a CPU 1")
     parser.add_argument("--repeats", type=int, default=None, help="timed steps of each; default: 8, on a CPU 2")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.case:
-        return serve(arguments.case, measure)
-    scale = Scale.of(arguments)
+
+
+def cases_of(arguments: argparse.Namespace, scale: Scale) -> list[Case]:
     is_gpu = scale.device == "cuda"
-    case = {
-        **asdict(scale),
-        "micro_batch_sizes": arguments.micro_batch_sizes or ([1, 4] if is_gpu else [1]),
-        "repeats": arguments.repeats or (8 if is_gpu else 2),
-    }
-    found = list(results(__file__, [case], measure, is_apart=is_gpu))
-    code = finish(scale.file("adapter_ratio"), [row for result in found for row in rows_of(result, scale)])
-    return code or int(any(DIED in result for result in found))
+    sizes, repeats = arguments.micro_batch_sizes or ([1, 4] if is_gpu else [1]), arguments.repeats
+    return [{"micro_batch_sizes": sizes, "repeats": repeats or (8 if is_gpu else 2)}]
+
+
+def main() -> int:
+    return run(__file__, __doc__, options, cases_of, measure, rows_of)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from measure.cases import DIED, Case, Result, results, serve
-from measure.rows import Row, finish
-from measure.scale import Scale, device_name, seconds_of
+from measure.cases import PROBLEM, Case, Result, each, run
+from measure.rows import Row
+from measure.scale import Scale, device_name
+from measure.timing import seconds_of
 
 BACKENDS = ("flash", "_flash_3", "_native_flash", "_native_cudnn", "_native_efficient", "native", "_native_math")
 CALLS = {"cuda": 20, "cpu": 1}
@@ -31,20 +31,19 @@ def measure(case: Case) -> Iterator[Result]:
     from measure.random_model import chosen_attention, scale_of
 
     scale, device = scale_of(case), torch.device(case["device"])
-    chosen = chosen_attention(scale, device)
-    for size in case["batch_sizes"]:
-        result = {**case, "device_name": device_name(device), "batch_size": size, "chosen": chosen}
+    about = {**case, "device_name": device_name(device), "chosen": chosen_attention(scale, device)}
+
+    def calls(size: int) -> Result:
         shape = (size, scale.tokens.total, scale.heads, 128)
         qkv = [torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-        for backend in BACKENDS:
-            try:
-                yield {**result, "backend": backend, **_seconds(qkv, backend, case["repeats"])}
-            except Exception as error:  # whatever a backend says that is not there, or not for this device
-                sys.stderr.write(f"attention: {backend} cannot run here: {str(error).splitlines()[0][:160]}\n")
+        found = {backend: _seconds(qkv, backend, case["repeats"]) for backend in BACKENDS}
+        return {"seconds": {backend: seconds for backend, seconds in found.items() if seconds}}
+
+    yield from each(about, "batch_size", case["batch_sizes"], calls)
 
 
 def _seconds(qkv: list, backend: str, repeats: int) -> dict[str, float]:
-    """Of a forward pass, and of one with its backward pass."""
+    """Of a forward pass, and of one with its backward pass; empty if the backend cannot run here."""
     import torch
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
@@ -63,43 +62,45 @@ def _seconds(qkv: list, backend: str, repeats: int) -> dict[str, float]:
         count = CALLS[device.type]
         return statistics.median(seconds_of(lambda: [run() for _ in range(count)], repeats, WARM_UP, device)) / count
 
-    return {"both": calls(both), "forward": calls(torch.no_grad()(forward))}
+    try:
+        return {"both": calls(both), "forward": calls(torch.no_grad()(forward))}
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a backend says that is not there, or not for this device
+        sys.stderr.write(f"attention: {backend} cannot run here: {str(error).splitlines()[0][:160]}\n")
+        return {}
 
 
-def rows_of(found: list[Result], scale: Scale) -> list[Row]:
-    """Rows of one batch size: each backend, and the chosen one against the fastest."""
+def rows_of(result: Result, scale: Scale) -> list[Row]:
+    """Rows of one batch size: each backend, against the fastest."""
+    size, tokens, where = result.get("batch_size", "any"), scale.tokens.total, result.get("device_name", "GPU")
+    shape = f"({size}, {tokens}, {scale.heads}, 128), {where}"
+    if problem := result.get(PROBLEM):
+        return [Row(f"attention; {shape}: {problem}", 1e3)]
     rows: list[Row] = []
-    flops = {"forward": 4.0, "both": 4.0 * 3.5}
-    for what, name in (("forward", "forward"), ("both", "forward and backward")):
-        fastest = min(result[what] for result in found)
-        for result in found:
-            size, tokens = result["batch_size"], scale.tokens.total
-            rate = flops[what] * size * tokens**2 * scale.transformer.width / result[what] / 1e12
-            shape = f"({size}, {tokens}, {scale.heads}, 128), {result['device_name']}"
-            is_chosen = " (chosen)" if result["backend"] == result["chosen"] else ""
-            claim = f"attention {result['backend']}{is_chosen}, {name}: ms, {rate:.3g} TFLOP/s; {shape}"
-            rows.append(Row(claim, 1e3 * result[what], 1e3 * fastest))
+    for what, name, factor in (("forward", "forward", 4.0), ("both", "forward and backward", 14.0)):
+        fastest = min(seconds[what] for seconds in result["seconds"].values())
+        for backend, seconds in result["seconds"].items():
+            rate = factor * size * tokens**2 * scale.transformer.width / seconds[what] / 1e12
+            is_chosen = " (chosen)" if backend == result["chosen"] else ""
+            claim = f"attention {backend}{is_chosen}, {name}: ms, {rate:.3g} TFLOP/s; {shape}"
+            rows.append(Row(claim, 1e3 * seconds[what], 1e3 * fastest))
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    Scale.add_to(parser)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=None, help="default: 1 8; on a CPU 1")
     parser.add_argument("--repeats", type=int, default=None, help="timed groups of calls; default: 10, on a CPU 2")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.case:
-        return serve(arguments.case, measure)
-    scale = Scale.of(arguments)
+
+
+def cases_of(arguments: argparse.Namespace, scale: Scale) -> list[Case]:
     is_gpu = scale.device == "cuda"
-    sizes, repeats = arguments.batch_sizes or ([1, 8] if is_gpu else [1]), arguments.repeats or (10 if is_gpu else 2)
-    case = {**asdict(scale), "batch_sizes": sizes, "repeats": repeats}
-    found = list(results(__file__, [case], measure, is_apart=is_gpu))
-    by_size = [[one for one in found if one.get("batch_size") == size] for size in sizes]
-    rows = [row for of_size in by_size if of_size for row in rows_of(of_size, scale)]
-    finish(scale.file("attention"), rows)
-    return int(not rows or any(DIED in one for one in found))
+    sizes, repeats = arguments.batch_sizes or ([1, 8] if is_gpu else [1]), arguments.repeats
+    return [{"batch_sizes": sizes, "repeats": repeats or (10 if is_gpu else 2)}]
+
+
+def main() -> int:
+    return run(__file__, __doc__, options, cases_of, measure, rows_of)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from measure.rows import Row, finish
-from measure.scale import device_name, seconds_of
+from measure.scale import device_name
+from measure.timing import seconds_of
 from torch import Tensor
 
 from ccmdist.adapters import wdlora

@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from measure.cases import DIED, PROBLEM, Case, Result, results, serve
-from measure.rows import Row, finish, write
+from measure.cases import PROBLEM, Case, Result, each, run
+from measure.rows import Row
 from measure.scale import Scale, device_name
 
 STEPS = {"cuda": 4, "cpu": 1}
@@ -32,23 +32,21 @@ ANCHORS = {
 
 def measure(case: Case) -> Iterator[Result]:
     """Some steps with one form of the base."""
-    import torch
     from measure.random_model import Training, Watch, one_rank, scale_of, train_settings
 
-    scale, size = scale_of(case), case["micro_batch_size"]
+    scale = scale_of(case)
     group = one_rank(scale.device)
-    result = {**case, "device_name": device_name(group.device)}
-    config = train_settings(scale, base=case["base"], micro_batch_size=size)
-    watch = Watch(group.device)
-    try:
-        training = Training(config, group, scale)
+
+    def steps(size: int) -> Result:
+        watch = Watch(group.device)
+        training = Training(train_settings(scale, base=case["base"], micro_batch_size=size), group, scale)
         batch = training.objective.batch(size)
         for _ in range(STEPS[scale.device]):
             training.step(batch)
-    except torch.OutOfMemoryError:
-        yield {**result, PROBLEM: "out of memory"}
-        return
-    yield {**result, **asdict(watch.most())}
+        return asdict(watch.most())
+
+    about = {**case, "device_name": device_name(group.device)}
+    yield from each(about, "micro_batch_size", [case["micro_batch_size"]], steps)
 
 
 def rows_of(result: Result, scale: Scale) -> list[Row]:
@@ -69,25 +67,17 @@ def rows_of(result: Result, scale: Scale) -> list[Row]:
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    Scale.add_to(parser)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bases", nargs="+", choices=("bf16", "nf4", "int8"), default=("bf16", "nf4"))
     parser.add_argument("--micro-batch-size", type=int, default=1)
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.case:
-        return serve(arguments.case, measure)
-    scale = Scale.of(arguments)
-    about = {**asdict(scale), "micro_batch_size": arguments.micro_batch_size}
-    cases = [{**about, "base": base} for base in arguments.bases]
-    rows: list[Row] = []
-    has_died = False
-    for result in results(__file__, cases, measure, is_apart=scale.device == "cuda"):
-        rows += rows_of(result, scale)
-        has_died |= DIED in result
-        write(scale.file("memory"), rows)
-    return finish(scale.file("memory"), rows) or int(has_died)
+
+
+def cases_of(arguments: argparse.Namespace, scale: Scale) -> list[Case]:
+    return [{"micro_batch_size": arguments.micro_batch_size, "base": base} for base in arguments.bases]
+
+
+def main() -> int:
+    return run(__file__, __doc__, options, cases_of, measure, rows_of)
 
 
 if __name__ == "__main__":

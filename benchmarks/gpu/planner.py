@@ -12,14 +12,14 @@ import argparse
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from measure.cases import DIED, PROBLEM, Case, Result, results, serve
-from measure.rows import Row, finish, write
-from measure.scale import Scale, device_name, gpu_key, seconds_of
+from measure.cases import PROBLEM, Case, Result, each, run
+from measure.rows import Row
+from measure.scale import Scale, device_name, gpu_key
+from measure.timing import seconds_of
 
 WARM_UP = 3
 TIME_LIMIT, MEMORY_LIMIT = 0.20, 0.10
@@ -29,37 +29,33 @@ FABRIC = "pcie-1x100g"
 
 def measure(case: Case) -> Iterator[Result]:
     """One configuration: seconds and bytes, measured and planned."""
-    import torch
     from measure.random_model import Training, Watch, one_rank, scale_of, train_settings
 
     from ccmdist.planner.hardware import Machine
     from ccmdist.planner.memory import memory
     from ccmdist.planner.time import step_time
 
-    scale, size = scale_of(case), case["micro_batch_size"]
+    scale = scale_of(case)
     group = one_rank(scale.device)
     name = device_name(group.device)
-    config = train_settings(scale, activation_checkpointing=case["recompute"], micro_batch_size=size)
-    watch = Watch(group.device)
-    try:
+    machine = Machine(gpu_key(name) or "h200", FABRIC, 1, 1)
+    model, tokens = scale.transformer, scale.tokens
+
+    def steps(size: int) -> Result:
+        config = train_settings(scale, activation_checkpointing=case["recompute"], micro_batch_size=size)
+        watch = Watch(group.device)
         training = Training(config, group, scale)
         batch = training.objective.batch(size)
         seconds = seconds_of(lambda: training.step(batch), case["repeats"], WARM_UP, group.device)
-    except torch.OutOfMemoryError:
-        yield {**case, "device_name": name, PROBLEM: "out of memory"}
-        return
-    used = watch.most()
-    machine = Machine(gpu_key(name) or "h200", FABRIC, 1, 1)
-    model, tokens = scale.transformer, scale.tokens
-    planned = memory(config, model, tokens, "replicated", 1, 1)
-    yield {
-        **case,
-        "device_name": name,
-        "seconds": statistics.median(seconds),
-        "bytes": used.allocated + used.libraries,
-        "planned_seconds": step_time(config, model, tokens, "replicated", machine).overlapped_s,
-        "planned_bytes": planned.total - (0 if scale.device == "cuda" else planned.libraries),
-    }
+        used, planned = watch.most(), memory(config, model, tokens, "replicated", 1, 1)
+        return {
+            "seconds": statistics.median(seconds),
+            "bytes": used.allocated + used.libraries,
+            "planned_seconds": step_time(config, model, tokens, "replicated", machine).overlapped_s,
+            "planned_bytes": planned.total - (0 if scale.device == "cuda" else planned.libraries),
+        }
+
+    yield from each({**case, "device_name": name}, "micro_batch_size", [case["micro_batch_size"]], steps)
 
 
 def rows_of(result: Result, scale: Scale) -> list[Row]:
@@ -88,28 +84,21 @@ def configuration(text: str) -> tuple[str, int]:
     return recompute, int(size)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    Scale.add_to(parser)
+def options(parser: argparse.ArgumentParser) -> None:
     told = "default: full:1 full:8 selective:4; on a CPU full:1"
     parser.add_argument("--configurations", type=configuration, nargs="+", default=None, help=told)
     parser.add_argument("--repeats", type=int, default=None, help="timed steps; default: 6, on a CPU 1")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.case:
-        return serve(arguments.case, measure)
-    scale = Scale.of(arguments)
+
+
+def cases_of(arguments: argparse.Namespace, scale: Scale) -> list[Case]:
     is_gpu = scale.device == "cuda"
     given = arguments.configurations or ([("full", 1), ("full", 8), ("selective", 4)] if is_gpu else [("full", 1)])
-    about = {**asdict(scale), "repeats": arguments.repeats or (6 if is_gpu else 1)}
-    cases = [{**about, "recompute": recompute, "micro_batch_size": size} for recompute, size in given]
-    rows: list[Row] = []
-    has_died = False
-    for result in results(__file__, cases, measure, is_apart=is_gpu):
-        rows += rows_of(result, scale)
-        has_died |= DIED in result
-        write(scale.file("planner"), rows)
-    return finish(scale.file("planner"), rows) or int(has_died)
+    repeats = arguments.repeats or (6 if is_gpu else 1)
+    return [{"repeats": repeats, "recompute": recompute, "micro_batch_size": size} for recompute, size in given]
+
+
+def main() -> int:
+    return run(__file__, __doc__, options, cases_of, measure, rows_of)
 
 
 if __name__ == "__main__":

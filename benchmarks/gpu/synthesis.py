@@ -13,15 +13,16 @@ import argparse
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from measure.cases import DIED, PROBLEM, Case, Result, results, serve
-from measure.rows import Row, finish, write
-from measure.scale import Scale, device_name, gpu_key, seconds_of
+from measure.cases import PROBLEM, Case, Result, each, run
+from measure.rows import Row
+from measure.scale import Scale, device_name, gpu_key
+from measure.timing import seconds_of
 
+TARGET_SIZE, TARGET_STEPS = 8, 40
 TARGET_PER_HOUR, GOAL_PER_HOUR = 1200.0, 1300.0
 ANCHOR = "vllm-omni, Qwen-Image-Edit on one H200 at 1024 px, no guidance: 59 % MFU (published)"
 
@@ -36,26 +37,25 @@ def measure(case: Case) -> Iterator[Result]:
 
     scale, device = scale_of(case), torch.device(case["device"])
     sampler = RandomSampler(scale, device, case["denoise_steps"], case["compile"])
-    for index, size in enumerate(case["batch_sizes"]):
-        result = {**case, "device_name": device_name(device), "batch_size": size}
-        try:
-            sampler.warm_up(size)
-            num_batches = case["batches"] if index == 0 else 1
-            seconds = seconds_of(lambda s=size: sampler.draw(sampler.requests(s)), num_batches, 0, device)
-        except torch.OutOfMemoryError:
-            yield {**result, PROBLEM: "out of memory"}
-            return
-        flops = 2 * case["denoise_steps"] * size * forward_flops(scale.transformer, scale.tokens, is_tabled=True)
-        yield {**result, "seconds": statistics.mean(seconds), "num_batches": num_batches, "flops": flops}
+    flops = 2 * case["denoise_steps"] * forward_flops(scale.transformer, scale.tokens, is_tabled=True)
+
+    def batches(size: int) -> Result:
+        sampler.warm_up(size)
+        num_batches = case["batches"] if size == case["batch_sizes"][0] else 1
+        seconds = seconds_of(lambda: sampler.draw(sampler.requests(size)), num_batches, 0, device)
+        return {"seconds": statistics.mean(seconds), "num_batches": num_batches, "flops": size * flops}
+
+    yield from each({**case, "device_name": device_name(device)}, "batch_size", case["batch_sizes"], batches)
 
 
-def rows_of(result: Result, scale: Scale, is_target: bool) -> list[Row]:
+def rows_of(result: Result, scale: Scale) -> list[Row]:
     """Rows of one batch size."""
     from ccmdist.planner.hardware import gpu_named
 
     size, steps = result.get("batch_size", "any"), result["denoise_steps"]
     about = f"batch {size}, {steps} steps with guidance{', compiled' if result['compile'] else ''}"
     about += f"; {scale.about(result.get('device_name', 'GPU'))}"
+    is_target = (size, steps) == (TARGET_SIZE, TARGET_STEPS)
     limit = scale.limit(TARGET_PER_HOUR) if is_target else None
     goal = scale.limit(GOAL_PER_HOUR) if is_target else None
     if problem := result.get(PROBLEM):
@@ -68,35 +68,27 @@ def rows_of(result: Result, scale: Scale, is_target: bool) -> list[Row]:
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    Scale.add_to(parser)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=None, help="default: 8 4 16; on a CPU 2")
     parser.add_argument("--denoise-steps", type=int, default=None, help="default: 40; on a CPU 2")
     parser.add_argument("--batches", type=int, default=None, help="of the first size; default: 2, on a CPU 1")
     parser.add_argument("--compile", action="store_true", help="compile_blocks of the settings")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.case:
-        return serve(arguments.case, measure)
-    scale = Scale.of(arguments)
+
+
+def cases_of(arguments: argparse.Namespace, scale: Scale) -> list[Case]:
     is_gpu = scale.device == "cuda"
     case = {
-        **asdict(scale),
-        "batch_sizes": arguments.batch_sizes or ([8, 4, 16] if is_gpu else [2]),
-        "denoise_steps": arguments.denoise_steps or (40 if is_gpu else 2),
+        "batch_sizes": arguments.batch_sizes or ([TARGET_SIZE, 4, 16] if is_gpu else [2]),
+        "denoise_steps": arguments.denoise_steps or (TARGET_STEPS if is_gpu else 2),
         "batches": arguments.batches or (2 if is_gpu else 1),
         "compile": arguments.compile,
     }
-    is_target = case["batch_sizes"][0] == 8 and case["denoise_steps"] == 40
-    name = scale.file("synthesis") + ("_compiled" if arguments.compile else "")
-    rows: list[Row] = []
-    has_died = False
-    for result in results(__file__, [case], measure, is_apart=is_gpu):
-        rows += rows_of(result, scale, is_target and not rows)
-        has_died |= DIED in result
-        write(name, rows)
-    return finish(name, rows) or int(has_died)
+    return [case]
+
+
+def main() -> int:
+    compiled = lambda arguments: "_compiled" if arguments.compile else ""  # noqa: E731
+    return run(__file__, __doc__, options, cases_of, measure, rows_of, compiled)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,14 @@ import argparse
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from measure.cases import DIED, PROBLEM, Case, Result, results, serve
-from measure.rows import Row, finish, write
-from measure.scale import Scale, device_name, gpu_key, seconds_of
+from measure.cases import PROBLEM, Case, Result, each, run
+from measure.rows import Row
+from measure.scale import Scale, device_name, gpu_key
+from measure.timing import seconds_of
 
 WARM_UP = 3
 TARGETS = {("full", 8): 6.0, ("selective", 8): 9.0}
@@ -43,23 +42,21 @@ def measure(case: Case) -> Iterator[Result]:
     device = group.device
     config = train_settings(scale, activation_checkpointing=recompute)
     training, flops = Training(config, group, scale), flops_of(config, scale.transformer, scale.tokens)
-    for size in case["micro_batch_sizes"]:
-        result = {**case, "device_name": device_name(device), "micro_batch_size": size}
+
+    def steps(size: int) -> Result:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         batch = training.objective.batch(size)
-        try:
-            seconds = seconds_of(lambda b=batch: training.step(b), case["repeats"], WARM_UP, device)
-        except torch.OutOfMemoryError:
-            yield {**result, PROBLEM: "out of memory"}
-            return  # what DeepSpeed has begun cannot be taken back
-        yield {
-            **result,
+        seconds = seconds_of(lambda: training.step(batch), case["repeats"], WARM_UP, device)
+        return {
             "seconds": statistics.median(seconds),
             "model_flops": size * flops.model,
             "executed_flops": size * flops.executed,
             "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         }
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+
+    about = {**case, "device_name": device_name(device)}
+    yield from each(about, "micro_batch_size", case["micro_batch_sizes"], steps)
 
 
 def rows_of(result: Result, scale: Scale) -> list[Row]:
@@ -83,31 +80,21 @@ def rows_of(result: Result, scale: Scale) -> list[Row]:
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    Scale.add_to(parser)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batch-sizes", type=int, nargs="+", default=None, help="default: 1 4 8; on a CPU 1 2")
     parser.add_argument("--recompute", nargs="+", choices=RECOMPUTES, default=RECOMPUTES)
     parser.add_argument("--repeats", type=int, default=None, help="timed steps; default: 6, on a CPU 1")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.case:
-        return serve(arguments.case, measure)
-    scale = Scale.of(arguments)
+
+
+def cases_of(arguments: argparse.Namespace, scale: Scale) -> list[Case]:
     is_gpu = scale.device == "cuda"
-    about: dict[str, Any] = {
-        **asdict(scale),
-        "repeats": arguments.repeats or (6 if is_gpu else 1),
-        "micro_batch_sizes": arguments.micro_batch_sizes or ([1, 4, 8] if is_gpu else [1, 2]),
-    }
-    cases = [{**about, "recompute": recompute} for recompute in arguments.recompute]
-    rows: list[Row] = []
-    has_died = False
-    for result in results(__file__, cases, measure, is_apart=is_gpu):
-        rows += rows_of(result, scale)
-        has_died |= DIED in result
-        write(scale.file("training"), rows)
-    return finish(scale.file("training"), rows) or int(has_died)
+    sizes, repeats = arguments.micro_batch_sizes or ([1, 4, 8] if is_gpu else [1, 2]), arguments.repeats
+    about = {"repeats": repeats or (6 if is_gpu else 1), "micro_batch_sizes": sizes}
+    return [{**about, "recompute": recompute} for recompute in arguments.recompute]
+
+
+def main() -> int:
+    return run(__file__, __doc__, options, cases_of, measure, rows_of)
 
 
 if __name__ == "__main__":

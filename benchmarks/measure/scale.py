@@ -4,8 +4,6 @@ Only the whole model at 384 px on a GPU is held to a target. What a CPU measures
 """
 
 import argparse
-import time
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Self
 
@@ -133,36 +131,3 @@ def gpu_key(name: str) -> str | None:
     found = [key for key in GPUS if key.split("-")[0].upper() in name.upper().replace(" ", "")]
     pcie = [key for key in found if key.endswith("pcie") and "PCIE" in name.upper()]
     return (pcie or found or [None])[0]
-
-
-def seconds_of(run: Callable[[], object], repeats: int, warm_up: int, device: torch.device) -> list[float]:
-    """Seconds of each run after ``warm_up`` of them: of the clock where a GPU computes, else of CPU time."""
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    seconds = []
-    for index in range(-warm_up, repeats):
-        wait_for(device)
-        start = clock()
-        run()
-        wait_for(device)
-        if index >= 0:
-            seconds.append(clock() - start)
-    return seconds
-
-
-def wait_for(device: torch.device) -> None:
-    """Until a GPU has done what it was asked for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def in_turn(
-    sides: Mapping[str, Callable[[], object]], repeats: int, warm_up: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of every side, run in turn, timed as by :func:`seconds_of`."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for index in range(-warm_up, repeats):
-        for name, run in sides.items():
-            (elapsed,) = seconds_of(run, 1, 0, device)
-            if index >= 0:
-                seconds[name].append(elapsed)
-    return seconds

@@ -124,7 +124,8 @@ def test_a_script_of_which_a_process_died_fails_even_without_a_target(module, mo
     training, scale = module("training"), module("measure.scale")
     monkeypatch.setattr(module("measure.rows"), "RESULTS", tmp_path)
     monkeypatch.setattr(scale.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(training, "results", lambda *_, **__: [{"recompute": "none", "died": True, "problem": "gone"}])
+    died = {"recompute": "none", "died": True, "problem": "gone"}
+    monkeypatch.setattr(module("measure.cases"), "results", lambda *_, **__: [died])
     monkeypatch.setattr("sys.argv", [str(BENCHMARKS / "gpu" / "training.py")])
     assert training.main() == 1
     (row,) = json.loads((tmp_path / "gpu_training.json").read_text())
