@@ -159,7 +159,8 @@ class Engine:
             # Copies must agree: what forward gathers, the fp32 master, and the moments.
             parameter.ds_tensor.data[: len(local.values["weight"])].copy_(local.values["weight"])
             parameter.partition()  # what was gathered before is out of date
-        forget_node_copies([parameter for _, parameter in self._named_parameters()])
+        # Outside of blocks DeepSpeed lets go what persists until it has traced a forward, and gathers it from these.
+        forget_node_copies(parameter for _, parameter in self._named_parameters())
         self._gather_adapter()
         for name, flat in self._flat_by_set().items():
             self.optimizer.set_moments(flat, {moment: quantities[moment][name] for moment in MOMENTS})

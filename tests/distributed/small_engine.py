@@ -44,6 +44,16 @@ def slices(engine):
     }
 
 
+def reading(kept):
+    """What :meth:`Engine.load` asks for a state, given the slices of a rank that are all it will ask for."""
+
+    def read(name, quantity, start, stop):
+        first, values = kept[name]
+        return values[quantity][start - first : stop - first]
+
+    return read
+
+
 def trained(group, world, *overrides, num_steps=3):
     """Losses and norms of some steps, and the slices after them."""
     config, objective, engine = built(group, world, *overrides)
@@ -68,12 +78,7 @@ def taken_up(group, world, *overrides):
     with torch.no_grad():
         for _ in range(4):  # after DeepSpeed has traced a forward, what persists stays gathered: the load replaces it
             objective.validate(second.module)
-
-    def read(name, quantity, start, stop):
-        first, values = kept[name]
-        return values[quantity][start - first : stop - first]
-
-    second.load(read, adam_steps)
+    second.load(reading(kept), adam_steps)
     again = steps(config, objective, second, 2, 4)
     return told[-len(again) :], again, slices(engine), slices(second)
 
