@@ -47,6 +47,11 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
+def left_overs(folder: Path, names: str = "*") -> list[Path]:
+    """What processes that were killed have left under temporary names; of targets whose names have this pattern."""
+    return list(folder.glob(f".{names}.tmp-*"))
+
+
 @contextlib.contextmanager
 def committed_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; on success it becomes ``path``, on an error it is removed."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ccmdist.ccm.groups import UNLABELLED
-from ccmdist.commit import commit_json, committed_file, sha256_of_file
+from ccmdist.commit import commit_json, committed_file, left_overs, sha256_of_file
 from ccmdist.config.data import Split
 from ccmdist.config.loading import flat
 from ccmdist.console import log
@@ -144,7 +144,7 @@ def _start(folder: Path) -> None:
     _refuse_strangers(folder)
     folder.mkdir(parents=True, exist_ok=True)
     commit_json(folder / UNFINISHED, {"remark": "a set is being written here; run the same command again if it is not"})
-    for path in [*shards_in(folder), *folder.glob(".*.tar.tmp-*")]:
+    for path in [*shards_in(folder), *left_overs(folder, "*.tar")]:
         path.unlink()
 
 

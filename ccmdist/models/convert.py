@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ccmdist.commit import make_folder, sync_folder
+from ccmdist.commit import left_overs, make_folder, sync_folder
 from ccmdist.console import log, tracked
 from ccmdist.errors import ModelError
 from ccmdist.models.model_folder import ModelFolder
@@ -47,7 +47,7 @@ def convert_model(
     for file in tracked(files, "files", len(files)):
         if (name := file.relative_to(source.path)) != Path(INDEX):
             _link(file, out / name)
-    for left_over in (out / IN_MODEL).glob(f".{NAMES}.tmp-*"):
+    for left_over in left_overs(out / IN_MODEL, NAMES):
         left_over.unlink()
     kind = TableKind.of(source.transformer_digest(), dtype, samples_at_once, device)
     table = write_table(out / IN_MODEL, source, levels(sigmas, dtype), dtype, kind, device)

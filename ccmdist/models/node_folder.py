@@ -14,6 +14,7 @@ from typing import Final
 
 import filelock
 
+from ccmdist.commit import left_overs
 from ccmdist.console import log
 from ccmdist.errors import OF_THE_MACHINE, ModelError
 
@@ -90,7 +91,7 @@ def make_room(folder: Path, num_bytes: int, what: str, remedy: str, pattern: str
     Raises:
         ModelError: If it cannot.
     """
-    for left_over in folder.glob(f".{pattern}.tmp-*"):
+    for left_over in left_overs(folder, pattern):
         shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
     others = list(folder.glob(pattern))
     # Links are not followed: what they lead to may be gone.

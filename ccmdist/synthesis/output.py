@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from ccmdist.ccm.groups import UNLABELLED
-from ccmdist.commit import sha256_of_file
+from ccmdist.commit import left_overs, sha256_of_file
 from ccmdist.data.manifest import MANIFEST, ShardEntry, commit_manifest, read_manifest
 from ccmdist.data.reader import read_shard
 from ccmdist.data.triple import Triple
@@ -118,8 +118,8 @@ class SyntheticSet:
             self._commit_manifest()
         for folder in (self._batches, self._claims):
             shutil.rmtree(folder, ignore_errors=True)
-        for left_by_a_kill in self.folder.glob(".*.tmp-*"):
-            left_by_a_kill.unlink(missing_ok=True)
+        for left_over in left_overs(self.folder):
+            left_over.unlink(missing_ok=True)
         return True
 
     def num_committed(self) -> int:

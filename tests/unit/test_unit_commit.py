@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ccmdist import commit
-from ccmdist.commit import commit_bytes, commit_json, commit_text, committed_file, digest_of, sha256_of_file
+from ccmdist.commit import commit_bytes, commit_json, commit_text, committed_file, digest_of, left_overs, sha256_of_file
 
 OLD, NEW = b"old " * 1000, b"new " * 3000
 
@@ -77,6 +77,7 @@ def test_a_kill_at_any_operation_leaves_the_old_or_the_new_file_never_half_of_on
         found.append(path.read_bytes() if path.exists() else None)
         others = [file.name for file in tmp_path.iterdir() if file != path]
         assert all(name.startswith(".result.bin.tmp-") for name in others), "nobody mistakes it for a result"
+        assert sorted(file.name for file in left_overs(tmp_path, "*.bin")) == sorted(others), "all of it is found"
     assert set(found) == {before, NEW}
     assert found == sorted(found, key=lambda content: content == NEW), "once it is new it stays new"
     assert found.index(NEW) == operations.index("replace") + 1, "the rename is the commit"
