@@ -64,8 +64,8 @@ class ModulationTable:
         """Of the model that it is for."""
         return self.rows_NR.dtype
 
-    def check(self, sigmas: Tensor, where: str) -> None:
-        """Refuse noise levels that have no row, before a run begins.
+    def check(self, sigmas: Tensor, where: str) -> Tensor:
+        """Refuse noise levels that have no row, such as before a run begins; which rows are theirs.
 
         Args:
             sigmas: Noise levels; 0 at the end, which no model is asked for, does not matter.
@@ -75,7 +75,7 @@ class ModulationTable:
             ConfigError: If one has no row.
         """
         wanted = sigmas.detach().cpu().to(self.dtype).float()
-        _, is_there = _found(self.levels_N, wanted)
+        index, is_there = _found(self.levels_N, wanted)
         if not is_there.all():
             sigma, low, high = wanted[~is_there][0].item(), self.levels_N[0].item(), self.levels_N[-1].item()
             raise ConfigError(
@@ -83,6 +83,7 @@ class ModulationTable:
                 f"which go from {low:.6g} to {high:.6g}",
                 OFF_TABLE_REMEDY,
             )
+        return index
 
     def rows(self, timestep_B: Tensor, device: torch.device) -> Tensor:
         """The rows of a batch on a device, (B, R).
@@ -99,8 +100,7 @@ class ModulationTable:
         """
         if self.rows_NR.nbytes <= MAX_DEVICE_BYTES and timestep_B.device == device and device.type != "cpu":
             return self._rows_there(timestep_B)
-        self.check(timestep_B, "timestep")
-        index_B, _ = _found(self.levels_N, timestep_B.cpu().to(self.dtype).float())
+        index_B = self.check(timestep_B, "timestep")
         shape = len(index_B), self.rows_NR.shape[1]
         rows_BR = torch.empty(shape, dtype=self.dtype, pin_memory=device.type == "cuda")
         torch.index_select(self.rows_NR, 0, index_B, out=rows_BR)
