@@ -139,13 +139,14 @@ def _hold_quantized(block: nn.Module, form: str, device: torch.device | str) -> 
 
 def num_bytes(folder: ModelFolder, dtype: torch.dtype, in_nf4: bool, has_modulation: bool = True) -> int:
     """Bytes of the MMDiT's weights on the device that draws, with or without the layers that a table replaces."""
-    weights = {n: w.numel() for n, w in skeleton(folder).named_parameters() if has_modulation or not is_tabled(n)}
+    model = skeleton(folder)
+    weights = {n: w.numel() for n, w in model.named_parameters() if has_modulation or not is_tabled(n)}
     num_weights = sum(weights.values())
     if not in_nf4:
         return num_weights * dtype.itemsize
     linears = {
         f"transformer_blocks.{index}.{name}.weight"
-        for index, block in enumerate(skeleton(folder).transformer_blocks)
+        for index, block in enumerate(model.transformer_blocks)
         for name in _linears(block)
     }
     num_quantized = sum(count for name, count in weights.items() if name in linears)
