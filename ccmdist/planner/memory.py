@@ -36,9 +36,9 @@ KEPT_FULL: Final = 2.0
 PEAK: Final = {"wdlora": 58.4, "lora": 59.7}
 """The most that is alive at once in a block's forward and backward pass; it hardly depends on what is kept."""
 LIVE_BLOCKS: Final = 2
-"""That ZeRO-3 keeps gathered: one that computes, and the next on its way; the engine sees to that."""
+"""That the engine lets ZeRO-3 keep gathered: one that computes, and the next on its way."""
 REDUCE_BUCKET: Final = 50_000_000
-"""Gradients in fp32 that DeepSpeed sends at once: the engine's reduce_bucket_size, allocated whole."""
+"""Gradients in fp32 that the engine lets DeepSpeed send at once: a buffer that is allocated whole."""
 ROW_VALUES: Final = 6
 """fp32 values that WDLoRA keeps of each row of an adapted linear."""
 LIBRARIES: Final = 1.5e9

@@ -15,6 +15,7 @@ import torch
 
 from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.config.train import TrainConfig
+from ccmdist.planner.memory import LIVE_BLOCKS, REDUCE_BUCKET
 from ccmdist.train.optim import MOMENTS, optimizer, update_average
 from ccmdist.train.sharding import forget_node_copies
 
@@ -59,7 +60,7 @@ def zero_config(config: TrainConfig, world_size: int, ranks_per_node: int | None
             "stage3_param_persistence_threshold": 0,
             "zero_hpz_partition_size": (ranks_per_node or 1) if config.sharding == "zero3_hpz" else 1,
             # Allocated whole, in fp32: DeepSpeed's own 5e8 would take 2 GB of every GPU, more than most adapters do.
-            "reduce_bucket_size": 50_000_000,
+            "reduce_bucket_size": REDUCE_BUCKET,
             # One flat tensor per parameter set, however large: its Adam state is found by the set's name.
             "sub_group_size": 10**15,
         },
@@ -255,8 +256,8 @@ def _gathering_one_block_ahead(
     ahead = {
         "stage3_prefetch_bucket_size": max(largest, 1),
         "stage3_max_reuse_distance": max(largest, 1),
-        # Two blocks: without a bound every hook, those of layers around the blocks too, would fetch one more.
-        "stage3_max_live_parameters": 2 * max(largest, 1),
+        # Without a bound every hook, those of layers around the blocks too, would fetch one more.
+        "stage3_max_live_parameters": LIVE_BLOCKS * max(largest, 1),
     }
     return zero_config | {"zero_optimization": zero_config["zero_optimization"] | ahead}
 
