@@ -85,7 +85,7 @@ class PlanSettings:
     denoise_steps: int
     guidance_scale: float
     seed: int
-    compile_blocks: bool = False
+    compile_blocks: bool
     content_version: int = CONTENT_VERSION
 
 

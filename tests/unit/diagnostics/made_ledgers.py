@@ -102,7 +102,7 @@ def begin_set(folder):
     """A synthetic set of three batches of two images, two batches to a shard, of which nothing is drawn yet."""
     digests = ("source_set_digest", "cache_digest", "base_digest", "adapter_digest", "noise_schedule_digest")
     sizes = {"image_size_px": 64, "images_per_mask": 1, "batch_size": 2, "batches_per_shard": 2, "denoise_steps": 2}
-    kinds = {"base": "fp32", "split": "test", "dtype": "fp32"}
+    kinds = {"base": "fp32", "split": "test", "dtype": "fp32", "compile_blocks": False}
     settings = PlanSettings(**dict.fromkeys(digests, "0" * 64), **sizes, **kinds, guidance_scale=1.0, seed=0)
     batches = [Batch(9, tuple(Request(f"k{b}{i}", "k", 0, "s", "Control") for i in range(2))) for b in range(3)]
     folder.mkdir(parents=True)

@@ -124,6 +124,10 @@ def test_a_plan_that_was_changed_by_hand_is_refused(config, plan_of, tmp_path):
     (tmp_path / PLAN).write_text(text.replace('"seed": 0', '"seed": 1'))
     with pytest.raises(ShardError, match=r"plan\.json: was changed after it was written; draw the set anew"):
         read_plan(tmp_path)
+    without = [line for line in text.splitlines() if "compile_blocks" not in line]
+    (tmp_path / PLAN).write_text("\n".join(without))
+    with pytest.raises(ShardError, match=r"plan\.json: cannot be read \(Field required\)"):
+        read_plan(tmp_path)
     (tmp_path / PLAN).write_text(text[:-30])
     with pytest.raises(ShardError, match=r"plan\.json: cannot be read \(is not a plan\)"):
         read_plan(tmp_path)
