@@ -26,6 +26,7 @@ from ccmdist.models.mmdit import skeleton
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.modulation_table import ModulationTable, levels, row_length
 from ccmdist.models.node_folder import GIB, alone_on_node, make_room, node_folder
+from ccmdist.models.stored_tensors import DTYPES
 
 FORMAT_VERSION: Final = "1"
 IN_MODEL: Final = "modulation"
@@ -33,7 +34,7 @@ IN_MODEL: Final = "modulation"
 NAMES: Final = "modulation-*.safetensors"
 LEVELS_AT_ONCE: Final = 64
 """In which a table is made where its shape does not matter: each weight is then looked at a few times only."""
-DTYPE_NAMES: Final = {torch.bfloat16: "BF16", torch.float32: "F32"}
+NAME_OF_DTYPE: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class TableKind:
     def of(cls, base_digest: str, dtype: torch.dtype, samples_at_once: int, device: torch.device) -> "TableKind":
         """The kind that a run on ``device`` makes."""
         made_on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        return cls(base_digest, DTYPE_NAMES[dtype], str(samples_at_once), f"torch {torch.__version__}, {made_on}")
+        return cls(base_digest, NAME_OF_DTYPE[dtype], str(samples_at_once), f"torch {torch.__version__}, {made_on}")
 
     def accepts(self, other: dict[str, str], is_given: bool) -> bool:
         """Whether a table with these metadata will do.
