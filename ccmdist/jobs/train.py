@@ -26,7 +26,7 @@ from ccmdist.errors import ConfigError
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.planner.flops import tokens
 from ccmdist.planner.memory import memory
-from ccmdist.planner.mode import needed
+from ccmdist.planner.mode import mode_as_set, needed
 from ccmdist.planner.table import needs_line
 from ccmdist.planner.transformer import Transformer
 
@@ -109,8 +109,8 @@ def _memory(config: TrainConfig, model: ModelFolder, entries: CachedSamples, num
     transformer = Transformer.from_config(model.config("transformer"))
     if config.sharding == "auto":
         return needs_line(needed(config, transformer, of, num_ranks, num_ranks))
-    need = memory(config, transformer, of, config.sharding, num_ranks, num_ranks)
-    return needs_line({config.sharding: need}, is_set=True)
+    sharding = mode_as_set(config.sharding, num_ranks, num_ranks).sharding
+    return needs_line({sharding: memory(config, transformer, of, sharding, num_ranks, num_ranks)}, is_set=True)
 
 
 def training_entries(data: DataSettings, model: ModelFolder) -> CachedSamples:

@@ -5,12 +5,11 @@ That order is the order of speed: the more ranks hold a piece, the more is sent,
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from ccmdist.config.train import TrainConfig
 from ccmdist.errors import ConfigError
-from ccmdist.models.template import Version
-from ccmdist.planner.flops import Tokens, tokens
+from ccmdist.planner.flops import Tokens
 from ccmdist.planner.memory import HEADROOM, SHARDINGS, Memory, Sharding, memory
 from ccmdist.planner.transformer import Transformer
 
@@ -24,49 +23,76 @@ REASONS: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class Mode:
-    """The chosen place of the frozen weights.
+    """The place of the frozen weights, as chosen or as set.
 
     Attributes:
-        sharding: "zero3", "zero3_hpz" or "replicated".
+        sharding: Where they lie.
         reason: Why, in one sentence.
     """
 
-    sharding: str
+    sharding: Sharding
     reason: str
 
 
 def choose_mode(
     config: TrainConfig,
-    transformer: Mapping[str, Any],
+    model: Transformer,
+    of: Tokens,
     num_ranks: int,
     ranks_per_node: int,
-    gpu_memory_bytes: int | None,
-    num_text_tokens: int | None = None,
-    version: Version = "2509",
+    gpu_memory_bytes: float | None,
 ) -> Mode:
     """The fastest way to hold the frozen weights that fits into the memory of each GPU.
 
     Args:
         config: Settings of the run; what ``sharding`` says is not looked at.
-        transformer: The transformer's config.json.
+        model: The MMDiT.
+        of: Tokens of one sample.
         num_ranks: Processes that train together, one GPU each.
         ranks_per_node: How many of them share a node.
         gpu_memory_bytes: Of the smallest GPU; None on CPUs.
-        num_text_tokens: Of a sample, if known.
-        version: Of Qwen-Image-Edit, which decides the length of the text where it is not known.
 
     Raises:
         ConfigError: If nothing fits, with what would.
     """
     if gpu_memory_bytes is None:
         return _on_cpus(config)
-    model, of = Transformer.from_config(transformer), tokens(config.data.image_size_px, version, num_text_tokens)
     needs = needed(config, model, of, num_ranks, ranks_per_node)
     for sharding, need in needs.items():
         if need.fits(gpu_memory_bytes):
             told = f"{need.total / 1e9:.1f} of {gpu_memory_bytes / 1e9:.0f} GB by estimate"
             return Mode(sharding, f"{_reason(sharding, needs)} ({told})")
     raise nothing_fits(config, model, of, num_ranks, ranks_per_node, gpu_memory_bytes)
+
+
+def mode_as_set(sharding: Sharding, num_ranks: int, ranks_per_node: int | None) -> Mode:
+    """What becomes of a place that the settings name.
+
+    Args:
+        sharding: As set.
+        num_ranks: Processes that train together, one GPU each.
+        ranks_per_node: How many of them share a node; None where nodes differ in that.
+
+    Raises:
+        ConfigError: If zero3_hpz is asked for where nodes have one rank, or not all the same number.
+    """
+    if sharding != "zero3_hpz":
+        return Mode(sharding, "as set")
+    if ranks_per_node is None:
+        raise ConfigError(
+            "sharding: zero3_hpz cuts the weights over the ranks of each node, and these nodes do not all have the "
+            "same number of consecutive ranks",
+            "ask Slurm for --ntasks-per-node, or set sharding=zero3",
+        )
+    if ranks_per_node == num_ranks:
+        return Mode("zero3", "zero3_hpz was set; on a single node that is the same")
+    if ranks_per_node == 1:
+        raise ConfigError(
+            "sharding: zero3_hpz cuts the weights over the ranks of each node, and each node has one rank: it would "
+            "hold them whole, twice over",
+            "set sharding=replicated, which holds them once, or sharding=zero3",
+        )
+    return Mode(sharding, "as set")
 
 
 def needed(

@@ -10,7 +10,7 @@ from ccmdist.models.template import Version
 from ccmdist.planner.flops import Recompute, StepFlops, Tokens, forward_flops, tokens
 from ccmdist.planner.hardware import Machine, gpu_named
 from ccmdist.planner.memory import SHARDINGS, Memory, Sharding, is_tabled, memory, num_trained
-from ccmdist.planner.mode import choose_mode, why_not
+from ccmdist.planner.mode import Mode, choose_mode, mode_as_set, why_not
 from ccmdist.planner.time import Finish, StepTime, finish, flops_of, step_time
 from ccmdist.planner.traffic import Traffic, traffic
 from ccmdist.planner.transformer import Transformer
@@ -135,12 +135,14 @@ def plan(
         signal_lead_s: Before the limit, when a job commits and ends.
 
     Raises:
-        ConfigError: If the batch does not divide over the GPUs, or nothing fits into their memory.
+        ConfigError: If the batch does not divide over the GPUs, nothing fits into their memory, or the mode that is
+            set makes no sense on them.
         ModelError: If the transformer's config.json is not understood.
     """
     check_batch(config, machine.num_gpus)
     model, of = Transformer.from_config(transformer), tokens(config.data.image_size_px, version, num_text_tokens)
-    sharding, reason = _mode(config, transformer, machine, of)
+    mode = _mode(config, model, of, machine)
+    sharding = mode.sharding
     choices = tuple(_choice(config, model, of, other, sharding, machine) for other in SHARDINGS)
     step = next(choice.step for choice in choices if choice.sharding == sharding)
     return Plan(
@@ -153,7 +155,7 @@ def plan(
         forward_flops=forward_flops(model, of, is_tabled(config, model)),
         step_flops=flops_of(config, model, of),
         sharding=sharding,
-        reason=reason,
+        reason=mode.reason,
         choices=choices,
         variants=tuple(_variant(config, model, of, sharding, machine, recompute) for recompute in RECOMPUTES),
         traffic=traffic(config, model, sharding, machine.num_gpus, machine.gpus_per_node),
@@ -179,12 +181,11 @@ def check_batch(config: TrainConfig, num_ranks: int) -> None:
         )
 
 
-def _mode(config: TrainConfig, transformer: Mapping[str, Any], machine: Machine, of: Tokens) -> tuple[Sharding, str]:
+def _mode(config: TrainConfig, model: Transformer, of: Tokens, machine: Machine) -> Mode:
     if config.sharding != "auto":
-        return config.sharding, "as set"
-    limit = int(gpu_named(machine.gpu).memory_bytes)
-    mode = choose_mode(config, transformer, machine.num_gpus, machine.gpus_per_node, limit, of.text)
-    return mode.sharding, mode.reason  # type: ignore[return-value]
+        return mode_as_set(config.sharding, machine.num_gpus, machine.gpus_per_node)
+    limit = gpu_named(machine.gpu).memory_bytes
+    return choose_mode(config, model, of, machine.num_gpus, machine.gpus_per_node, limit)
 
 
 def _choice(

@@ -5,16 +5,17 @@ the number of ranks. A base that is whole on every rank is hidden from DeepSpeed
 """
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import log
-from ccmdist.errors import ConfigError
 from ccmdist.models.model_folder import ModelFolder
-from ccmdist.planner.mode import Mode, choose_mode
+from ccmdist.planner.flops import tokens
+from ccmdist.planner.mode import Mode, choose_mode, mode_as_set
+from ccmdist.planner.transformer import Transformer
 
 
 def settle_sharding(config: TrainConfig, group: ProcessGroup) -> TrainConfig:
@@ -24,7 +25,10 @@ def settle_sharding(config: TrainConfig, group: ProcessGroup) -> TrainConfig:
         ConfigError: If zero3_hpz is asked for where nodes have one rank, or not all the same number; or if ``auto``
             finds nothing that fits.
     """
-    mode = _chosen(config, group) if config.sharding == "auto" else _as_set(config.sharding, group)
+    if config.sharding == "auto":
+        mode = _chosen(config, group)
+    else:
+        mode = mode_as_set(config.sharding, group.ranks.world_size, group.ranks_per_node)
     log.info("sharding: %s (%s)", mode.sharding, mode.reason)
     return config.model_copy(update={"sharding": mode.sharding})
 
@@ -33,33 +37,13 @@ def _chosen(config: TrainConfig, group: ProcessGroup) -> Mode:
     folder = ModelFolder.open(config.data.model)
     return choose_mode(
         config,
-        folder.config("transformer"),
+        Transformer.from_config(folder.config("transformer")),
+        tokens(config.data.image_size_px, folder.version),
         group.ranks.world_size,
         # Nodes of unequal size have no group of their own for every rank: as if each rank were alone.
         group.ranks_per_node or 1,
         _smallest_gpu_bytes(group),
-        version=folder.version,
     )
-
-
-def _as_set(sharding: Literal["zero3", "zero3_hpz", "replicated"], group: ProcessGroup) -> Mode:
-    if sharding != "zero3_hpz":
-        return Mode(sharding, "as set")
-    if group.ranks_per_node is None:
-        raise ConfigError(
-            "sharding: zero3_hpz cuts the weights over the ranks of each node, and these nodes do not all have the "
-            "same number of consecutive ranks",
-            "ask Slurm for --ntasks-per-node, or set sharding=zero3",
-        )
-    if group.ranks_per_node == group.ranks.world_size:
-        return Mode("zero3", "zero3_hpz was set; on a single node that is the same")
-    if group.ranks_per_node == 1:
-        raise ConfigError(
-            "sharding: zero3_hpz cuts the weights over the ranks of each node, and each node has one rank: it would "
-            "hold them whole, twice over",
-            "set sharding=replicated, which holds them once, or sharding=zero3",
-        )
-    return Mode(sharding, "as set")
 
 
 def _smallest_gpu_bytes(group: ProcessGroup) -> int | None:

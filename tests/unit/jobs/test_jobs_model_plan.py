@@ -182,6 +182,7 @@ def test_a_dry_run_of_training_tells_the_memory_of_each_mode(world, capsys):
         "processes=2": r"sharding: auto, which takes the first that fits of replicated \d\.\d, zero3 \d\.\d GB per GPU",
         "sharding=replicated": r"sharding: as set: replicated \d\.\d GB per GPU \(estimate\)",
         "sharding=zero3": r"sharding: as set: zero3 \d\.\d GB per GPU",
+        "sharding=zero3_hpz": r"sharding: as set: zero3 \d\.\d GB per GPU",
     }.items():
         assert exit_code(["train", *arguments, mode, "--dry-run"]) == 0
         assert re.search(expected, capsys.readouterr().out), mode

@@ -11,10 +11,11 @@ from ccmdist.planner.mode import choose_mode, needed, why_not
 from tests.unit.planner.planned import PUBLISHED, config
 
 GB = 10**9
+OF = tokens(384)
 
 
 def chosen(num_ranks, ranks_per_node, gpu_gb, *overrides):
-    return choose_mode(config(*overrides), {}, num_ranks, ranks_per_node, gpu_gb and gpu_gb * GB)
+    return choose_mode(config(*overrides), PUBLISHED, OF, num_ranks, ranks_per_node, gpu_gb and gpu_gb * GB)
 
 
 def test_one_gpu_of_80_gb_holds_the_weights_whole():
@@ -44,10 +45,11 @@ def test_several_nodes_gather_inside_each_node_if_that_fits():
 
 
 def test_only_where_nothing_else_fits_are_weights_gathered_over_the_network():
-    needs = needed(config(), PUBLISHED, tokens(384), 64, 2)
+    needs = needed(config(), PUBLISHED, OF, 64, 2)
     between = (needs["zero3"].total + needs["zero3_hpz"].total) / 2 / GB
-    assert choose_mode(config(), {}, 64, 2, int(between / 0.92 * GB)).sharding == "zero3"
-    assert choose_mode(config(), {}, 64, 2, int(needs["zero3_hpz"].total / 0.92) + GB).sharding == "zero3_hpz"
+    limit = int(needs["zero3_hpz"].total / 0.92) + GB
+    assert choose_mode(config(), PUBLISHED, OF, 64, 2, int(between / 0.92 * GB)).sharding == "zero3"
+    assert choose_mode(config(), PUBLISHED, OF, 64, 2, limit).sharding == "zero3_hpz"
 
 
 @pytest.mark.parametrize("gpu_gb", [12, 16, 24, 40, 48, 80, 141])
@@ -57,7 +59,7 @@ def test_the_choice_fits_and_nothing_faster_does(ranks, gpu_gb):
         mode = chosen(*ranks, gpu_gb)
     except ConfigError:
         mode = None
-    needs = needed(config(), PUBLISHED, tokens(384), *ranks)
+    needs = needed(config(), PUBLISHED, OF, *ranks)
     fitting = [sharding for sharding, need in needs.items() if need.fits(gpu_gb * GB)]
     assert (mode.sharding if mode else None) == (fitting[0] if fitting else None)
 
@@ -113,8 +115,9 @@ def test_nothing_at_all_is_said_too():
 
 
 def test_a_long_text_counts():
-    short, long = (memory(config(), PUBLISHED, tokens(384, num_text=n), "replicated", 1, 1).total for n in (256, 1500))
+    few, many = tokens(384, num_text=256), tokens(384, num_text=1500)
+    short, long = (memory(config(), PUBLISHED, of, "replicated", 1, 1).total for of in (few, many))
     limit = int((short + long) / 2 / 0.92)
-    assert choose_mode(config(), {}, 1, 1, limit, 256).sharding == "replicated"
+    assert choose_mode(config(), PUBLISHED, few, 1, 1, limit).sharding == "replicated"
     with pytest.raises(ConfigError):
-        choose_mode(config(), {}, 1, 1, limit, 1500)
+        choose_mode(config(), PUBLISHED, many, 1, 1, limit)

@@ -118,6 +118,15 @@ def test_a_mode_that_is_set_is_planned_even_if_it_does_not_fit():
     assert (found.sharding, found.reason, found.chosen.is_fitting) == ("replicated", "as set", False)
 
 
+def test_a_mode_that_is_set_is_planned_as_training_carries_it_out():
+    set_, nvlink = batch(1, 8, "sharding=zero3_hpz"), "nvlink-8x400g"
+    found = plan(set_, {}, Machine("h100", nvlink, 8, 8))
+    assert (found.sharding, found.reason) == ("zero3", "zero3_hpz was set; on a single node that is the same")
+    assert plan(set_, {}, Machine("h100", nvlink, 8, 4)).sharding == "zero3_hpz"
+    with pytest.raises(ConfigError, match="each node has one rank"):
+        plan(set_, {}, Machine("h100", nvlink, 8, 1))
+
+
 def test_efficiencies_lie_between_nothing_and_one_and_fall_with_the_number_of_gpus():
     rows = scaling(config("micro_batch_size=4", "global_batch_size=4"), {}, "h200")
     assert {row.num_gpus for row in rows} == {8, 64, 512}
