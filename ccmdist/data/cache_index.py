@@ -96,6 +96,19 @@ def cache_folder(data: DataSettings, fingerprint: dict[str, Any]) -> Path:
     return data.cache / digest_of(fingerprint)[:16]
 
 
+def find_cache(data: DataSettings, manifest_digest: str, encoders: dict[str, Any]) -> tuple[Path, str]:
+    """Folder of the cache of ``data``, and the digest of its fingerprint; arguments as of :func:`fingerprint`.
+
+    Raises:
+        CacheError: If there is none; names the nearest.
+    """
+    wanted = fingerprint(data, manifest_digest, encoders)
+    folder = cache_folder(data, wanted)
+    if read_fingerprint(folder) != wanted:
+        raise no_cache(data, wanted)
+    return folder, digest_of(wanted)
+
+
 def commit_fingerprint(folder: Path, fingerprint: dict[str, Any]) -> None:
     """Write the fingerprint into its folder, once."""
     if read_fingerprint(folder) != fingerprint:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ccmdist.ccm.groups import ClinicalGroup
-from ccmdist.commit import commit_json, committed_file, digest_of, sha256_of_file
+from ccmdist.commit import commit_json, committed_file, sha256_of_file
 from ccmdist.config.data import DataSettings, Split
 from ccmdist.data.cache_index import (
     CacheEntry,
@@ -33,11 +33,10 @@ from ccmdist.data.cache_index import (
     ShardIndex,
     cache_folder,
     command,
+    find_cache,
     fingerprint,
     index_path,
     indexes,
-    no_cache,
-    read_fingerprint,
     read_index,
 )
 from ccmdist.data.cached_samples import CachedSamples
@@ -104,14 +103,11 @@ class LatentCache:
             ShardError: If the manifest of the shard set cannot be read.
         """
         manifest = read_manifest(data.shards)
-        wanted = fingerprint(data, manifest.digest, encoders)
-        folder = cache_folder(data, wanted)
-        if read_fingerprint(folder) != wanted:
-            raise no_cache(data, wanted)
+        folder, digest = find_cache(data, manifest.digest, encoders)
         found = indexes(folder, [shard for split in splits for shard in manifest.of_split(split)], data)
         tars: list[_Tar] = []
         samples = {split: CachedSamples(_noted(found, len(manifest.of_split(split)), tars)) for split in splits}
-        return cls(folder, digest_of(wanted), data, samples, tars)
+        return cls(folder, digest, data, samples, tars)
 
     def entries(self, split: Split) -> CachedSamples:
         """The samples of a split: shard by shard, each followed by its flipped views."""

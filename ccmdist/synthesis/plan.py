@@ -22,7 +22,7 @@ from ccmdist.commit import commit_json, digest_of
 from ccmdist.config.data import Dtype, Split
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.console import log
-from ccmdist.data.cache_index import CacheEntry, cache_folder, fingerprint, flips, indexes, no_cache, read_fingerprint
+from ccmdist.data.cache_index import CacheEntry, find_cache, flips, indexes
 from ccmdist.data.manifest import MANIFEST, ShardEntry, read_manifest
 from ccmdist.data.triple import MAX_KEY_LENGTH
 from ccmdist.data.writer import shards_in
@@ -173,13 +173,10 @@ def make_plan(
     """
     data = config.data
     manifest = read_manifest(data.shards)
-    wanted = fingerprint(data, manifest.digest, encoders)
-    folder = cache_folder(data, wanted)
-    if read_fingerprint(folder) != wanted:
-        raise no_cache(data, wanted)
+    folder, cache_digest = find_cache(data, manifest.digest, encoders)
     settings = PlanSettings(
         source_set_digest=manifest.digest,
-        cache_digest=digest_of(wanted),
+        cache_digest=cache_digest,
         base_digest=model.transformer_digest(),
         adapter_digest=adapter_digest,
         noise_schedule_digest=digest_of(model.noise_schedule()),
