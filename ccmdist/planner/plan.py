@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from ccmdist.config.slurm import SlurmSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.errors import ConfigError
 from ccmdist.models.template import Version
@@ -15,8 +16,8 @@ from ccmdist.planner.time import Finish, StepTime, finish, flops_of, step_time
 from ccmdist.planner.traffic import Traffic, traffic
 from ccmdist.planner.transformer import Transformer
 
-TIME_LIMIT_MIN: Final = 24 * 60
-SIGNAL_LEAD_S: Final = 300
+JOB: Final = SlurmSettings()
+"""A job of which nothing is said."""
 RECOMPUTES: Final[tuple[Recompute, ...]] = ("full", "selective", "none")
 
 
@@ -120,8 +121,8 @@ def plan(
     machine: Machine,
     version: Version = "2509",
     num_text_tokens: int | None = None,
-    time_limit_s: float = 60 * TIME_LIMIT_MIN,
-    signal_lead_s: float = SIGNAL_LEAD_S,
+    time_limit_s: float = 60 * JOB.time_limit_min,
+    signal_lead_s: float = JOB.signal_lead_s,
 ) -> Plan:
     """Plan a run.
 
