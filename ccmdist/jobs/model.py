@@ -13,6 +13,7 @@ from ccmdist.models.convert import convert_model
 from ccmdist.models.make import make_model
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.tabulation import LEVELS_AT_ONCE
+from ccmdist.precompute.fill import DTYPES
 from ccmdist.train.fit.run import FULL, QUICK
 from ccmdist.train.fit.run import fit as fit_components
 
@@ -35,8 +36,8 @@ def convert(
         raise ConfigError(
             f"--image-size-px: {image_size_px} is not a multiple of 16 from 32 to 2048", "use data.image_size_px"
         )
-    if (torch_dtype := {"bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype)) is None:
-        raise ConfigError(f"--dtype: {dtype!r} is not known", "use bf16 or fp32")
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype: {dtype!r} is not known", f"use {' or '.join(DTYPES)}")
     folder = ModelFolder.open(model)
     noise_schedule = folder.noise_schedule()
     shift = flow.resolution_shift((image_size_px // 16) ** 2, noise_schedule)
@@ -44,7 +45,7 @@ def convert(
     sigmas = torch.cat([flow.training_sigmas(shift), *sampling])
     # In bf16 a table may be made in another shape than it is used in, and many levels at once take less time.
     samples_at_once = micro_batch_size if dtype == "fp32" else LEVELS_AT_ONCE
-    convert_model(folder, out, sigmas, torch_dtype, samples_at_once, current_device())
+    convert_model(folder, out, sigmas, DTYPES[dtype], samples_at_once, current_device())
 
 
 def fit(out: Path, seed: int, quick: bool) -> None:
