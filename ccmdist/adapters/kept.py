@@ -23,14 +23,10 @@ _thread = threading.local()  # the backward pass of a GPU has a thread of its ow
 class Tape:
     """Outputs of the products of one forward of one block, oldest first."""
 
-    def __init__(
-        self,
-        attend_first: AbstractContextManager[Any] | None = None,
-        attend_again: AbstractContextManager[Any] | None = None,
-    ) -> None:
+    def __init__(self, attend_first: AbstractContextManager[Any], attend_again: AbstractContextManager[Any]) -> None:
         """An empty tape, and in which contexts attention is computed in the first and the second forward."""
         self._outputs: deque[tuple[Tensor, ...]] = deque()
-        self._attend = (attend_first or nullcontext(), attend_again or nullcontext())
+        self._attend = (attend_first, attend_again)
 
     def recording(self) -> "_OnTape":
         """A context in which products are kept."""
