@@ -1,7 +1,7 @@
 """Settings of the stages that make shards and fill the cache, and of the section by which later stages find both."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,8 @@ from ccmdist.config.settings import Settings, free
 Split = Literal["train", "val", "test"]
 Dtype = Literal["bf16", "fp32"]
 Flip = Literal["hflip", "vflip", "rot180"]
+PX_PER_TOKEN: Final = 16
+"""Of an edge of an image: the VAE divides edges by 8, and a token is a patch of 2 x 2 latents."""
 
 
 class PhantomShardsConfig(Settings):
@@ -54,7 +56,7 @@ class DataSettings(Settings):
     """Folder of a Qwen-Image-Edit checkpoint in diffusers layout."""
     cache: Path = Path("cache")
     """Folder of caches; each is a folder in it, named by its fingerprint."""
-    image_size_px: int = Field(384, ge=32, le=2048, multiple_of=16)
+    image_size_px: int = Field(384, ge=32, le=2048, multiple_of=PX_PER_TOKEN)
     """Edge to which square frames and masks are resized before encoding."""
     dtype: Dtype = "bf16"
     """Of the encoders and of what is cached."""

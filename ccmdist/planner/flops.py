@@ -11,12 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from ccmdist.config.data import PX_PER_TOKEN
 from ccmdist.models.template import CONDITION_EDGE_PX, Version
 from ccmdist.planner.transformer import TIME_CHANNELS, UNREAD, Linear, Stream, Transformer
 
 Recompute = Literal["full", "selective", "none"]
-PX_PER_TOKEN: Final = 16
-"""The VAE divides edges by 8, and a token is a patch of 2 x 2 latents."""
 PX_PER_VISION_TOKEN: Final = 28
 PROMPT_TOKENS: Final = 60
 """Assumed length of our prompts with the words around them; the cache knows it exactly."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from ccmdist.adapters.merge import merge_into
 from ccmdist.adapters.state import AdapterState
 from ccmdist.cluster.device import is_gpu_usable
+from ccmdist.config.data import PX_PER_TOKEN
 from ccmdist.diffusion import flow
 from ccmdist.errors import RunError
 from ccmdist.models import mmdit, quantized
@@ -47,7 +48,7 @@ def refuse_small_card(folder: Path, model: ModelFolder, settings: PlanSettings, 
 def noise_levels(model: ModelFolder, settings: PlanSettings) -> Tensor:
     """The sampler's noise levels, from 1 down to 0."""
     noise_schedule = model.noise_schedule()
-    shift = flow.resolution_shift((settings.image_size_px // 16) ** 2, noise_schedule)
+    shift = flow.resolution_shift((settings.image_size_px // PX_PER_TOKEN) ** 2, noise_schedule)
     return flow.sampling_sigmas(settings.denoise_steps, shift, noise_schedule)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ccmdist.adapters.state import AdapterState
 from ccmdist.cluster.device import current_device
+from ccmdist.config.data import PX_PER_TOKEN
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.console import log, tracked
 from ccmdist.data.cache_index import CacheEntry
@@ -158,7 +159,7 @@ class ImageSampler:
         self.cache = cache
         self.entries: dict[str, CacheEntry] = {entry.key: entry for entry in cache.entries(settings.split)}
         self.seed, self.guidance_scale = settings.seed, settings.guidance_scale
-        self.token_hw = (settings.image_size_px // 16, settings.image_size_px // 16)
+        self.token_hw = 2 * (settings.image_size_px // PX_PER_TOKEN,)
         self.sigmas = base.noise_levels(model, settings)
 
     def draw(self, requests: Sequence[Request]) -> NDArray[np.uint8]:
