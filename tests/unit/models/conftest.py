@@ -20,3 +20,12 @@ def tiny_copy(tiny_models, tmp_path):
     import shutil
 
     return shutil.copytree(tiny_models["2509"], tmp_path / "model")
+
+
+@pytest.fixture
+def node(tmp_path, monkeypatch):
+    """The folder of this user on a node of its own."""
+    from ccmdist.models.node_folder import node_folder
+
+    monkeypatch.setenv("CCMDIST_NODE_TMP", str(tmp_path / "node"))
+    return node_folder()

@@ -26,13 +26,6 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def node(tmp_path, monkeypatch):
-    """The folder of this user on a node of its own."""
-    monkeypatch.setenv("CCMDIST_NODE_TMP", str(tmp_path / "node"))
-    return node_folder()
-
-
-@pytest.fixture
 def folder(tiny_copy):
     return ModelFolder.open(tiny_copy)
 

@@ -21,13 +21,6 @@ SIGMAS = torch.tensor([0.9, 0.5, 0.25])
 
 
 @pytest.fixture
-def node(tmp_path, monkeypatch):
-    """The folder of this user on a node of its own."""
-    monkeypatch.setenv("CCMDIST_NODE_TMP", str(tmp_path / "node"))
-    return node_folder()
-
-
-@pytest.fixture
 def folder(tiny_models):
     return ModelFolder.open(tiny_models["2511"])
 
