@@ -12,8 +12,8 @@ from ccmdist.data.triple import Triple, TripleMeta, prompt_for
 from ccmdist.data.writer import write_set
 from ccmdist.models.make import make_model
 from ccmdist.models.model_folder import ModelFolder
+from tests.distributed.small_world import IMAGE_SIZE_PX, data_overrides
 
-SIZE_PX = 64
 WITHOUT_EYE, WITH_EYE = 9, 12
 """Lengths of the prompts in tokens; a cache of a real encoder has them near 250."""
 
@@ -25,11 +25,7 @@ def train_config(folder, *overrides):
         [],
         [
             f"run={folder}/run",
-            f"data.shards={folder}/shards",
-            f"data.model={folder}/model",
-            f"data.cache={folder}/cache",
-            f"data.image_size_px={SIZE_PX}",
-            "data.dtype=fp32",
+            *data_overrides(folder),
             "base=fp32",
             "global_batch_size=4",
             "micro_batch_size=2",
@@ -55,14 +51,14 @@ def _triples():
     random = np.random.default_rng(0)
     for index in range(14):
         group, eye = ("Control", "T1NoDPN", "T1DPN")[index % 3], "OD" if index % 5 < 3 else None
-        image = random.integers(0, 256, (SIZE_PX, SIZE_PX), dtype=np.uint8)
+        image = random.integers(0, 256, (IMAGE_SIZE_PX, IMAGE_SIZE_PX), dtype=np.uint8)
         meta = TripleMeta(prompt_for(group, eye, {}), group, f"s{index}", eye, 400 / 384, "phantom", {}, {})
         yield "train" if index < 11 else "val", Triple(f"k{index:02d}", image, image > 250, meta)
 
 
 def _encoded(triple, source):
     length = WITHOUT_EYE if triple.meta.eye is None else WITH_EYE
-    latents = (16, SIZE_PX // 8, SIZE_PX // 8)
+    latents = (16, IMAGE_SIZE_PX // 8, IMAGE_SIZE_PX // 8)
     shapes = [(length, 64), (7, 64), latents, latents]
     tensors = [torch.randn(shape, generator=source) for shape in shapes]
     return EncodedSample(triple.key, triple.meta.clinical_group, triple.meta.subject, *tensors)
