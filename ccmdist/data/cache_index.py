@@ -105,7 +105,7 @@ def find_cache(data: DataSettings, manifest_digest: str, encoders: dict[str, Any
     wanted = fingerprint(data, manifest_digest, encoders)
     folder = cache_folder(data, wanted)
     if read_fingerprint(folder) != wanted:
-        raise no_cache(data, wanted)
+        raise _no_cache(data, wanted)
     return folder, digest_of(wanted)
 
 
@@ -183,7 +183,7 @@ def _checked(folder: Path, shard: ShardEntry, data: DataSettings) -> ShardIndex:
     return index
 
 
-def no_cache(data: DataSettings, wanted: dict[str, Any]) -> CacheError:
+def _no_cache(data: DataSettings, wanted: dict[str, Any]) -> CacheError:
     """The error for a cache that does not exist, with what sets it apart from the most similar one that does."""
     others = {folder: found for folder in _folders(data.cache) if (found := read_fingerprint(folder)) is not None}
     message = f"{data.cache}: holds no cache for these settings"

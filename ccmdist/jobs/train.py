@@ -18,7 +18,7 @@ from ccmdist.commit import commit_json
 from ccmdist.config.data import DataSettings
 from ccmdist.config.loading import resolved
 from ccmdist.config.train import TrainConfig
-from ccmdist.data.cache_index import cache_folder, fingerprint, indexes, no_cache, read_fingerprint
+from ccmdist.data.cache_index import find_cache, indexes
 from ccmdist.data.cached_samples import CachedSamples
 from ccmdist.data.manifest import read_manifest
 from ccmdist.data.order import Order
@@ -120,9 +120,6 @@ def training_entries(data: DataSettings, model: ModelFolder) -> CachedSamples:
         CacheError: If no cache fits, or shards are missing in it.
     """
     manifest = read_manifest(data.shards)
-    wanted = fingerprint(data, manifest.digest, model.encoder_identity())
-    folder = cache_folder(data, wanted)
-    if read_fingerprint(folder) != wanted:
-        raise no_cache(data, wanted)
+    folder, _ = find_cache(data, manifest.digest, model.encoder_identity())
     found = indexes(folder, manifest.of_split("train"), data)
     return CachedSamples(entry for index in found for entry in index.entries)

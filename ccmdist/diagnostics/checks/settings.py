@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ccmdist.cluster.ranks import ranks_from_environment
 from ccmdist.config.data import DataSettings
-from ccmdist.data.cache_index import cache_folder, fingerprint, indexes, no_cache, read_fingerprint
+from ccmdist.data.cache_index import find_cache, indexes
 from ccmdist.data.manifest import read_manifest
 from ccmdist.diagnostics.checks.finding import DoctorConfig, Finding, Findings, Request, size
 from ccmdist.diagnostics.checks.lead import timeouts
@@ -56,10 +56,7 @@ def _shards(data: DataSettings) -> str:
 
 def _cache(data: DataSettings) -> str:
     manifest = read_manifest(data.shards)
-    wanted = fingerprint(data, manifest.digest, ModelFolder.open(data.model).encoder_identity())
-    folder = cache_folder(data, wanted)
-    if read_fingerprint(folder) != wanted:
-        raise no_cache(data, wanted)
+    folder, _ = find_cache(data, manifest.digest, ModelFolder.open(data.model).encoder_identity())
     found = indexes(folder, manifest.of_split("train"), data)
     return f"{folder}: {sum(len(index.entries) for index in found)} of train"
 
