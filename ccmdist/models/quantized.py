@@ -19,9 +19,7 @@ from ccmdist.models.checkpoint_io import check_names, load_weights
 from ccmdist.models.mmdit import QwenImageTransformer2DModel, skeleton, weight_files
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.modulation_table import ModulationTable, is_tabled
-
-BYTES_PER_WEIGHT: Final = 4 / 8 + 1 / 64 + 4 / (64 * 256)
-"""Four bits, an 8-bit scale for 64 weights, and a 32-bit scale for 256 of those scales."""
+from ccmdist.models.sizes import NF4_BYTES
 
 
 def quantize_blocks(model: QwenImageTransformer2DModel, device: torch.device | str) -> QwenImageTransformer2DModel:
@@ -150,7 +148,7 @@ def num_bytes(folder: ModelFolder, dtype: torch.dtype, in_nf4: bool, has_modulat
         for name in _linears(block)
     }
     num_quantized = sum(count for name, count in weights.items() if name in linears)
-    return round(num_quantized * BYTES_PER_WEIGHT) + (num_weights - num_quantized) * dtype.itemsize
+    return round(num_quantized * NF4_BYTES) + (num_weights - num_quantized) * dtype.itemsize
 
 
 def _linears(block: nn.Module) -> list[str]:

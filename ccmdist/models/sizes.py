@@ -9,6 +9,9 @@ from typing import Any, Final
 
 from ccmdist.models.template import Version
 
+NF4_BYTES: Final = 4 / 8 + 1 / 64 + 4 / (64 * 256)
+"""Of a weight in NF4: four bits, an 8-bit scale for 64, and a 32-bit scale for 256 of those scales (bitsandbytes)."""
+
 
 @dataclass(frozen=True)
 class Size:

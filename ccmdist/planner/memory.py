@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from ccmdist.config.train import TrainConfig
+from ccmdist.models.sizes import NF4_BYTES
 from ccmdist.planner.flops import Tokens
 from ccmdist.planner.transformer import Transformer
 
@@ -19,8 +20,6 @@ SHARDINGS: Final[tuple[Sharding, ...]] = ("replicated", "zero3_hpz", "zero3")
 
 HELD_AS: Final = {"bf16": 2.0, "fp32": 4.0, "nf4": 2.0, "int8": 2.0}
 """Bytes of a weight outside the linears of the blocks, and of an activation."""
-NF4_BYTES: Final = 4 / 8 + 1 / 64 + 4 / (64 * 256)
-"""Of a weight in the blocks: four bits, an 8-bit scale for 64, a 32-bit scale for 256 of those (bitsandbytes)."""
 INT8_ROW_BYTES: Final = 4
 """Scale of a row beside its 8-bit weights."""
 MOMENT_BYTES: Final = {"adamw": 2 * 4.0, "adamw8bit": 2 * (1 + 4 / 256)}
@@ -197,7 +196,7 @@ def _norm_bytes(config: TrainConfig, model: Transformer) -> float:
 
 def _dequantised_bytes(config: TrainConfig, model: Transformer) -> float:
     """The largest linear of a block in bf16, while it is used."""
-    return 2.0 * max(i.num_weights for i in model.block) if config.base in ("nf4", "int8") else 0.0
+    return 2.0 * max(i.num_weights for i in model.block) if config.is_quantized else 0.0
 
 
 def _picture_bytes(config: TrainConfig) -> float:

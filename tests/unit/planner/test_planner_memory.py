@@ -132,6 +132,8 @@ def test_the_table_has_a_row_for_each_noise_level():
 def test_constants_are_those_of_the_code_that_runs():
     zero = zero_config(config(), 1)["zero_optimization"]
     assert zero["reduce_bucket_size"] == planned.REDUCE_BUCKET
-    assert planned.NF4_BYTES == quantized.BYTES_PER_WEIGHT
+    state = quantized.NF4Weight(torch.randn(256, 512), "cpu")._state
+    held = 256 * 512 // 2 + state.absmax.nbytes + state.state2.absmax.nbytes
+    assert held == planned.NF4_BYTES * 256 * 512
     weight = quantized.Int8Weight(torch.randn(6, 8), "cpu")
     assert sum(buffer.nbytes for buffer in weight.buffers()) == 6 * 8 + 6 * planned.INT8_ROW_BYTES
