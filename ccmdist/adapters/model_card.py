@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from ccmdist.config.train import AdapterSettings
+from ccmdist.config.train import QUANTIZED, AdapterSettings
 
 FORMULAS: Final = {
     "wdlora": "WDLoRA (DoRA with a constant norm in the backward pass): `W' = m (W + s B A) / ||W + s B A||`",
@@ -60,7 +60,7 @@ was trained on and on the consent of the people they show: fill in `license` abo
 """
 
 
-QUANTIZED: Final = """- It was trained on the base in {base}. On the base as published each row keeps its trained norm;
+TRAINED_ON: Final = """- It was trained on the base in {base}. On the base as published each row keeps its trained norm;
   its direction is off by what the {base} weights are off. `ccmdist adapter merge` too merges into the published base.
 """
 
@@ -93,7 +93,7 @@ def model_card(
         kind=settings.kind,
         formula=FORMULAS[settings.kind],
         weights_file=weights_file,
-        quantized=QUANTIZED.format(base=held) if held in ("nf4", "int8") else "",
+        quantized=TRAINED_ON.format(base=held) if held in QUANTIZED else "",
         lora_rank=settings.lora_rank,
         scale=scale,
         num_linears=len(linears),

@@ -1,12 +1,15 @@
 """Settings of a training run. What other values imply (world size, accumulation) is not a field."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from ccmdist.config.data import DataSettings
 from ccmdist.config.settings import Settings, free
+
+QUANTIZED: Final = ("nf4", "int8")
+"""Forms of the base that are not cut over ranks."""
 
 
 class WDLoRASettings(Settings):
@@ -149,6 +152,11 @@ class TrainConfig(Settings):
     forced_exit_s: float = free(240.0, gt=0)
     """Seconds after a stop signal at which a process that still hangs in a collective ends itself."""
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the frozen weights are held in 4 or 8 bits."""
+        return self.base in QUANTIZED
+
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
         if self.global_batch_size % self.micro_batch_size:
@@ -156,7 +164,7 @@ class TrainConfig(Settings):
                 f"global_batch_size {self.global_batch_size} must be a multiple of "
                 f"micro_batch_size {self.micro_batch_size}"
             )
-        if self.base in ("nf4", "int8") and self.sharding in ("zero3", "zero3_hpz"):
+        if self.is_quantized and self.sharding in ("zero3", "zero3_hpz"):
             raise ValueError(
                 f"base {self.base} cannot be cut over ranks (sharding: {self.sharding}): DeepSpeed's partitions lose "
                 "the scales of quantised weights; set sharding=replicated, or base=bf16"

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ccmdist.cluster.device import current_device
+from ccmdist.config.data import PX_PER_TOKEN
 from ccmdist.diffusion import flow
 from ccmdist.errors import ConfigError
 from ccmdist.models.convert import convert_model
@@ -40,7 +41,7 @@ def convert(
         raise ConfigError(f"--dtype: {dtype!r} is not known", f"use {' or '.join(DTYPES)}")
     folder = ModelFolder.open(model)
     noise_schedule = folder.noise_schedule()
-    shift = flow.resolution_shift((image_size_px // 16) ** 2, noise_schedule)
+    shift = flow.resolution_shift((image_size_px // PX_PER_TOKEN) ** 2, noise_schedule)
     sampling = [flow.sampling_sigmas(steps, shift, noise_schedule) for steps in denoise_steps]
     sigmas = torch.cat([flow.training_sigmas(shift), *sampling])
     # In bf16 a table may be made in another shape than it is used in, and many levels at once take less time.

@@ -107,7 +107,7 @@ def why_not(config: TrainConfig, sharding: Sharding, num_ranks: int, ranks_per_n
     """Why a mode makes no sense for these settings and ranks, whatever the memory; None if it does."""
     if sharding == "replicated":
         return None
-    if config.base in ("nf4", "int8"):
+    if config.is_quantized:
         return f"base {config.base} cannot be cut over ranks"
     if num_ranks == 1:
         return "one GPU has nobody to share with"
@@ -139,7 +139,7 @@ def nothing_fits(
 
 
 def _on_cpus(config: TrainConfig) -> Mode:
-    if config.base in ("nf4", "int8"):
+    if config.is_quantized:
         return Mode("replicated", f"base {config.base} cannot be cut over ranks")
     return Mode("zero3", "ranks on CPUs share one memory, so the weights are held once")
 

@@ -156,7 +156,7 @@ def _update_s(config: TrainConfig, model: Transformer, machine: Machine) -> floa
 
 def _dequantising_s(config: TrainConfig, model: Transformer, machine: Machine) -> float:
     """Of turning 4-bit or 8-bit weights into bf16 in every pass of a micro-step: estimate."""
-    if config.base not in ("nf4", "int8"):
+    if not config.is_quantized:
         return 0.0
     passes = 3 if config.activation_checkpointing == "full" else 2
     weights = model.num_resident_parameters(is_tabled(config, model))

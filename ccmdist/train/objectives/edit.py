@@ -13,6 +13,7 @@ from ccmdist.adapters.frozen import freeze_linears
 from ccmdist.adapters.injection import AdaptedLinears, RowSquares, inject, row_squares_of
 from ccmdist.cluster.preemption import ignore_stop_signals
 from ccmdist.cluster.process_group import ProcessGroup
+from ccmdist.config.data import PX_PER_TOKEN
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import log
 from ccmdist.data.latent_cache import CacheEntry, LatentCache
@@ -26,7 +27,7 @@ from ccmdist.models import attention, mmdit
 from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.modulation_table import ModulationTable, is_tabled
-from ccmdist.models.quantized import FORMS, build_quantized
+from ccmdist.models.quantized import build_quantized
 from ccmdist.models.staging import staged
 from ccmdist.models.tabulation import table_for
 from ccmdist.train.flat_blocks import flatten_blocks
@@ -59,8 +60,8 @@ class EditObjective:
         self.order.cells_of_step(0, config.global_batch_size, group.ranks.global_rank, group.ranks.world_size)
         self.base_digest = self.folder.transformer_digest()
         self.data_digest = self.cache.digest
-        self.latent_hw = (config.data.image_size_px // 8, config.data.image_size_px // 8)
-        self.token_hw = (self.latent_hw[0] // 2, self.latent_hw[1] // 2)
+        self.token_hw = 2 * (config.data.image_size_px // PX_PER_TOKEN,)
+        self.latent_hw = (2 * self.token_hw[0], 2 * self.token_hw[1])
         self.noise_schedule = self.folder.noise_schedule()
         self.shift = flow.resolution_shift(self.token_hw[0] * self.token_hw[1], self.noise_schedule)
         self.grid = flow.training_sigmas(self.shift)
@@ -83,7 +84,7 @@ class EditObjective:
         self, names: list[str], table: ModulationTable | None, zero_config: dict[str, Any]
     ) -> tuple[mmdit.QwenImageTransformer2DModel, Mapping[str, torch.Tensor]]:
         """The base in its form and place, and the squared norms of the linears called ``names``. Collective."""
-        if self.config.base in FORMS:
+        if self.config.is_quantized:
             model = build_quantized(self.folder, self.dtype, self.config.base, self.group.device, table)
             return model, row_squares_of(model, names)  # of the weights that the adapter computes with
         is_whole, squares = self.config.sharding == "replicated", RowSquares(names)
