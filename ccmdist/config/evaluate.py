@@ -1,12 +1,12 @@
 """Settings of the evaluation: what is compared with what, with which margins, and from how many images on."""
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from ccmdist.config.data import Split
-from ccmdist.config.settings import Settings
+from ccmdist.config.settings import Settings, free
 
 DEFAULT_MARGINS = {
     "cnfd": 0.10,
@@ -21,11 +21,102 @@ DEFAULT_MARGINS = {
 
 
 class MinimumCounts(Settings):
-    """Images or subjects below which a figure is left out, with the reason, instead of printed."""
+    """Counts below which a figure is left out, with the reason, instead of printed; those of a demonstration."""
 
     frechet_images: int = Field(16, ge=2)
+    """On either side."""
+    kernel_images: int = Field(16, ge=4)
+    """On either side, for KID and CMMD."""
+    neighbour_images: int = Field(16, ge=6)
+    """On either side, for precision, recall, density and coverage."""
     equivalence_subjects: int = Field(3, ge=2)
+    """On either side."""
+    agreement_images: int = Field(3, ge=3)
+    """For ICC and Bland-Altman."""
     paired_images: int = Field(2, ge=1)
+    downstream_test_subjects: int = Field(2, ge=1)
+    """In each clinical group of each fold."""
+    memorisation_held_out_images: int = Field(20, ge=10)
+    """Real images outside of training, from which the gate learns how near an image comes by chance."""
+    membership_subjects: int = Field(4, ge=2)
+    """In training and outside of it."""
+
+
+class ExtractorSettings(Settings):
+    """Networks on whose features images are compared. Nothing is downloaded; what is not given is not used."""
+
+    weight_free: bool = True
+    """A bank of fixed filters, whose distances are no FID."""
+    inception: Path | None = None
+    """Weights file of torch-fidelity's Inception (needs the extra `fidelity`)."""
+    dinov2: Path | None = None
+    """Folder of a DINOv2 in the layout of transformers."""
+    clip: Path | None = None
+    """Folder of a CLIP in the layout of transformers; CMMD is taken on it."""
+    batch_size: int = free(32, ge=1)
+
+
+class NetworkSettings(Settings):
+    """The networks of the downstream tasks and how long they are trained: alike in every arm."""
+
+    diagnosis: Literal["small", "resnet18", "resnet50", "swin"] = "small"
+    unet_channels: tuple[int, ...] = (16, 32, 64, 128)
+    size_px: int = Field(128, ge=32, le=1024)
+    num_steps: int = Field(300, ge=1)
+    """Optimizer steps of every arm: more images do not mean more training."""
+    batch_size: int = Field(16, ge=1)
+    lrs: tuple[float, ...] = (1e-3,)
+    """Tried one by one; the one that is best on real validation images is tested."""
+    validate_every_steps: int = Field(50, ge=1)
+
+
+class FoldSets(Settings):
+    """The sets of one fold whose generators were trained for it: made with `ccmdist shards fold`."""
+
+    real: Path
+    """Its splits are those of the fold."""
+    synthetic: dict[str, Path] = Field(default_factory=dict)
+    """Drawn by generators that were trained on its train split."""
+
+
+Task = Literal["diagnosis", "segmentation"]
+
+
+class DownstreamSettings(Settings):
+    """Do synthetic images help to diagnose and to segment: a grid of folds, seeds and arms, each trained and tested."""
+
+    tasks: tuple[Task, ...] = ("diagnosis", "segmentation")
+    arms: tuple[str, ...] = (
+        "real",
+        "augmented",
+        "phantom:1",
+        "NAME:0.5",
+        "NAME:1",
+        "NAME:2",
+        "NAME:5",
+        "only NAME",
+        "shuffled NAME:1",
+    )
+    """real; augmented: real ones with classical augmentation; NAME:R: real ones and R times as many of a synthetic set,
+    where NAME stands for each of `synthetic`, and phantom for fresh phantoms; only NAME: synthetic ones alone; shuffled
+    NAME:R: synthetic ones whose labels were dealt out anew."""
+    num_folds: int = Field(5, ge=2)
+    """Over the subjects that no generator was trained on."""
+    folds: tuple[FoldSets, ...] = ()
+    """Instead, folds whose generators were trained for them."""
+    num_seeds: int = Field(5, ge=1)
+    networks: NetworkSettings = NetworkSettings()
+
+
+class MemorisationSettings(Settings):
+    """The gate: is any image a copy of a training image."""
+
+    false_alarm_rate: float = Field(0.01, gt=0, lt=0.5)
+    """Share of independent images that come nearer to training than the threshold by chance."""
+    alpha: float = Field(0.001, gt=0, lt=0.5)
+    """Of the test whether more images than that do."""
+    allow_training_masks: bool = False
+    """Let images pass that were drawn from the nerve masks of training subjects, which are personal themselves."""
 
 
 class EvaluateConfig(Settings):
@@ -45,6 +136,11 @@ class EvaluateConfig(Settings):
     num_bootstrap: int = Field(1000, ge=100, le=100_000)
     num_grid_images: int = Field(6, ge=1, le=48)
     minimum: MinimumCounts = MinimumCounts()
+    extractors: ExtractorSettings = ExtractorSettings()
+    downstream: DownstreamSettings | None = None
+    """None: no downstream tasks."""
+    memorisation: MemorisationSettings | None = MemorisationSettings()
+    """None: no gate; the sets cannot be released then."""
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")

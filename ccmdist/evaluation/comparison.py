@@ -1,7 +1,7 @@
 """From the measured images of all sets to the figures of the report; what rests on too few images is left out."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -12,15 +12,19 @@ from ccmdist.ccm.biomarkers import BIOMARKERS_VERSION, QUANTITIES
 from ccmdist.ccm.groups import UNLABELLED
 from ccmdist.ccm.segmenter import SEGMENTER_VERSION
 from ccmdist.config.evaluate import EvaluateConfig
-from ccmdist.console import log, tracked
-from ccmdist.data.manifest import ShardEntry
-from ccmdist.errors import EvaluationError, Preempted
-from ccmdist.evaluation.adherence import absolute_agreement
-from ccmdist.evaluation.appearance import APPEARANCE, EXTRACTOR, EXTRACTOR_SHA256, NUM_FEATURES
-from ccmdist.evaluation.biomarker_equivalence import Equivalence, LeftOut, equivalence_of_set, subject_means
-from ccmdist.evaluation.features import FEATURES, FOUND, GIVEN, Measuring
-from ccmdist.evaluation.fidelity import FrechetComparison, compare_features
-from ccmdist.evaluation.sets import ImageSet, SourceFrames, common_shape, real_set, synthetic_sets
+from ccmdist.errors import EvaluationError
+from ccmdist.evaluation.biomarkers.adherence import absolute_agreement
+from ccmdist.evaluation.biomarkers.equivalence import Equivalence, LeftOut, equivalence_of_set, subject_means
+from ccmdist.evaluation.downstream import grid
+from ccmdist.evaluation.downstream.summary import DownstreamSummary, summary_of
+from ccmdist.evaluation.fidelity import extraction
+from ccmdist.evaluation.fidelity.appearance import APPEARANCE, EXTRACTOR, EXTRACTOR_SHA256, NUM_FEATURES
+from ccmdist.evaluation.fidelity.distances import FrechetComparison, compare_features
+from ccmdist.evaluation.measures import FEATURES, FOUND, GIVEN, MeasureUnit, Measuring
+from ccmdist.evaluation.memorisation import search
+from ccmdist.evaluation.memorisation.gate import GateVerdict, verdict_of
+from ccmdist.evaluation.sets import ImageSet, OpenedSets, SourceFrames, open_sets
+from ccmdist.evaluation.work import Unit
 
 MEASURES_FOLDER: Final = "features"
 
@@ -83,6 +87,8 @@ class SetReport:
     appearance: list[AppearanceRow]
     paired: Paired | None
     frechet: FrechetComparison | None
+    gate: GateVerdict | None
+    """None if the settings want no gate."""
     left_out: list[LeftOut]
     table: pd.DataFrame = field(repr=False)
     """A row per image."""
@@ -104,6 +110,8 @@ class Comparison:
     segmenter_error: Adherence
     """Of the frozen segmenter on the real images against the masks given with them."""
     sets: list[SetReport]
+    downstream: DownstreamSummary | None
+    """None if the settings want no downstream tasks."""
     table: pd.DataFrame = field(repr=False)
     """A row per real image."""
 
@@ -126,90 +134,59 @@ class Side:
     images: ImageSet
     measuring: Measuring
 
-    def measure(self, entry: ShardEntry) -> pd.DataFrame:
-        """One row per image of a shard, measured now or read from an earlier run."""
-        return self.measuring.table(self.images, entry)
+    @property
+    def units(self) -> list[Unit]:
+        """Measuring its shards, one by one."""
+        return [MeasureUnit(self.images, self.measuring, entry) for entry in self.images.shards]
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per image of the set."""
-        return pd.concat([self.measure(entry) for entry in self.images.shards], ignore_index=True)
+        """One row per image of the set, measured now or read from an earlier run."""
+        tables = [self.measuring.table(self.images, entry) for entry in self.images.shards]
+        return pd.concat(tables, ignore_index=True)
 
 
-def sides(config: EvaluateConfig) -> list[Side]:
-    """The real set, then the synthetic ones; measures nothing.
-
-    Raises:
-        EvaluationError: If the sets cannot be compared: wrong kind, empty split, different sizes.
-    """
-    real, synthetic = real_set(config), synthetic_sets(config)
-    shape = common_shape(synthetic)
-    folder, paired_with = config.out / MEASURES_FOLDER, f"{real.manifest.digest}/{real.split}"
-    sources = SourceFrames(real, shape)
-    measured = [Side(one, Measuring(folder, shape, sources, paired_with)) for one in synthetic]
-    return [Side(real, Measuring(folder, shape)), *measured]
+def sides(sets: OpenedSets) -> list[Side]:
+    """The real set, then the synthetic ones; measures nothing."""
+    folder = sets.config.out / MEASURES_FOLDER
+    sources = SourceFrames(sets.real, sets.shape)
+    paired_with = f"{sets.real.manifest.digest}/{sets.real.split}"
+    measured = [Side(one, Measuring(folder, sets.shape, sources, paired_with)) for one in sets.synthetic]
+    return [Side(sets.real, Measuring(folder, sets.shape)), *measured]
 
 
-def measure(
-    config: EvaluateConfig,
-    worker_index: int = 0,
-    num_workers: int = 1,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> None:
-    """Measure every shard of this worker that no run has measured yet.
-
-    Args:
-        config: Which sets.
-        worker_index: This worker takes the shards ``worker_index::num_workers`` of all sets together.
-        num_workers: Workers that share the shards without talking to each other.
-        should_stop: Asked between shards.
-
-    Raises:
-        Preempted: If ``should_stop`` said so while there was work left; what was measured is committed.
-        EvaluationError: If the sets cannot be compared, or a synthetic sample says too little about its origin.
-        ShardError: If a shard is damaged.
-    """
-    mine = _work(config)[worker_index::num_workers]
-    left = _unmeasured(mine)
-    log.info("%s: %d of this worker's %d shards are to be measured", config.out, len(left), len(mine))
-    for done, (side, entry) in enumerate(tracked(left, "shards", len(left))):
-        if should_stop():
-            raise Preempted(
-                f"evaluate: stopped with {done} of {len(left)} shards measured and committed",
-                "run the same command again",
-            )
-        side.measure(entry)
-
-
-def num_unmeasured(config: EvaluateConfig) -> int:
-    """Shards of all sets that no run has measured yet.
+def units(config: EvaluateConfig) -> list[Unit]:
+    """All work of an evaluation, in an order that every worker sees alike.
 
     Raises:
         EvaluationError: If the sets cannot be compared.
     """
-    return len(_unmeasured(_work(config)))
-
-
-def _work(config: EvaluateConfig) -> list[tuple[Side, ShardEntry]]:
-    return [(side, entry) for side in sides(config) for entry in side.images.shards]
-
-
-def _unmeasured(work: list[tuple[Side, ShardEntry]]) -> list[tuple[Side, ShardEntry]]:
-    return [(side, entry) for side, entry in work if not side.measuring.is_done(entry)]
+    sets = open_sets(config)
+    measuring = [unit for side in sides(sets) for unit in side.units]
+    return [*measuring, *extraction.units(sets), *search.units(sets), *grid.units(sets)]
 
 
 def compare(config: EvaluateConfig) -> Comparison:
-    """Compare the sets; measures what :func:`measure` has left.
+    """Compare the sets; does what units of work are left.
 
     Raises:
         EvaluationError: If the sets cannot be compared: wrong kind, empty split, no provenance, different sizes.
         ShardError: If a shard is damaged.
     """
-    real, *synthetic = sides(config)
+    sets = open_sets(config)
+    real, *synthetic = sides(sets)
     table = real.table
-    reports = [_set_report(config, one.images, table, one.table) for one in synthetic]
-    shape = real.measuring.shape
-    return Comparison(config, real.images, shape, counts_of(table), adherence_of(table), reports, table)
+    reports = [_set_report(sets, one.images, table, one.table) for one in synthetic]
+    return Comparison(
+        config=config,
+        real=sets.real,
+        shape=sets.shape,
+        counts=counts_of(table),
+        segmenter_error=adherence_of(table),
+        sets=reports,
+        downstream=summary_of(sets),
+        table=table,
+    )
 
 
 def counts_of(table: pd.DataFrame) -> dict[str, Any]:
@@ -225,7 +202,8 @@ def counts_of(table: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _set_report(config: EvaluateConfig, one: ImageSet, real: pd.DataFrame, synthetic: pd.DataFrame) -> SetReport:
+def _set_report(sets: OpenedSets, one: ImageSet, real: pd.DataFrame, synthetic: pd.DataFrame) -> SetReport:
+    config = sets.config
     rng = np.random.default_rng([config.seed, *one.name.encode()])
     equivalence, left_out = equivalence_of_set(
         real,
@@ -255,6 +233,7 @@ def _set_report(config: EvaluateConfig, one: ImageSet, real: pd.DataFrame, synth
         appearance=list(_appearance(real, synthetic)),
         paired=None if isinstance(paired, str) else paired,
         frechet=None if isinstance(frechet, str) else frechet,
+        gate=verdict_of(sets, one),
         left_out=left_out,
         table=synthetic,
     )

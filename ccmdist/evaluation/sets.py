@@ -66,6 +66,37 @@ class ImageSet:
             yield scaled(triple, shape, where)
 
 
+@dataclass(frozen=True)
+class OpenedSets:
+    """All that is compared: what every pillar of the evaluation starts from."""
+
+    config: EvaluateConfig
+    real: ImageSet
+    """The split that synthetic images are compared with."""
+    synthetic: tuple[ImageSet, ...]
+    shape: tuple[int, int]
+    """Height and width of the synthetic images, to which frames of the real set are scaled."""
+
+    @property
+    def training(self) -> ImageSet | None:
+        """What generators may have been trained on; None if the real set has no train split."""
+        return self.of_split("train")
+
+    def of_split(self, split: Split) -> ImageSet | None:
+        """Another split of the real set; None if it is empty."""
+        return replace(self.real, split=split) if self.real.manifest.of_split(split) else None
+
+
+def open_sets(config: EvaluateConfig) -> OpenedSets:
+    """The sets of an evaluation; reads manifests and one image of each set.
+
+    Raises:
+        EvaluationError: If the sets cannot be compared: wrong kind, empty split, different sizes.
+    """
+    real, synthetic = real_set(config), synthetic_sets(config)
+    return OpenedSets(config, real, tuple(synthetic), common_shape(synthetic))
+
+
 def real_set(config: EvaluateConfig) -> ImageSet:
     """The reference: real frames, or phantoms.
 

@@ -38,12 +38,13 @@ def run(config_path: str) -> None:
     worker_index, num_workers = worker_from_environment()
     # Before anything heavy is imported: a signal that comes meanwhile is obeyed as one between two shards.
     with StopFlag(FORCED_EXIT_S) as stop:
-        from ccmdist.evaluation.comparison import compare, measure
-        from ccmdist.evaluation.report import write_report
+        from ccmdist.evaluation.comparison import compare, units
+        from ccmdist.evaluation.report.write import write_report
+        from ccmdist.evaluation.work import do_share
 
-        measure(config, worker_index, num_workers, should_stop=lambda: bool(stop))
+        do_share(units(config), worker_index, num_workers, should_stop=lambda: bool(stop))
     if num_workers > 1:
-        told = "%s: worker %d of %d has measured its share; the same command alone, after all, writes the report"
+        told = "%s: worker %d of %d has done its share; the same command alone, after all, writes the report"
         log.info(told, config.out, worker_index, num_workers)
         return
     comparison = compare(config)
@@ -77,11 +78,12 @@ def open_units(config: EvaluateConfig) -> int:
     Raises:
         CcmdistError: If the real set is not there, or the sets cannot be compared.
     """
-    from ccmdist.evaluation.comparison import num_unmeasured
+    from ccmdist.evaluation.comparison import units
     from ccmdist.evaluation.sets import real_set
+    from ccmdist.evaluation.work import open_units as open_ones
 
     if all((folder / MANIFEST).is_file() for folder in config.synthetic.values()):
-        return num_unmeasured(config)
+        return len(open_ones(units(config)))
     num_real = len(real_set(config).shards)
     return num_real + sum(_expected_shards(config, folder, num_real) for folder in config.synthetic.values())
 
@@ -94,8 +96,8 @@ def _expected_shards(config: EvaluateConfig, folder: Path, otherwise: int) -> in
 
 def _print_summary(comparison: "Comparison") -> None:
     """One line per synthetic set, and one for what the segmenter reaches on the real images."""
-    from ccmdist.evaluation.appearance import EXTRACTOR
-    from ccmdist.evaluation.biomarker_equivalence import ALL_SUBJECTS
+    from ccmdist.evaluation.biomarkers.equivalence import ALL_SUBJECTS
+    from ccmdist.evaluation.fidelity.appearance import EXTRACTOR
 
     table = Table(title=f"nerves, biomarkers and fidelity against {comparison.real.folder} ({comparison.real.split})")
     for heading in ("set", "n", "Dice", "clDice", "CNFL bias", "equiv.", "SSIM", "Frechet", "real floor"):

@@ -96,7 +96,7 @@ def evaluate_jobs(config: EvaluateConfig, slurm: SlurmSettings) -> list[Request]
     """An array that measures shards, and after it one process that compares what was measured."""
     if slurm.gpus_per_node is None:
         slurm = slurm.model_copy(update={"gpus_per_node": 0})  # nothing in it would run on one
-    measure = _array("evaluate", config, slurm, "shards to measure")
+    measure = _array("evaluate", config, slurm, "units of work open")
     alone = slurm.model_copy(update={"nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0})
     report = Request("evaluate", config, alone, 1, "compares what is measured, and writes the report")
     if measure.num_array_tasks * _workers(slurm) == 1:

@@ -16,9 +16,9 @@ from ccmdist.data.phantom_shards import write_phantom_set
 from ccmdist.data.reader import read_keys, read_split
 from ccmdist.data.writer import write_set
 from ccmdist.errors import Preempted, ShardError
-from ccmdist.evaluation import comparison as comparison_module
-from ccmdist.evaluation.comparison import MEASURES_FOLDER, measure
-from ccmdist.evaluation.features import Measuring
+from ccmdist.evaluation.comparison import MEASURES_FOLDER, units
+from ccmdist.evaluation.measures import Measuring
+from ccmdist.evaluation.work import do_share, open_units
 from ccmdist.jobs import evaluate
 
 SIZE_PX = 64
@@ -104,16 +104,14 @@ def test_who_compares_measures_what_a_killed_worker_has_left(sets, tmp_path, mon
 def test_a_stop_between_shards_keeps_what_is_measured(sets, tmp_path, monkeypatch):
     config = config_of(sets, tmp_path)
     with pytest.raises(Preempted) as stop:
-        measure(config, should_stop=iter([False] * 3 + [True]).__next__)
-    assert str(stop.value) == (
-        "evaluate: stopped with 3 of 8 shards measured and committed; run the same command again"
-    )
+        do_share(units(config), 0, 1, should_stop=iter([False] * 3 + [True]).__next__)
+    assert str(stop.value) == ("evaluate: stopped with 3 of 8 units done and committed; run the same command again")
     assert stop.value.exit_code == 75
-    assert comparison_module.num_unmeasured(config) == 5
+    assert len(open_units(units(config))) == 5
     again = []
     table = Measuring.table
     monkeypatch.setattr(Measuring, "table", lambda *arguments: again.append(arguments) or table(*arguments))
-    measure(config)
+    do_share(units(config), 0, 1)
     assert len(again) == 5
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ccmdist.evaluation.biomarker_equivalence import (
+from ccmdist.evaluation.biomarkers.equivalence import (
     bootstrap_interval,
     equivalence_of_set,
     holm,

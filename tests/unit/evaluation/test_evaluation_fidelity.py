@@ -6,8 +6,15 @@ import pytest
 
 from ccmdist.ccm.phantom import make_phantom
 from ccmdist.errors import EvaluationError
-from ccmdist.evaluation.appearance import EXTRACTOR, EXTRACTOR_SHA256, NUM_FEATURES, appearance, features, spectrum
-from ccmdist.evaluation.fidelity import FrechetComparison, compare_features, frechet_distance, psnr_db, ssim
+from ccmdist.evaluation.fidelity.appearance import (
+    EXTRACTOR,
+    EXTRACTOR_SHA256,
+    NUM_FEATURES,
+    appearance,
+    features,
+    spectrum,
+)
+from ccmdist.evaluation.fidelity.distances import FrechetComparison, compare_features, frechet_distance, psnr_db, ssim
 
 COLUMNS = ["a", "b", "c"]
 

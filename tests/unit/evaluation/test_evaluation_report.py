@@ -20,9 +20,9 @@ from ccmdist.data.phantom_shards import write_phantom_set
 from ccmdist.data.reader import read_split
 from ccmdist.data.writer import write_set
 from ccmdist.errors import EvaluationError
-from ccmdist.evaluation import features
+from ccmdist.evaluation import measures
 from ccmdist.evaluation.comparison import compare
-from ccmdist.evaluation.report import (
+from ccmdist.evaluation.report.write import (
     ABSENT,
     MINUS,
     fixed,
@@ -202,7 +202,7 @@ def test_the_near_set_is_nearer_in_every_respect(comparison):
 
 def test_the_second_run_measures_nothing_and_says_the_same(comparison, page, monkeypatch):
     before = page.read_bytes()
-    monkeypatch.setattr(features, "measured", lambda triple: pytest.fail("measured again"))
+    monkeypatch.setattr(measures, "measured", lambda triple: pytest.fail("measured again"))
     again = compare(comparison.config)
     assert report_values(again) == report_values(comparison)
     assert write_report(again).read_bytes() == before
@@ -310,10 +310,10 @@ def test_masks_of_other_subjects_give_no_pairs_and_no_promise_of_agreement(sets,
 
 def test_an_image_is_measured_in_a_fraction_of_a_second():
     triple = phantom_triple(0, "Control", 0, 0, 128)
-    features.measured(triple)
+    measures.measured(triple)
     start = time.process_time()
     for frame in range(4):
-        features.measured(phantom_triple(0, "Control", 0, frame, 128))
+        measures.measured(phantom_triple(0, "Control", 0, frame, 128))
     # So 100 frames, synthetic and real, with the segmentation of each, take less than 20 s.
     assert (time.process_time() - start) / 4 < 0.2
 
@@ -341,4 +341,4 @@ def test_numbers_are_worded_for_reading():
 def test_the_shipped_files_come_with_the_package():
     from importlib.resources import files
 
-    assert files("ccmdist.evaluation").joinpath("report.html.j2").is_file()
+    assert files("ccmdist.evaluation.report").joinpath("page.html.j2").is_file()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ccmdist.ccm.skeleton import Floats
 from ccmdist.errors import EvaluationError
-from ccmdist.evaluation.appearance import EXTRACTOR, EXTRACTOR_SHA256
+from ccmdist.evaluation.fidelity.appearance import EXTRACTOR, EXTRACTOR_SHA256
 
 NUM_SPLITS = 40
 """Random halves of the subjects over which distances at matched counts are averaged."""

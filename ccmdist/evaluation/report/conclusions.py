@@ -2,7 +2,7 @@
 
 from ccmdist.ccm.biomarkers import QUANTITIES
 from ccmdist.ccm.segmenter import SEGMENTER_VERSION
-from ccmdist.evaluation.biomarker_equivalence import ALL_SUBJECTS
+from ccmdist.evaluation.biomarkers.equivalence import ALL_SUBJECTS
 from ccmdist.evaluation.comparison import Comparison, SetReport
 
 

@@ -16,9 +16,9 @@ from ccmdist.ccm.segmenter import SEGMENTER_VERSION, segment
 from ccmdist.commit import commit_bytes, digest_of
 from ccmdist.data.manifest import ShardEntry
 from ccmdist.data.triple import Triple
-from ccmdist.evaluation.adherence import centreline_dice, dice, offset_px
-from ccmdist.evaluation.appearance import EXTRACTOR_SHA256, NUM_FEATURES, appearance, features, spectrum
-from ccmdist.evaluation.fidelity import psnr_db, ssim
+from ccmdist.evaluation.biomarkers.adherence import centreline_dice, dice, offset_px
+from ccmdist.evaluation.fidelity.appearance import EXTRACTOR_SHA256, NUM_FEATURES, appearance, features, spectrum
+from ccmdist.evaluation.fidelity.distances import psnr_db, ssim
 from ccmdist.evaluation.sets import ImageSet, SourceFrames
 
 MEASURES_VERSION: Final = 1
@@ -90,6 +90,28 @@ class Measuring:
         if source is None:
             return {"ssim": float("nan"), "psnr_db": float("nan")}
         return {"ssim": ssim(source.image, triple.image), "psnr_db": psnr_db(source.image, triple.image)}
+
+
+@dataclass(frozen=True)
+class MeasureUnit:
+    """Measuring one shard of a set."""
+
+    images: ImageSet
+    measuring: Measuring
+    entry: ShardEntry
+
+    def is_done(self) -> bool:
+        """Whether it has been measured."""
+        return self.measuring.is_done(self.entry)
+
+    def run(self) -> None:
+        """Measure it.
+
+        Raises:
+            EvaluationError: If a synthetic sample cannot be evaluated.
+            ShardError: If the shard is damaged.
+        """
+        self.measuring.table(self.images, self.entry)
 
 
 def _described(triple: Triple, entry: ShardEntry) -> dict[str, str]:

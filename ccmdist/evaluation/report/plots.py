@@ -9,10 +9,10 @@ import pandas as pd
 
 from ccmdist.ccm.biomarkers import QUANTITIES
 from ccmdist.ccm.groups import CLINICAL_GROUPS
-from ccmdist.evaluation.appearance import SPECTRUM_EDGES
-from ccmdist.evaluation.biomarker_equivalence import ALL_SUBJECTS, subject_means
+from ccmdist.evaluation.biomarkers.equivalence import ALL_SUBJECTS, subject_means
 from ccmdist.evaluation.comparison import Comparison, SetReport
-from ccmdist.evaluation.features import FOUND
+from ccmdist.evaluation.fidelity.appearance import SPECTRUM_EDGES
+from ccmdist.evaluation.measures import FOUND
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,12 +19,12 @@ from ccmdist.ccm.groups import CLINICAL_GROUPS, UNLABELLED
 from ccmdist.commit import commit_json, commit_text
 from ccmdist.config.loading import resolved
 from ccmdist.data.triple import Triple
-from ccmdist.evaluation.appearance import APPEARANCE
-from ccmdist.evaluation.biomarker_equivalence import ALL_SUBJECTS
+from ccmdist.evaluation.biomarkers.equivalence import ALL_SUBJECTS
 from ccmdist.evaluation.comparison import Comparison, SetReport
-from ccmdist.evaluation.conclusions import may_be_concluded, may_not_be_concluded
-from ccmdist.evaluation.features import CHAIN_CODE, FOUND
-from ccmdist.evaluation.plots import colour, plots
+from ccmdist.evaluation.fidelity.appearance import APPEARANCE
+from ccmdist.evaluation.measures import CHAIN_CODE, FOUND
+from ccmdist.evaluation.report.conclusions import may_be_concluded, may_not_be_concluded
+from ccmdist.evaluation.report.plots import colour, plots
 from ccmdist.evaluation.sets import ImageSet
 
 REPORT_JSON: Final = "report.json"
@@ -66,6 +66,7 @@ def report_values(comparison: Comparison) -> dict[str, Any]:
             for name, table in [("real", comparison.table), *((one.name, one.table) for one in comparison.sets)]
         },
         "synthetic": {one.name: _set_values(one) for one in comparison.sets},
+        "downstream": asdict(comparison.downstream) if comparison.downstream else None,
         "may_be_concluded": may_be_concluded(comparison),
         "may_not_be_concluded": may_not_be_concluded(comparison),
     }
@@ -83,6 +84,7 @@ def _set_values(one: SetReport) -> dict[str, Any]:
         "appearance": [asdict(row) for row in one.appearance],
         "paired": asdict(one.paired) if one.paired else None,
         "frechet": asdict(one.frechet) if one.frechet else None,
+        "gate": asdict(one.gate) if one.gate else None,
         "left_out": [asdict(one) for one in one.left_out],
     }
 
@@ -101,7 +103,7 @@ def _plain(value: Any) -> Any:
 def html(values: dict[str, Any], comparison: Comparison) -> str:
     """The page; its pictures are in it, and it asks the network for nothing."""
     environment = Environment(
-        loader=PackageLoader("ccmdist", "evaluation"),
+        loader=PackageLoader("ccmdist", "evaluation/report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -115,7 +117,7 @@ def html(values: dict[str, Any], comparison: Comparison) -> str:
         "signed": signed,
         "like": like,
     }
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template("page.html.j2").render(
         report=values,
         plots={name: _data_url(png) for name, png in plots(comparison).items()},
         grid=_grid(comparison),

@@ -1,0 +1,1 @@
+"""Pillar 3: do synthetic images help to diagnose and to segment real ones."""
