@@ -1,0 +1,56 @@
+"""Numbers as the page shows them; a number that does not exist is a dash."""
+
+import math
+from collections.abc import Callable
+from typing import Final
+
+ABSENT: Final = "\u2013"
+MINUS: Final = "\u2212"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """With so many significant digits, and no exponent."""
+    if value is None:
+        return ABSENT
+    if value == 0:
+        return "0"
+    return fixed(value, min(max(0, digits - 1 - math.floor(math.log10(abs(value)))), 6))
+
+
+def fixed(value: float | None, decimals: int) -> str:
+    """With so many decimals."""
+    return ABSENT if value is None else f"{value:.{decimals}f}".replace("-", MINUS)
+
+
+def like(value: float | None, scale: float | None) -> str:
+    """With the decimals that show two digits of ``scale``, so that the numbers of a line can be compared."""
+    return fixed(value, min(max(0, 1 - math.floor(math.log10(scale))), 6)) if scale else number(value)
+
+
+def signed(value: float | None) -> str:
+    """One decimal, and a sign in front of positive ones too."""
+    text = fixed(value, 1)
+    return f"+{text}" if value is not None and value > 0 else text
+
+
+def percent(value: float | None) -> str:
+    """A fraction as signed per cent."""
+    return ABSENT if value is None else f"{100 * value:+.0f} %".replace("-", MINUS)
+
+
+def p_value(value: float | None) -> str:
+    """Three decimals, and nothing below a thousandth."""
+    if value is None:
+        return ABSENT
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+FILTERS: Final[dict[str, Callable[..., str]]] = {
+    "number": number,
+    "fixed": fixed,
+    "percent": percent,
+    "p_value": p_value,
+    "signed": signed,
+    "like": like,
+}
+"""By the names that templates use."""
