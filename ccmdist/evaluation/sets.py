@@ -13,8 +13,8 @@ from ccmdist.config.evaluate import EvaluateConfig
 from ccmdist.data.manifest import MANIFEST, SPLITS, Manifest, ShardEntry, read_manifest
 from ccmdist.data.reader import read_keys, read_shard
 from ccmdist.data.triple import Triple
+from ccmdist.data.views import FLIPS, resized_image, resized_mask
 from ccmdist.errors import EvaluationError
-from ccmdist.precompute.views import FLIPS, resized_image, resized_mask
 
 PROVENANCE: Final = (
     "source_key",

@@ -19,11 +19,11 @@ from ccmdist.data.latent_cache import EncodedSample, write_cache_shard
 from ccmdist.data.manifest import ShardEntry
 from ccmdist.data.reader import read_shard
 from ccmdist.data.triple import Triple
+from ccmdist.data.views import views
 from ccmdist.errors import Preempted
 from ccmdist.models.encoders import LatentCodec, PromptEncoder
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.precompute.plan import FillPlan, fill_plan
-from ccmdist.precompute.views import views
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -25,6 +25,7 @@ from ccmdist.data.latent_cache import LatentCache
 from ccmdist.data.manifest import read_manifest
 from ccmdist.data.reader import read_shard
 from ccmdist.data.triple import Triple
+from ccmdist.data.views import views
 from ccmdist.diffusion import flow
 from ccmdist.diffusion.sampler import sample
 from ccmdist.diffusion.seeding import generator
@@ -36,7 +37,6 @@ from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.sampling import GuidedVelocity, block_pass
 from ccmdist.models.staging import staged
 from ccmdist.precompute.fill import DTYPES
-from ccmdist.precompute.views import views
 from ccmdist.synthesis import base
 from ccmdist.synthesis.output import SyntheticSet
 from ccmdist.synthesis.plan import UNTUNED, Plan, Request, base_of, make_plan, mask_sha256

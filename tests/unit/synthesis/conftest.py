@@ -14,11 +14,11 @@ from ccmdist.data.latent_cache import EncodedSample, write_cache_shard
 from ccmdist.data.manifest import read_manifest
 from ccmdist.data.reader import read_shard
 from ccmdist.data.triple import Triple, TripleMeta, prompt_for
+from ccmdist.data.views import views
 from ccmdist.data.writer import write_set
 from ccmdist.models import mmdit
 from ccmdist.models.make import make_model
 from ccmdist.models.model_folder import ModelFolder
-from ccmdist.precompute.views import views
 from ccmdist.synthesis import generate
 from ccmdist.synthesis.plan import UNTUNED, make_plan
 

@@ -18,10 +18,10 @@ from ccmdist.config.train import LoRASettings, WDLoRASettings
 from ccmdist.data.manifest import MANIFEST, read_manifest
 from ccmdist.data.reader import read_shard, read_split, verify_set
 from ccmdist.data.triple import members_of
+from ccmdist.data.views import resized_mask
 from ccmdist.errors import AdapterError, Preempted, RunError, ShardError
 from ccmdist.jobs.synthesize import describe
 from ccmdist.models.model_folder import ModelFolder
-from ccmdist.precompute.views import resized_mask
 from ccmdist.synthesis import output as output_module
 from ccmdist.synthesis.generate import adapter_digest, synthesize
 from ccmdist.synthesis.output import BATCHES, SyntheticSet

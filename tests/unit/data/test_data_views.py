@@ -9,8 +9,8 @@ from skimage.morphology import skeletonize
 
 from ccmdist.ccm.phantom import make_phantom
 from ccmdist.data.triple import Triple, TripleMeta, prompt_for
+from ccmdist.data.views import FLIPS, resized_image, resized_mask, views
 from ccmdist.errors import ShardError
-from ccmdist.precompute.views import FLIPS, resized_image, resized_mask, views
 
 
 def triple(image, nerve_mask):

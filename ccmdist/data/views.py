@@ -1,4 +1,4 @@
-"""What a sample looks like to the encoders: at the size of the run, and flipped where that was asked for.
+"""What a sample looks like to a model: at the size of the run, and flipped where that was asked for.
 
 At the wanted size nothing is touched. Else:
 
