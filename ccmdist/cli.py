@@ -254,7 +254,9 @@ def plan_training(
     importlib.import_module("ccmdist.jobs.model_plan").show(arguments or [], asked, as_json, scaling)
 
 
-Source = Annotated[Path, typer.Argument(help="Folder of an adapter, a run or a checkpoint.")]
+Source = Annotated[
+    Path, typer.Argument(help="Folder of an adapter, a run or a checkpoint; or RUN/best.json, which `select` wrote.")
+]
 
 
 @adapter.command(epilog=example("ccmdist adapter export runs/tiny --model models/tiny --out adapters/tiny"))

@@ -9,10 +9,13 @@ runs/NAME/
   adapter/          the exported adapter of a finished run
   ledger.jsonl      what the time of every attempt was spent on
   owner.json        host, process and job that hold the lock
+  selection/        what `ccmdist select` drew with each checkpoint, and measured
+  best.json         which checkpoint it chose
 """
 
 import json
 import os
+import re
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,9 @@ from ccmdist.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_REFUSED, EXIT_REQUEUE,
 
 State = Literal["done", "requeue", "refused"]
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
+CHECKPOINTS: Final = "checkpoints"
+COMMITTED: Final = re.compile(r"step-(\d{8})")
+"""Name of a checkpoint's folder, once it is committed."""
 LOST_NODE_S: Final = 300.0
 """How long a file server may keep the lock of a node that it no longer hears of; the lease of NFS 4 is 90 s."""
 EXIT_CODES: dict[str, int] = {"done": EXIT_DONE, "requeue": EXIT_REQUEUE, "refused": EXIT_REFUSED}
@@ -53,7 +59,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = path / CHECKPOINTS
         self.tensorboard = path / "tensorboard"
         self.adapter = path / "adapter"
         self.config = path / "config.json"
@@ -131,7 +137,7 @@ class RunDirectory:
 
     def committed_step(self) -> int:
         """Step of the newest checkpoint by its name, whether or not it verifies; 0 if there is none."""
-        return max((int(path.name[5:]) for path in self.checkpoints.glob("step-" + 8 * "[0-9]")), default=0)
+        return max((step_of(path) for path in committed_paths(self.checkpoints)), default=0)
 
     def start_attempt(self, step: int) -> int:
         """Note that an attempt begins at ``step``; its number, from 0."""
@@ -198,6 +204,16 @@ class RunDirectory:
         """The exit code of the contract: 0 done, 75 run me again, 78 refused, 70 anything else."""
         outcome = self.outcome()
         return outcome.exit_code if outcome else EXIT_INTERNAL
+
+
+def committed_paths(folder: Path) -> list[Path]:
+    """All committed checkpoint folders, oldest first, whether or not they verify."""
+    return sorted(path for path in folder.glob("step-*") if COMMITTED.fullmatch(path.name)) if folder.is_dir() else []
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps that a committed checkpoint has seen, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _read(path: Path) -> Any:

@@ -19,7 +19,8 @@ from ccmdist.adapters.injection import KINDS, layer_group
 from ccmdist.adapters.merge import merged_rows, row_slices
 from ccmdist.adapters.state import WEIGHTS_FILE, AdapterState, read_adapter, write_adapter
 from ccmdist.adapters.wdlora import RowState
-from ccmdist.cluster.run_directory import RunDirectory
+from ccmdist.cluster.best_checkpoint import BEST, pointed_checkpoint
+from ccmdist.cluster.run_directory import COMMITTED, RunDirectory
 from ccmdist.commit import commit_bytes, committed_file, sync_folder, temporary_name
 from ccmdist.config.loading import validate
 from ccmdist.config.train import TrainConfig
@@ -28,7 +29,7 @@ from ccmdist.errors import AdapterError, ModelError
 from ccmdist.jobs.adapter_check import compare, linear_shapes
 from ccmdist.models.model_folder import REPOSITORIES, ModelFolder
 from ccmdist.models.sizes import PIPELINES
-from ccmdist.train.checkpoint import COMMITTED, Checkpoint, newest_valid, verified
+from ccmdist.train.checkpoint import Checkpoint, newest_valid, verified
 
 PUBLISHED_WIDTH = {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128}
 """Of the published transformers, which are what their class builds by default."""
@@ -37,10 +38,15 @@ PUBLISHED_WIDTH = {"num_layers": 60, "num_attention_heads": 24, "attention_head_
 def find(path: Path) -> AdapterState:
     """The adapter in a folder: an exported one, that of a run's newest checkpoint, or that of one checkpoint.
 
+    Args:
+        path: The folder; or the file RUN/best.json, for that of the checkpoint it points at.
+
     Raises:
         AdapterError: If there is none, or it cannot be read.
-        CheckpointError: If the checkpoint asked for is broken.
+        CheckpointError: If the checkpoint asked for is broken, or the pointer points at none.
     """
+    if path.name == BEST:
+        path = pointed_checkpoint(path)
     if (path / WEIGHTS_FILE).is_file():
         return read_adapter(path)
     if COMMITTED.fullmatch(path.name) and path.is_dir():
@@ -52,7 +58,8 @@ def find(path: Path) -> AdapterState:
         return read_adapter(run.adapter)
     raise AdapterError(
         f"{path}: holds neither {WEIGHTS_FILE} nor a checkpoint that is whole",
-        "give the folder of an exported adapter, of a run, or of a checkpoint (runs/NAME/checkpoints/step-00001000)",
+        "give the folder of an exported adapter, of a run, or of a checkpoint (runs/NAME/checkpoints/step-00001000), or "
+        "the file runs/NAME/best.json",
     )
 
 
@@ -191,6 +198,8 @@ def movement(rows: Mapping[str, RowState]) -> dict[str, float]:
 
 def _movement_in_run(source: Path, state: AdapterState) -> dict[str, float]:
     """Movement on the base that the run was trained on; empty where that is not at hand."""
+    if source.name == BEST:
+        source = pointed_checkpoint(source)
     run = RunDirectory(source.resolve().parent.parent if COMMITTED.fullmatch(source.name) else source)
     if not run.config.is_file():
         return {}

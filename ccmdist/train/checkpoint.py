@@ -6,7 +6,6 @@ verifies, falls back one by one, and sets what is broken aside without deleting 
 """
 
 import json
-import re
 import shutil
 from dataclasses import dataclass
 from itertools import count
@@ -17,15 +16,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ccmdist.cluster.best_checkpoint import BEST, read_best
 from ccmdist.cluster.faults import fault_point
 from ccmdist.cluster.process_group import ProcessGroup
+from ccmdist.cluster.run_directory import committed_paths
 from ccmdist.commit import commit_json, committed_file, digest_of, make_folder, sha256_of_file, sync_folder
 from ccmdist.console import log
 from ccmdist.errors import CcmdistError, CheckpointError
 from ccmdist.train.engine import LocalParameter
 
 FORMAT_VERSION = 2
-COMMITTED = re.compile(r"step-(\d{8})")
 BROKEN_SUFFIX = ".broken"
 
 
@@ -117,11 +117,6 @@ def newest_valid(folder: Path) -> Checkpoint | None:
         except CheckpointError as error:
             log.warning("%s; trying the one before", error)
     return None
-
-
-def committed_paths(folder: Path) -> list[Path]:
-    """All committed checkpoint folders, oldest first, whether or not they verify."""
-    return sorted(path for path in folder.glob("step-*") if COMMITTED.fullmatch(path.name)) if folder.is_dir() else []
 
 
 class CheckpointStore:
@@ -230,8 +225,21 @@ class CheckpointStore:
         fault_point("checkpoint.before_rename", self.group.ranks.global_rank, step)
         temporary.rename(final)
         sync_folder(self.folder)
-        for path in committed_paths(self.folder)[: -self.keep]:
+        for path in self._outlived():
             shutil.rmtree(path, ignore_errors=True)  # what cannot be removed does not undo the commit
+
+    def _outlived(self) -> list[Path]:
+        """Checkpoints that need not be kept any longer: neither among the newest nor chosen as the best."""
+        older = committed_paths(self.folder)[: -self.keep]
+        pointer = self.folder.parent / BEST
+        if not older or not pointer.exists():
+            return older
+        try:
+            best = read_best(pointer)
+        except CheckpointError as error:
+            log.warning("%s; old checkpoints are kept, one of them may be the best", error)
+            return []
+        return [path for path in older if path != self.folder.parent / best.checkpoint]
 
 
 def _set_aside(path: Path) -> None:

@@ -12,6 +12,7 @@ from ccmdist.adapters import state as state_module
 from ccmdist.adapters.merge import merge_into
 from ccmdist.adapters.state import WEIGHTS_FILE, AdapterState, read_adapter, write_adapter
 from ccmdist.cli import exit_code
+from ccmdist.cluster.best_checkpoint import BestCheckpoint
 from ccmdist.commit import sha256_of_file
 from ccmdist.config.loading import load, resolved
 from ccmdist.config.train import LoRASettings, TrainConfig, WDLoRASettings
@@ -249,6 +250,18 @@ def test_an_adapter_is_found_in_a_run_in_a_checkpoint_and_in_its_own_folder(tiny
     assert (facts["data_digest"], facts["image_size_px"], facts["weights"]) == ("d" * 64, "64", "last")
     assert (facts["model_version"], "base_model" in facts) == ("2509", False)
     adapter.verify(run, tiny.path)
+
+
+@wdlora_alone
+def test_the_pointer_to_the_best_checkpoint_stands_for_it(tiny, state, tmp_path, capsys):
+    run = make_run(tmp_path / "run", tiny, state)
+    best = BestCheckpoint(3, "checkpoints/step-00000003", "cldice", 0.5, 6, 3).commit(run)
+    assert adapter.find(best).facts["step"] == "3"
+    assert adapter.find(run).facts["step"] == "7"
+    adapter.export(best, tiny.path, tmp_path / "out")
+    assert read_adapter(tmp_path / "out").facts["step"] == "3"
+    adapter.show(best)
+    assert "step           3" in capsys.readouterr().out
 
 
 @wdlora_alone
