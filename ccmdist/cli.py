@@ -20,7 +20,7 @@ import typer
 from typer.exceptions import TyperException
 
 from ccmdist.commit import commit_json
-from ccmdist.config.data import FolderShardsConfig, PhantomShardsConfig, PrecomputeConfig
+from ccmdist.config.data import FolderShardsConfig, FoldShardsConfig, PhantomShardsConfig, PrecomputeConfig
 from ccmdist.config.evaluate import EvaluateConfig
 from ccmdist.config.loading import digest, load, parted, resolved
 from ccmdist.config.settings import Settings
@@ -128,6 +128,12 @@ def phantom(arguments: Arguments = None, dry_run: DryRun = False) -> None:
 def folders(arguments: Arguments = None, dry_run: DryRun = False) -> None:
     """Pack a folder of images, masks and a table.csv, as shards/README.md describes."""
     _stage(FolderShardsConfig, "shards", arguments, dry_run, "folders")
+
+
+@shards.command(epilog=example("ccmdist shards fold source=shards/ccm out=shards/ccm-fold-0 fold=0 num_folds=5"))
+def fold(arguments: Arguments = None, dry_run: DryRun = False) -> None:
+    """Split a set anew by subject for one fold, so that a generator can be trained that never saw whom it tests."""
+    _stage(FoldShardsConfig, "shards", arguments, dry_run, "fold")
 
 
 @shards.command(epilog=example("ccmdist shards verify shards/phantom"))

@@ -47,6 +47,27 @@ class FolderShardsConfig(Settings):
     """Accept images that carry the mark of synthetic images as if they were real."""
 
 
+class FoldShardsConfig(Settings):
+    """`ccmdist shards fold`: the samples of a set, split by subject anew for one fold of a cross-validation."""
+
+    source: Path
+    """Folder of a set of real frames or phantoms."""
+    out: Path
+    """Folder of the fold's set, such as shards/ccm-fold-0."""
+    fold: int = Field(ge=0)
+    """Counted from 0. Over all folds, every subject is tested once."""
+    num_folds: int = Field(5, ge=2, le=20)
+    samples_per_shard: int = Field(256, ge=1)
+    seed: int = Field(0, ge=0)
+    """Draws the subjects; the same in all folds."""
+
+    @model_validator(mode="after")
+    def _fold_is_one_of_them(self) -> Self:
+        if self.fold >= self.num_folds:
+            raise ValueError(f"fold: {self.fold} is not below num_folds {self.num_folds}; folds are counted from 0")
+        return self
+
+
 class DataSettings(Settings):
     """Which shards, seen by which encoders, at which size: the section that names one cache."""
 

@@ -1,10 +1,12 @@
 """Settings of the evaluation: what is compared with what, with which margins, and from how many images on."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from ccmdist.config.arms import Arm, expanded
 from ccmdist.config.data import Split
 from ccmdist.config.settings import Settings, free
 
@@ -35,7 +37,7 @@ class MinimumCounts(Settings):
     """For ICC and Bland-Altman."""
     paired_images: int = Field(2, ge=1)
     downstream_test_subjects: int = Field(2, ge=1)
-    """In each clinical group of each fold."""
+    """That each fold tests; for diagnosis, of each clinical group."""
     memorisation_held_out_images: int = Field(20, ge=10)
     """Real images outside of training, from which the gate learns how near an image comes by chance."""
     membership_subjects: int = Field(4, ge=2)
@@ -60,14 +62,29 @@ class NetworkSettings(Settings):
     """The networks of the downstream tasks and how long they are trained: alike in every arm."""
 
     diagnosis: Literal["small", "resnet18", "resnet50", "swin"] = "small"
-    unet_channels: tuple[int, ...] = (16, 32, 64, 128)
+    """All begin with random weights."""
+    unet_channels: tuple[int, ...] = Field((16, 32, 64, 128), min_length=2)
+    """Each level halves the size."""
     size_px: int = Field(128, ge=32, le=1024)
+    """Edge to which images are resized."""
     num_steps: int = Field(300, ge=1)
     """Optimizer steps of every arm: more images do not mean more training."""
-    batch_size: int = Field(16, ge=1)
-    lrs: tuple[float, ...] = (1e-3,)
+    batch_size: int = Field(16, ge=2)
+    lrs: tuple[float, ...] = Field((1e-3,), min_length=1)
     """Tried one by one; the one that is best on real validation images is tested."""
     validate_every_steps: int = Field(50, ge=1)
+    """The step that is best on real validation images is tested."""
+
+    @model_validator(mode="after")
+    def _size_fits_the_networks(self) -> Self:
+        parts = 2 ** (len(self.unet_channels) - 1)
+        if self.size_px % parts:
+            raise ValueError(f"size_px: {self.size_px} is no multiple of {parts}, as unet_channels needs it")
+        if self.diagnosis == "swin" and self.size_px % 32:
+            raise ValueError(f"size_px: {self.size_px} is no multiple of 32, as swin needs it")
+        if bad := [lr for lr in self.lrs if lr <= 0]:
+            raise ValueError(f"lrs: {bad[0]} is no learning rate, expected a number above 0")
+        return self
 
 
 class FoldSets(Settings):
@@ -85,7 +102,7 @@ Task = Literal["diagnosis", "segmentation"]
 class DownstreamSettings(Settings):
     """Do synthetic images help to diagnose and to segment: a grid of folds, seeds and arms, each trained and tested."""
 
-    tasks: tuple[Task, ...] = ("diagnosis", "segmentation")
+    tasks: tuple[Task, ...] = Field(("diagnosis", "segmentation"), min_length=1)
     arms: tuple[str, ...] = (
         "real",
         "augmented",
@@ -98,14 +115,42 @@ class DownstreamSettings(Settings):
         "shuffled NAME:1",
     )
     """real; augmented: real ones with classical augmentation; NAME:R: real ones and R times as many of a synthetic set,
-    where NAME stands for each of `synthetic`, and phantom for fresh phantoms; only NAME: synthetic ones alone; shuffled
-    NAME:R: synthetic ones whose labels were dealt out anew."""
-    num_folds: int = Field(5, ge=2)
+    where NAME stands for each of the synthetic sets, and phantom for fresh phantoms; only NAME: synthetic ones alone;
+    shuffled NAME:R: synthetic ones whose labels (groups, or masks) were dealt out anew among them."""
+    synthetic: dict[str, Path] = Field(default_factory=dict)
+    """Sets to train on in place of those that are compared, by name: such as more images, drawn by the same generators
+    from the masks of training subjects, which may be trained on but not released."""
+    num_folds: int = Field(5, ge=2, le=20)
     """Over the subjects that no generator was trained on."""
     folds: tuple[FoldSets, ...] = ()
     """Instead, folds whose generators were trained for them."""
     num_seeds: int = Field(5, ge=1)
     networks: NetworkSettings = NetworkSettings()
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if len(set(self.tasks)) != len(self.tasks):
+            raise ValueError(f"tasks: {list(self.tasks)} must name each task at most once")
+        if self.folds and self.synthetic:
+            raise ValueError("synthetic: folds name their own sets; leave one of the two out")
+        if len(self.folds) == 1:
+            raise ValueError("folds: one fold is none, expected at least two")
+        names = [sorted(fold.synthetic) for fold in self.folds]
+        if other := [place for place, one in enumerate(names) if one != names[0]]:
+            raise ValueError(f"folds.{other[0]}.synthetic: has {names[other[0]]}, folds.0 has {names[0]}")
+        return self
+
+    def arms_with(self, compared: Iterable[str]) -> tuple[Arm, ...]:
+        """The arms, NAME replaced by each synthetic set.
+
+        Args:
+            compared: Names of the sets that are compared; those of folds count instead where there are folds.
+
+        Raises:
+            ValueError: If an arm cannot be read or names no set.
+        """
+        names = self.folds[0].synthetic if self.folds else [*compared]
+        return expanded(self.arms, names)
 
 
 class MemorisationSettings(Settings):
@@ -151,3 +196,21 @@ class EvaluateConfig(Settings):
         if bad := [name for name, margin in self.margins.items() if margin <= 0]:
             raise ValueError(f"margins.{bad[0]}: must be positive (got {self.margins[bad[0]]})")
         return self
+
+    @model_validator(mode="after")
+    def _downstream_arms_can_be_read(self) -> Self:
+        if self.downstream is not None:
+            if strange := sorted(set(self.downstream.synthetic) - set(self.synthetic)):
+                known = ", ".join(self.synthetic)
+                raise ValueError(f"downstream.synthetic: {strange[0]!r} is not among the compared sets: {known}")
+            try:
+                self.downstream.arms_with(self.synthetic)
+            except ValueError as error:
+                raise ValueError(f"downstream.{error}") from None
+        return self
+
+    @property
+    def runs_networks(self) -> bool:
+        """Whether any of its work is that of networks, which want a GPU."""
+        given = self.extractors
+        return self.downstream is not None or any((given.inception, given.dinov2, given.clip))

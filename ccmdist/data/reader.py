@@ -9,13 +9,13 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from pathlib import Path
 
 from ccmdist.ccm.groups import UNLABELLED
 from ccmdist.config.data import Split
 from ccmdist.data.manifest import MANIFEST, SPLITS, Kind, Manifest, ShardEntry, read_manifest
-from ccmdist.data.triple import MEMBERS, Source, Triple, check_key, triple_of
+from ccmdist.data.triple import MEMBERS, META, Source, Triple, TripleMeta, check_key, meta_of, triple_of
 from ccmdist.errors import OF_THE_MACHINE, ShardError
 
 MAX_MEMBER_BYTES = 1 << 26
@@ -76,20 +76,59 @@ def read_shard(folder: Path, entry: ShardEntry) -> Iterator[Triple]:
         yield from _checked(_triples(tar, path), path, entry)
 
 
+def read_places(folder: Path, entry: ShardEntry) -> Iterator[tuple[Triple, int, bytes]]:
+    """The samples of one shard, each with where its members begin in the tar and what :func:`sample_in` reads of them.
+
+    Raises:
+        ShardError: As :func:`read_shard`.
+    """
+    path = folder / entry.name
+    with _opened(path) as tar:
+        _check_bytes(tar, path, entry)
+        start = 0
+        for triple in _checked(_triples(tar, path), path, entry):
+            stop = tar.tell()
+            tar.seek(start)
+            yield triple, start, tar.read(stop - start)
+            start = stop
+
+
+def sample_in(data: bytes, path: Path) -> Triple:
+    """The one sample whose members are ``data``, a stretch of the tar at ``path``.
+
+    Raises:
+        ShardError: If it is not what a sample has to be.
+    """
+    return next(_triples(BufferedReader(BytesIO(data)), path))  # type: ignore[arg-type]
+
+
 def read_keys(folder: Path, entry: ShardEntry) -> list[str]:
     """The keys of one shard, in its order, off the headers alone: bytes of members are not read, hashes not compared.
 
     Raises:
         ShardError: If the tar is missing, or a header cannot be read.
     """
-    keys: dict[str, None] = {}
     path = folder / entry.name
     with _opened(path) as tar:
-        while (header := tar.read(_BLOCK)) != bytes(_BLOCK):
-            info = _header(header, f"{path}: byte {tar.tell() - len(header)}")
-            keys[info.name.partition(".")[0]] = None
-            tar.seek(info.size + -info.size % _BLOCK, 1)
-    return list(keys)
+        return list(dict.fromkeys(info.name.partition(".")[0] for info in _headers(tar, path)))
+
+
+def read_metas(folder: Path, entry: ShardEntry) -> Iterator[tuple[str, TripleMeta]]:
+    """Keys and fields of one shard, in its order; images and masks are skipped, hashes not compared.
+
+    Raises:
+        ShardError: If the tar is missing, or a header or the fields of a sample cannot be read.
+    """
+    path = folder / entry.name
+    with _opened(path) as tar:
+        for info in _headers(tar, path):
+            key, _, ending = info.name.partition(".")
+            if ending == META:
+                if info.size > MAX_MEMBER_BYTES:
+                    raise ShardError(f"{path}: member {info.name} has {info.size} bytes", ANEW)
+                start = tar.tell()
+                yield key, meta_of(tar.read(info.size), f"{path}: sample {key}")
+                tar.seek(start)
 
 
 def read_split(folder: Path, split: Split) -> Iterator[Triple]:
@@ -237,6 +276,14 @@ def _members(tar: BufferedReader, path: Path) -> Iterator[tuple[str, bytes]]:
             raise ShardError(f"{where}: the tar ends within member {info.name}", ANEW)
         tar.seek(-info.size % _BLOCK, 1)
         yield info.name, content
+
+
+def _headers(tar: BufferedReader, path: Path) -> Iterator[tarfile.TarInfo]:
+    """The headers of a tar's members; after each, the tar stands where its member begins, and has to again."""
+    while (header := tar.read(_BLOCK)) != bytes(_BLOCK):
+        info = _header(header, f"{path}: byte {tar.tell() - len(header)}")
+        yield info
+        tar.seek(info.size + -info.size % _BLOCK, 1)
 
 
 def _header(block: bytes, where: str) -> tarfile.TarInfo:

@@ -1,7 +1,8 @@
 """Which subjects are trained on, which are validated on and which are tested on."""
 
 import hashlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ccmdist.ccm.groups import UNLABELLED, ClinicalGroup
@@ -77,3 +78,52 @@ def _shares(sizes: dict[str, int], available: dict[str, int], fraction: float, w
 
 def _draw(seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{seed}/{name}".encode()).digest()
+
+
+def stratified_parts(subjects: Mapping[str, Subject], num_parts: int, seed: int) -> dict[str, int]:
+    """The part of each subject: parts alike in frames of every clinical group, as far as whole subjects allow.
+
+    A function of the arguments alone, whatever the order of ``subjects``. A part may be empty where there are fewer
+    subjects than parts.
+
+    Args:
+        subjects: By pseudonym.
+        num_parts: Such as the folds of a cross-validation.
+        seed: Draws the subjects.
+    """
+    frames_of_group = [Counter[str]() for _ in range(num_parts)]
+    parts: dict[str, int] = {}
+    # Those with most frames first, so that the small ones even out what they leave.
+    for name in sorted(subjects, key=lambda name: (-subjects[name].num_frames, _draw(seed, name))):
+        group = subjects[name].clinical_group or UNLABELLED
+        part = min(range(num_parts), key=lambda part: (frames_of_group[part][group], frames_of_group[part].total()))
+        frames_of_group[part][group] += subjects[name].num_frames
+        parts[name] = part
+    return dict(sorted(parts.items()))
+
+
+def fold_splits(
+    subjects: Mapping[str, Subject], fold: int, num_folds: int, seed: int, always_train: Collection[str] = ()
+) -> dict[str, Split]:
+    """The split of each subject in one fold of a cross-validation: every subject is tested in one fold.
+
+    Of those that are not tested, a part of ``max(num_folds, 3)`` is validated on: at least one subject of each clinical
+    group, however few there are.
+
+    Args:
+        subjects: By pseudonym.
+        fold: Counted from 0.
+        num_folds: Of the cross-validation.
+        seed: Draws the subjects.
+        always_train: Subjects that are trained on in every fold, and tested in none.
+    """
+    splits: dict[str, Split] = dict.fromkeys(sorted(subjects), "train")
+    free = {name: subject for name, subject in subjects.items() if name not in always_train}
+    outer = stratified_parts(free, num_folds, seed)
+    rest = {name: subject for name, subject in free.items() if outer[name] != fold}
+    splits |= {name: "test" for name, part in outer.items() if part == fold}
+    for group in {subject.clinical_group for subject in rest.values()}:
+        of_group = {name: subject for name, subject in rest.items() if subject.clinical_group == group}
+        inner = stratified_parts(of_group, max(num_folds, 3), seed)
+        splits |= {name: "val" for name, part in inner.items() if part == 0}
+    return splits

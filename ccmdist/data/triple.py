@@ -113,7 +113,7 @@ def members_of(triple: Triple) -> dict[str, bytes]:
         text = json.dumps(values, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ShardError(f"{where}: its fields cannot be written as JSON ({error})") from None
-    _meta_of(text.encode(), where)
+    meta_of(text.encode(), where)
     is_synthetic = triple.meta.provenance is not None
     return {IMAGE: _png(image, is_synthetic), MASK: _png(nerve_mask.astype(np.uint8) * 255, False), META: text.encode()}
 
@@ -137,7 +137,7 @@ def triple_of(key: str, members: Mapping[str, bytes], where: str) -> Triple:
         raise ShardError(
             f"{where}: unknown member {unknown[0]!r}, expected only {', '.join(MEMBERS)}", "remove it from the set"
         )
-    meta = _meta_of(members[META], where)
+    meta = meta_of(members[META], where)
     image, mask = _pixels(members[IMAGE], f"{where}: {IMAGE}"), _pixels(members[MASK], f"{where}: {MASK}")
     if image.shape != mask.shape:
         raise ShardError(f"{where}: {IMAGE} is {_size(image)} and {MASK} {_size(mask)}, expected one size")
@@ -150,6 +150,31 @@ def triple_of(key: str, members: Mapping[str, bytes], where: str) -> Triple:
             f"{where}: {IMAGE} and {META} disagree on whether it is synthetic", "make or copy the shard anew"
         )
     return Triple(key, image, mask == 255, meta)
+
+
+def meta_of(data: bytes, where: str) -> TripleMeta:
+    """The fields of a sample.
+
+    Args:
+        data: Its member ``KEY.json``.
+        where: Shard and sample, for messages.
+
+    Raises:
+        ShardError: If a field is missing, unknown or not what it should be.
+    """
+    try:
+        meta = _META.validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        name = ".".join(map(str, first["loc"])) or "as a whole"
+        raise ShardError(f"{where}: {META}, {name}: {first['msg']}", "make or copy the shard anew") from None
+    check_key(meta.subject, f"{where}: {META}, subject")
+    if not (math.isfinite(meta.um_per_px) and meta.um_per_px > 0):
+        raise ShardError(f"{where}: {META}, um_per_px: {meta.um_per_px} is not a length")
+    if (meta.provenance is None) == (meta.source == "synthetic"):
+        raise ShardError(f"{where}: {META}, provenance: stands in synthetic samples, in each of them and in no other")
+    _check_prompt(meta, where)
+    return meta
 
 
 def check_key(key: str, where: str) -> None:
@@ -204,22 +229,6 @@ def _pixels(data: bytes, where: str) -> NDArray[np.uint8]:
             return np.array(png)
     except DECODING_ERRORS:
         raise ShardError(f"{where} is not a PNG that can be read", "make or copy the shard anew") from None
-
-
-def _meta_of(data: bytes, where: str) -> TripleMeta:
-    try:
-        meta = _META.validate_json(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        name = ".".join(map(str, first["loc"])) or "as a whole"
-        raise ShardError(f"{where}: {META}, {name}: {first['msg']}", "make or copy the shard anew") from None
-    check_key(meta.subject, f"{where}: {META}, subject")
-    if not (math.isfinite(meta.um_per_px) and meta.um_per_px > 0):
-        raise ShardError(f"{where}: {META}, um_per_px: {meta.um_per_px} is not a length")
-    if (meta.provenance is None) == (meta.source == "synthetic"):
-        raise ShardError(f"{where}: {META}, provenance: stands in synthetic samples, in each of them and in no other")
-    _check_prompt(meta, where)
-    return meta
 
 
 def _check_prompt(meta: TripleMeta, where: str) -> None:
