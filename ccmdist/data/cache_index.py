@@ -19,12 +19,13 @@ from ccmdist.ccm.prompts import NEGATIVE_PROMPT, TEMPLATE_VERSION
 from ccmdist.commit import commit_json, digest_of
 from ccmdist.config.data import DataSettings, Flip, PrecomputeConfig
 from ccmdist.config.loading import flat, resolved
-from ccmdist.data.manifest import ShardEntry
-from ccmdist.errors import CacheError
+from ccmdist.data.manifest import ShardEntry, read_manifest
+from ccmdist.errors import CacheError, ShardError
 
 CONTENT_VERSION = 1
 """Raised when the same settings give other contents: another rule of resizing, other views, other members."""
 FINGERPRINT = "fingerprint.json"
+UNKNOWN = "unknown"
 NUM_NAMED = 4
 DIGEST_LENGTH = 64
 
@@ -122,6 +123,22 @@ def read_fingerprint(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def source_set_digest(data: DataSettings, data_digest: str) -> str:
+    """Digest of the manifest whose samples a run trains on; "unknown" if what it was read from is not there any more.
+
+    Args:
+        data: The settings of the run.
+        data_digest: Identity of what is trained on: of a cache, or of the shard set itself.
+    """
+    found = read_fingerprint(data.cache / data_digest[:16])
+    if found and digest_of(found) == data_digest:  # another fingerprint would not speak for this cache
+        return str(found["shards"])
+    try:
+        return data_digest if read_manifest(data.shards).digest == data_digest else UNKNOWN
+    except (ShardError, OSError):
+        return UNKNOWN
 
 
 def index_path(folder: Path, shard: str) -> Path:

@@ -25,6 +25,7 @@ from ccmdist.commit import commit_bytes, committed_file, sync_folder, temporary_
 from ccmdist.config.loading import validate
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import log, tracked
+from ccmdist.data.cache_index import UNKNOWN
 from ccmdist.errors import AdapterError, ModelError
 from ccmdist.jobs.adapter_check import compare, linear_shapes
 from ccmdist.models.model_folder import REPOSITORIES, ModelFolder
@@ -58,8 +59,8 @@ def find(path: Path) -> AdapterState:
         return read_adapter(run.adapter)
     raise AdapterError(
         f"{path}: holds neither {WEIGHTS_FILE} nor a checkpoint that is whole",
-        "give the folder of an exported adapter, of a run, or of a checkpoint (runs/NAME/checkpoints/step-00001000), or "
-        "the file runs/NAME/best.json",
+        "give the folder of an exported adapter, of a run, or of a checkpoint (runs/NAME/checkpoints/step-00001000), "
+        "or the file runs/NAME/best.json",
     )
 
 
@@ -243,6 +244,9 @@ def _facts(checkpoint: Checkpoint, config: TrainConfig, quantity: str) -> dict[s
     names = ("base_digest", "data_digest", "config_digest", "step", "samples_seen")
     facts = {name: str(checkpoint.manifest[name]) for name in names}
     facts |= {
+        # Which subjects it has seen: an evaluation may test it on none of them.
+        "training_set_digest": str(checkpoint.manifest.get("training_set_digest", UNKNOWN)),
+        "training_split": "train",
         "image_size_px": str(config.data.image_size_px),
         "weights": "moving average" if quantity == "average" else "last",
         "base_in_training": config.base,

@@ -38,7 +38,7 @@ from ccmdist.models.sampling import GuidedVelocity, block_pass
 from ccmdist.models.staging import staged
 from ccmdist.precompute.fill import DTYPES
 from ccmdist.synthesis import base
-from ccmdist.synthesis.output import SyntheticSet
+from ccmdist.synthesis.output import SyntheticSet, training_of
 from ccmdist.synthesis.plan import UNTUNED, Plan, Request, base_of, make_plan, mask_sha256
 
 NUM_SHARDS_REMEMBERED = 2
@@ -98,7 +98,8 @@ def _begun(
         # Before the plan is written: one with an adapter that does not fit would stand in the way of the right one.
         _refuse_another_base(adapter, plan, config)
     base.refuse_small_card(config.out, model, plan.settings, adapter)
-    output = SyntheticSet(config.out, plan)
+    training = training_of(adapter.facts if adapter else None, read_manifest(config.data.shards))
+    output = SyntheticSet(config.out, plan, training)
     try:
         output.accept()
     except RunError:

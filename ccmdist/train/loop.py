@@ -19,6 +19,7 @@ from ccmdist.cluster.sections import Sections
 from ccmdist.config.loading import digest
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import log
+from ccmdist.data.cache_index import source_set_digest
 from ccmdist.errors import CheckpointError, RunError
 from ccmdist.train.checkpoint import CheckpointStore
 from ccmdist.train.engine import Engine, quiet_libraries, zero_config
@@ -108,7 +109,7 @@ class _Loop:
         """One optimizer step: all its micro-batches forward and backward, then the update."""
         fault_point("step", self.group.ranks.global_rank, step)
         lr = learning_rate(step, self.config.num_steps, self.config.optim)
-        active = self.objective.sets_of_step(step)
+        self.engine.begin_step(self.objective.sets_of_step(step), lr)
         losses, keys, start, waited = [], [], self.sections.now(), self.sections.totals["data_wait"]
         is_last = False
         while not is_last:
@@ -122,7 +123,7 @@ class _Loop:
             loss = loss * torch.where(losses[-1].isfinite(), 1.0, math.nan)
             is_last = self.engine.is_last_accumulation
             self.engine.backward(loss)
-            grad_norm = self.engine.step(active, lr)
+            grad_norm = self.engine.step()
         self.engine.update_average()
         self.objective.after_step()
         loss_mean, wait_s = sum(torch.stack(losses).tolist()) / len(losses), self.sections.totals["data_wait"] - waited
@@ -189,6 +190,7 @@ class _Loop:
             "config_digest": digest(self.config),
             "base_digest": self.objective.base_digest,
             "data_digest": self.objective.data_digest,
+            "training_set_digest": source_set_digest(self.config.data, self.objective.data_digest),
             "adam_steps": self.engine.adam_steps(),
             "has_average": self.config.optim.ema_decay is not None,
             "world_size": self.group.ranks.world_size,
