@@ -161,10 +161,11 @@ class Training:
 
     def step(self, batch: Batch) -> float:
         """One optimizer step of one micro-batch, as the training loop makes it; the loss."""
+        self.engine.begin_step(frozenset({ADAPTER_SET}), LR)
         loss = self.objective.loss(self.engine.module, batch)
         told = float(loss.detach())
         self.engine.backward(loss)
-        self.engine.step(frozenset({ADAPTER_SET}), LR)
+        self.engine.step()
         self.objective.after_step()
         return told
 

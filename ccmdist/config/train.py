@@ -1,15 +1,18 @@
 """Settings of a training run. What other values imply (world size, accumulation) is not a field."""
 
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, SerializerFunctionWrapHandler, Tag, model_serializer, model_validator
 
 from ccmdist.config.data import DataSettings
+from ccmdist.config.objectives import EditSettings, NetworkKind, ObjectiveSettings, SpadeSettings
 from ccmdist.config.settings import Settings, free
 
 QUANTIZED: Final = ("nf4", "int8")
 """Forms of the base that are not cut over ranks."""
+OF_EDIT: Final = ("adapter", "base", "activation_checkpointing", "tabulate_modulation")
+"""Fields that mean nothing where there is no frozen model; null, as a YAML file may say, is not set."""
 
 
 class WDLoRASettings(Settings):
@@ -111,11 +114,13 @@ class TimeoutSettings(Settings):
 
 
 class TrainConfig(Settings):
-    """`ccmdist train`: fine-tune an adapter on cached embeddings and latents."""
+    """`ccmdist train`: fine-tune an adapter on cached embeddings and latents, or train a baseline from scratch."""
 
     run: Path
     """Folder of the run: checkpoints, TensorBoard events, adapter, resolved config."""
     data: DataSettings
+    objective: ObjectiveSettings = EditSettings()
+    """What is learnt. Fields of an adapter and its base are those of `edit` alone."""
     adapter: AdapterSettings = WDLoRASettings()
     optim: OptimSettings = OptimSettings()
     num_steps: int = Field(1000, ge=1, le=10_000_000)
@@ -157,6 +162,41 @@ class TrainConfig(Settings):
         """Whether the frozen weights are held in 4 or 8 bits."""
         return self.base in QUANTIZED
 
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_of_edit_is_set_for_others(cls, values: Any) -> Any:
+        """Refuse what would be ignored; so a file that sets an adapter can be followed by one that sets it to null."""
+        if not isinstance(values, dict) or (kind := _objective_kind(values)) not in get_args(NetworkKind):
+            return values
+        given = [name for name in OF_EDIT if values.get(name) is not None]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)}: objective.kind {kind} has no frozen model; leave out, or set to null"
+            )
+        return {name: value for name, value in values.items() if name not in OF_EDIT}
+
+    @model_serializer(mode="wrap")
+    def _what_applies(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What applies. Settings of `edit` are written as before there were other objectives: so are their digests."""
+        values: dict[str, Any] = handler(self)
+        silent = ("objective",) if self.objective.kind == "edit" else OF_EDIT
+        return {name: value for name, value in values.items() if name not in silent}
+
+    @model_validator(mode="after")
+    def _settings_fit_the_objective(self) -> Self:
+        kind = self.objective.kind
+        if kind != "edit" and self.sharding not in ("auto", "zero3"):
+            raise ValueError(
+                f"sharding: {self.sharding}, but objective.kind {kind} has no frozen model; set it to auto"
+            )
+        if isinstance(self.objective, SpadeSettings):
+            _refuse_size(self.objective, self.data.image_size_px)
+            if self.sigma_sampling != "logit_normal" or self.validation.sigmas != ValidationSettings().sigmas:
+                raise ValueError(
+                    "sigma_sampling, validation.sigmas: objective.kind spade has no noise levels; leave out"
+                )
+        return self
+
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
         if self.global_batch_size % self.micro_batch_size:
@@ -172,3 +212,24 @@ class TrainConfig(Settings):
         if any(not 0 < sigma < 1 for sigma in self.validation.sigmas):
             raise ValueError(f"validation.sigmas {list(self.validation.sigmas)} must lie between 0 and 1")
         return self
+
+
+def _objective_kind(values: dict[str, Any]) -> str:
+    objective = values.get("objective") or {}
+    kind = objective.get("kind", "edit") if isinstance(objective, dict) else getattr(objective, "kind", "edit")
+    return str(kind)
+
+
+def _refuse_size(spade: SpadeSettings, size_px: int) -> None:
+    """Refuse images that the networks cannot halve as often as they do."""
+    if size_px % (factor := 2 ** len(spade.channels)) or size_px // factor < 2:
+        raise ValueError(
+            f"objective.channels: {len(spade.channels)} blocks double the image {len(spade.channels)} times, and "
+            f"data.image_size_px {size_px} is not {factor} times 2 or more"
+        )
+    layers = spade.discriminator_layers * spade.num_discriminators
+    if size_px < (smallest := 4 * 2**layers):
+        raise ValueError(
+            f"objective.discriminator_layers: the last discriminator has {layers} layers, which need images of "
+            f"{smallest} px (data.image_size_px {size_px})"
+        )

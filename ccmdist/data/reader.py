@@ -99,7 +99,7 @@ def sample_in(data: bytes, path: Path) -> Triple:
     Raises:
         ShardError: If it is not what a sample has to be.
     """
-    return next(_triples(BufferedReader(BytesIO(data)), path))  # type: ignore[arg-type]
+    return next(_triples(BufferedReader(BytesIO(data)), path))
 
 
 def read_keys(folder: Path, entry: ShardEntry) -> list[str]:

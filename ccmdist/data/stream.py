@@ -6,27 +6,45 @@ same for any number of workers. The stream knows its place from the step alone; 
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ccmdist.data.latent_cache import CacheEntry, LatentCache
+from ccmdist.data.cache_index import CacheEntry
 from ccmdist.data.order import Order
 from ccmdist.errors import CcmdistError
+
+
+class SampleSource(Protocol):
+    """Where samples are read: a latent cache, or the shards themselves."""
+
+    def read(self, entry: CacheEntry) -> dict[str, Tensor]:
+        """The tensors of a sample by name; of all samples of a cell they have the same shapes."""
+        ...
+
+
+def collated(source: SampleSource, entries: Sequence[CacheEntry]) -> dict[str, Any]:
+    """Tensors of some samples, stacked, with their ``keys`` and ``clinical_groups``."""
+    samples = [source.read(entry) for entry in entries]
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]} | {
+        "keys": [entry.key for entry in entries],
+        "clinical_groups": [entry.clinical_group for entry in entries],
+    }
 
 
 class SampleStream(IterableDataset):
     """Micro-batches of one rank, without end.
 
-    Each is a dictionary: ``prompt_embeds`` (B, L, D), ``image_latents`` and ``mask_latents`` (B, C, h, w), stacked
-    over the B samples of a cell; ``keys``; ``positions`` of the samples in the run, from which their randomness is
-    drawn; ``step`` and ``accumulation_index``.
+    Each is a dictionary of what the source holds of the B samples of a cell (of a latent cache ``prompt_embeds``
+    (B, L, D), ``image_latents`` and ``mask_latents`` (B, C, h, w)); ``keys`` and ``clinical_groups``; ``positions`` of
+    the samples in the run, from which their randomness is drawn; ``step`` and ``accumulation_index``.
 
     It is the source of a webdataset.DataPipeline, or is read by :func:`batches`.
 
     Args:
-        cache: Where samples are read.
+        source: Where samples are read.
         entries: The samples that ``order`` was made for.
         order: Of the run.
         global_batch_size: Samples per step over all ranks.
@@ -40,7 +58,7 @@ class SampleStream(IterableDataset):
 
     def __init__(
         self,
-        cache: LatentCache,
+        source: SampleSource,
         entries: Sequence[CacheEntry],
         order: Order,
         global_batch_size: int,
@@ -49,7 +67,7 @@ class SampleStream(IterableDataset):
         first_step: int = 0,
     ) -> None:
         super().__init__()
-        self.cache, self.entries, self.order = cache, entries, order
+        self.source, self.entries, self.order = source, entries, order
         self.share = (global_batch_size, global_rank, world_size)
         self.first_step = first_step
         self._cells_per_step = len(order.cells_of_step(first_step, *self.share))
@@ -65,10 +83,8 @@ class SampleStream(IterableDataset):
     def _batch(self, step: int, accumulation_index: int) -> dict[str, Any]:
         cell = self.order.cells_of_step(step, *self.share)[accumulation_index]
         entries = [self.entries[index] for index in self.order.cell(cell)]
-        samples = [self.cache.read(entry) for entry in entries]
         first = cell * self.order.micro_batch_size
-        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]} | {
-            "keys": [entry.key for entry in entries],
+        return collated(self.source, entries) | {
             "positions": list(range(first, first + len(entries))),
             "step": step,
             "accumulation_index": accumulation_index,

@@ -26,7 +26,7 @@ from ccmdist.jobs.adapter import adapter_of
 from ccmdist.jobs.train import refuse_missing_libraries
 from ccmdist.train.checkpoint import newest_valid
 from ccmdist.train.loop import train
-from ccmdist.train.objectives.edit import EditObjective
+from ccmdist.train.objectives.choice import objective_of
 from ccmdist.train.sharding import settle_sharding
 
 
@@ -90,7 +90,7 @@ class _Rank:
         with self.sections("startup"):
             refuse_missing_libraries(config)
             config = settle_sharding(config, group)
-            objective = EditObjective(config, group)
+            objective = objective_of(config, group)
         outcome = train(config, objective, group, self.folder, stop, self.ledger)
         with self.sections("checkpoint", outcome.step):
             if ranks.is_first:

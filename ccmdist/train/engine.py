@@ -111,19 +111,27 @@ class Engine:
         """This rank's slices: views of the optimizer's state, or copies where it holds it in 8 bits."""
         return self._slices(self._quantities())
 
+    def begin_step(self, active_sets: frozenset[str], lr: float) -> None:
+        """Let the optimizer step that begins train these parameter sets, and no other, with this learning rate.
+
+        The others get no gradients, so they have no part in the norm by which gradients are clipped.
+        """
+        self.optimizer.active = active_sets
+        self.optimizer.set_lr(lr)
+        for name, parameters in self.parameter_sets.items():
+            for parameter in parameters.values():
+                parameter.requires_grad_(name in active_sets)
+
     def backward(self, loss_: torch.Tensor) -> None:
         """Accumulate gradients of ``loss_``, divided by the number of accumulations. Collective."""
         self.module.backward(loss_)
 
-    def step(self, active_sets: frozenset[str] | None = None, lr: float = 0.0) -> float:
+    def step(self) -> float:
         """End one micro-step; at the last of an optimizer step clip, update, and return the gradient norm, else 0.
 
         Collective. Every micro-step ends with this call. When the norm of all ranks' gradients is not finite,
         no rank updates anything and the norm is infinite.
         """
-        if active_sets is not None:
-            self.optimizer.active = active_sets
-            self.optimizer.set_lr(lr)
         is_last = self.is_last_accumulation
         self.module.step()
         if not is_last:
@@ -138,11 +146,12 @@ class Engine:
         return self.module.is_gradient_accumulation_boundary()
 
     def update_average(self) -> None:
-        """Let the moving average follow the parameters by one step."""
+        """Let the moving averages of the sets that were trained follow their parameters by one step."""
         if self._ema_decay is not None:
             flats = self._flat_by_set()
-            weights = [self._places[name].of(flats) for name in self._averages]
-            update_average(self._averages.values(), weights, self._ema_decay)
+            moved = [name for name in self._averages if self._places[name].set_name in self.optimizer.active]
+            weights = [self._places[name].of(flats) for name in moved]
+            update_average([self._averages[name] for name in moved], weights, self._ema_decay)
 
     def adam_steps(self) -> dict[str, int]:
         """How often each parameter set has been updated."""

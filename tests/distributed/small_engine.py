@@ -11,10 +11,10 @@ def built(group, world, *overrides):
     from ccmdist.config.loading import load
     from ccmdist.config.train import TrainConfig
     from ccmdist.train.engine import Engine, zero_config
-    from ccmdist.train.objectives.edit import EditObjective
+    from ccmdist.train.objectives.choice import objective_of
 
     config = load(TrainConfig, [], ["run=unused", *data_overrides(Path(world)), *SETTINGS, *overrides])
-    objective = EditObjective(config, group)
+    objective = objective_of(config, group)
     model = objective.build(zero_config(config, group.ranks.world_size, group.ranks_per_node))
     return config, objective, Engine(model, objective.parameter_sets(), config, group)
 
@@ -26,11 +26,12 @@ def steps(config, objective, engine, first, stop, lr=1e-2):
     batches = iter(objective.batches(first))
     for step in range(first, stop):
         is_last = False
+        engine.begin_step(objective.sets_of_step(step), lr)
         while not is_last:
             loss = objective.loss(engine.module, next(batches))
             is_last = engine.is_last_accumulation
             engine.backward(loss)
-            norm = engine.step(objective.sets_of_step(step), lr)
+            norm = engine.step()
             told.append((float(loss.detach()), norm if is_last else None))
         objective.after_step()
     return told

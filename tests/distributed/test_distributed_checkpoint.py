@@ -43,11 +43,12 @@ def one_step(engine, group, step, active=("first", "second")):
     source = torch.Generator().manual_seed(step)
     x, y = torch.randn(BATCH, 5, generator=source), torch.randn(BATCH, 3, generator=source)
     losses = []
+    engine.begin_step(frozenset(active), 1e-2)
     for index in range(rank, BATCH, world):
         loss = (engine.module(x[index : index + 1]) - y[index : index + 1]).square().mean()
         losses.append(float(loss.detach()))
         engine.backward(loss)
-        engine.step(frozenset(active), 1e-2)
+        engine.step()
     engine.update_average()
     return group.total([sum(losses) / BATCH])[0]
 
@@ -109,9 +110,10 @@ def nonfinite_on_one_rank(group):
     one_step(engine, group, 0)
     before = {name: p.values["weight"].clone() for name, p in engine.local.items()}
     loss = engine.module(torch.ones(1, 5)).sum() * (float("nan") if group.ranks.global_rank == 1 else 1.0)
+    engine.begin_step(frozenset({"first", "second"}), 1e-2)
     for _ in range(BATCH // group.ranks.world_size):
         engine.backward(loss * 1.0 if engine.is_last_accumulation else engine.module(torch.ones(1, 5)).sum())
-        norm = engine.step(frozenset({"first", "second"}), 1e-2)
+        norm = engine.step()
     same = all(torch.equal(p.values["weight"], before[name]) for name, p in engine.local.items())
     after = one_step(engine, group, 2)
     return same and norm == float("inf") and after == after

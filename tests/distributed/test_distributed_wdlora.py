@@ -54,9 +54,10 @@ def partitioned(group, path, recompute):
     engine = Engine(model, {"adapter": linears.parameters}, config, group)
     told = []
     for step in range(NUM_STEPS):
+        engine.begin_step(frozenset({"adapter"}), LR)
         loss = loss_of(engine.module, group.ranks.global_rank, step)
         engine.backward(loss)
-        told.append((float(loss), engine.step(frozenset({"adapter"}), LR)))
+        told.append((float(loss), engine.step()))
         linears.advance()
     slices = {name: (local.start, local.values["weight"].clone()) for name, local in engine.local.items()}
     return told, slices

@@ -1,0 +1,74 @@
+"""What can be learnt, and the settings of each: a tagged union whose tag, `kind`, is also the name of a baseline."""
+
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from ccmdist.config.settings import Settings
+
+ObjectiveKind = Literal["edit", "spade", "maisi"]
+NetworkKind = Literal["spade", "maisi"]
+"""Objectives that train a network of their own from scratch, instead of an adapter on a frozen model."""
+
+
+class EditSettings(Settings):
+    """An adapter on Qwen-Image-Edit; its settings are `adapter`, `base` and the fields beside them."""
+
+    kind: Literal["edit"] = "edit"
+
+
+class SpadeSettings(Settings):
+    """A SPADE GAN from scratch: MONAI's generator and patch discriminators, on pixels. The sizes are ours."""
+
+    kind: Literal["spade"] = "spade"
+    channels: tuple[int, ...] = Field((256, 256, 128, 64, 32), min_length=2, max_length=8)
+    """Of the generator's blocks, each of which doubles the size of the image."""
+    norm_channels: int = Field(64, ge=1)
+    """Hidden channels of each spatially adaptive normalisation."""
+    noise_dim: int = Field(128, ge=1)
+    """Length of the noise from which an image is drawn: one mask has many images."""
+    discriminator_channels: int = Field(32, ge=1)
+    discriminator_layers: int = Field(2, ge=1)
+    """Of the first; the next has twice as many, and MONAI doubles the channels with each layer."""
+    num_discriminators: int = Field(2, ge=1, le=4)
+    feature_matching: float = Field(10.0, ge=0)
+    """Weight of the distance between real and drawn images in the discriminators' features."""
+
+
+class MaisiSettings(Settings):
+    """A MAISI-style latent diffusion from scratch: MONAI's U-Net, on the cached latents. Sizes as of MAISI's own."""
+
+    kind: Literal["maisi"] = "maisi"
+    channels: tuple[int, ...] = Field((64, 128, 256, 512), min_length=1, max_length=6)
+    """Of the levels of the U-Net, each half as large as the one before; multiples of 32."""
+    num_res_blocks: int = Field(2, ge=1)
+    num_attention_levels: int = Field(2, ge=0)
+    """The deepest levels attend."""
+    head_channels: int = Field(32, ge=1)
+    null_fraction: float = Field(0.1, ge=0, lt=1)
+    """Of training samples whose clinical group is withheld, so that there is something to guide away from. Ours."""
+
+    @model_validator(mode="after")
+    def _channels_fit_norms_and_heads(self) -> Self:
+        if bad := [count for count in self.channels if count % NORM_GROUPS]:
+            raise ValueError(f"channels: {bad[0]} is not a multiple of {NORM_GROUPS}, the groups of its norms")
+        attending = self.channels[-max(self.num_attention_levels, 1) :]  # the middle block always attends
+        if bad := [count for count in attending if count % self.head_channels]:
+            raise ValueError(f"head_channels: {bad[0]} channels do not divide into heads of {self.head_channels}")
+        return self
+
+
+NORM_GROUPS: Final = 32
+
+
+def _kind(values: Any) -> str:
+    kind = values.get("kind", "edit") if isinstance(values, dict) else getattr(values, "kind", "edit")
+    return str(kind)
+
+
+ObjectiveSettings = Annotated[
+    Annotated[EditSettings, Tag("edit")]
+    | Annotated[SpadeSettings, Tag("spade")]
+    | Annotated[MaisiSettings, Tag("maisi")],
+    Discriminator(_kind),
+]

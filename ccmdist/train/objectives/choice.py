@@ -1,0 +1,43 @@
+"""Which objective a run learns: the one table. What an objective needs is imported when it is chosen."""
+
+from collections.abc import Callable
+from typing import Final
+
+from ccmdist.cluster.process_group import ProcessGroup
+from ccmdist.config.objectives import ObjectiveKind
+from ccmdist.config.train import TrainConfig
+from ccmdist.train.objectives.objective import Objective
+
+
+def objective_of(config: TrainConfig, group: ProcessGroup) -> Objective:
+    """The objective that the settings name, its data opened and no weights read yet.
+
+    Raises:
+        CcmdistError: If its data are not there or do not fit.
+    """
+    return OBJECTIVES[config.objective.kind](config, group)
+
+
+def _edit(config: TrainConfig, group: ProcessGroup) -> Objective:
+    from ccmdist.train.objectives.edit import EditObjective
+
+    return EditObjective(config, group)
+
+
+def _spade(config: TrainConfig, group: ProcessGroup) -> Objective:
+    from ccmdist.train.objectives.spade import SpadeObjective
+
+    return SpadeObjective(config, group)
+
+
+def _maisi(config: TrainConfig, group: ProcessGroup) -> Objective:
+    from ccmdist.train.objectives.maisi import MaisiObjective
+
+    return MaisiObjective(config, group)
+
+
+OBJECTIVES: Final[dict[ObjectiveKind, Callable[[TrainConfig, ProcessGroup], Objective]]] = {
+    "edit": _edit,
+    "spade": _spade,
+    "maisi": _maisi,
+}
