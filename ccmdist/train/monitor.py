@@ -89,7 +89,8 @@ class Monitor:
         self.ledger.flush(done)
         self._add_scalars(done, scalars | objective.describe() | self._goodput())
         sigmas = objective.drawn_sigmas()
-        self._write(lambda w: w.add_histogram("sigma", sigmas, done))
+        if len(sigmas):  # none where there is no flow
+            self._write(lambda w: w.add_histogram("sigma", sigmas, done))
 
     def add_losses(self, done: int, losses: dict[str, float]) -> None:
         """Write held-out losses. Local."""

@@ -25,7 +25,9 @@ def settle_sharding(config: TrainConfig, group: ProcessGroup) -> TrainConfig:
         ConfigError: If zero3_hpz is asked for where nodes have one rank, or not all the same number; or if ``auto``
             finds nothing that fits.
     """
-    if config.sharding == "auto":
+    if config.objective.kind != "edit":
+        mode = Mode("zero3", "no weights are frozen")
+    elif config.sharding == "auto":
         mode = _chosen(config, group)
     else:
         mode = mode_as_set(config.sharding, group.ranks.world_size, group.ranks_per_node)

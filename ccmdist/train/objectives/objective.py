@@ -62,5 +62,5 @@ class Objective(Protocol):
         ...
 
     def drawn_sigmas(self) -> torch.Tensor:
-        """Noise levels drawn by this rank since the last call."""
+        """Noise levels drawn by this rank since the last call; empty where there are none."""
         ...

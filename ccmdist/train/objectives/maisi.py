@@ -1,0 +1,96 @@
+"""MAISI-style latent diffusion from scratch, trained by rectified flow on the same cached latents as the adapter.
+
+Shape suffixes: B samples, S packed latent tokens, C channels.
+"""
+
+from typing import Any, Final
+
+import torch
+
+from ccmdist.cluster.process_group import ProcessGroup
+from ccmdist.commit import digest_of
+from ccmdist.config.objectives import MaisiSettings
+from ccmdist.config.train import TrainConfig
+from ccmdist.data.shard_samples import ShardSamples
+from ccmdist.diffusion import flow
+from ccmdist.diffusion.seeding import generator
+from ccmdist.errors import ConfigError
+from ccmdist.models import maisi
+from ccmdist.train.objectives.latent_flow import LatentFlow
+from ccmdist.train.objectives.objective import Batch
+
+NETWORK_SET: Final = "network"
+
+
+class MaisiObjective(LatentFlow):
+    """Learns ``noise - x`` given the mask's latents, the clinical group and the size of a pixel; all in fp32."""
+
+    dtype = torch.float32
+
+    def __init__(self, config: TrainConfig, group: ProcessGroup) -> None:
+        """Open the cache, and the shards for the size of their pixels.
+
+        Raises:
+            CacheError: If the cache is missing or was made for something else.
+            ShardError: If a tar of the shard set is not the one that its manifest names.
+            ConfigError: If latents cannot be halved as often as the U-Net does, there are too few samples, or the
+                batch does not divide.
+        """
+        super().__init__(config, group)
+        assert isinstance(config.objective, MaisiSettings), config.objective
+        self.settings = config.objective
+        if self.latent_hw[0] % (factor := 2 ** (len(self.settings.channels) - 1)):
+            raise ConfigError(
+                f"objective.channels: {len(self.settings.channels)} levels halve latents of {self.latent_hw[0]} "
+                f"{len(self.settings.channels) - 1} times, which {factor} does not divide",
+                "use fewer levels, or another data.image_size_px",
+            )
+        self.um_per_px = ShardSamples(config.data).um_per_px
+        encoders = self.folder.encoder_identity()
+        self.base_digest = digest_of([encoders["vae_config"], encoders["vae_weights"]])
+
+    def build(self, zero_config: dict[str, Any]) -> torch.nn.Module:
+        """The U-Net, every weight of it trained; the engine cuts it over the ranks."""
+        self.network = maisi.make_maisi(self.settings, self.config.seed).to(self.group.device).train()
+        return self.network
+
+    def parameter_sets(self) -> dict[str, dict[str, torch.nn.Parameter]]:
+        """One set: the network."""
+        return {NETWORK_SET: dict(self.network.named_parameters())}
+
+    def sets_of_step(self, step: int) -> frozenset[str]:
+        """Every step trains the network."""
+        return frozenset({NETWORK_SET})
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """As of every flow; from some samples, chosen by their position in the run, the group is withheld."""
+        groups = [
+            None if self._is_withheld(position) else group
+            for position, group in zip(batch["positions"], batch["clinical_groups"], strict=True)
+        ]
+        return super().loss(model, batch | {"clinical_groups": groups})
+
+    def after_step(self) -> None:
+        """Nothing depends on the weights but what is computed with them."""
+
+    def describe(self) -> dict[str, float]:
+        """No figures beside the losses."""
+        return {}
+
+    def _is_withheld(self, position: int) -> bool:
+        source = generator(self.config.seed, "withheld group", position)
+        return float(torch.rand((), generator=source)) < self.settings.null_fraction
+
+    def _velocity(
+        self, model: torch.nn.Module, batch: Batch, latents_BSC: torch.Tensor, sigma_B: torch.Tensor
+    ) -> torch.Tensor:
+        device = self.group.device
+        predicted_BChw = maisi.velocity(
+            model,
+            flow.unpack_latents(latents_BSC.to(device, self.dtype), *self.latent_hw),
+            batch["mask_latents"].to(device, self.dtype),
+            maisi.classes(batch["clinical_groups"]).to(device),
+            torch.tensor([self.um_per_px[key] for key in batch["keys"]], device=device),
+            sigma_B.to(device),
+        )
+        return flow.pack_latents(predicted_BChw)

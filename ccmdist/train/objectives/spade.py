@@ -1,0 +1,197 @@
+"""SPADE from scratch: a generator and its discriminators take turns, step by step, on pixels read from the shards.
+
+Shape suffixes: B samples, K channels of the label map, H W rows and columns, Z length of the noise.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from ccmdist.cluster.preemption import ignore_stop_signals
+from ccmdist.cluster.process_group import ProcessGroup
+from ccmdist.config.objectives import SpadeSettings
+from ccmdist.config.train import TrainConfig
+from ccmdist.data.cache_index import CacheEntry
+from ccmdist.data.order import Order
+from ccmdist.data.shard_samples import ShardSamples
+from ccmdist.data.stream import SampleStream, batches, collated
+from ccmdist.diffusion.seeding import generator
+from ccmdist.models import spade
+from ccmdist.train.objectives.latent_flow import shared_by_ranks, spread_over
+from ccmdist.train.objectives.objective import Batch
+
+GENERATOR_SET: Final = "generator"
+DISCRIMINATOR_SET: Final = "discriminator"
+NO_BASE: Final = "none"
+"""Identity of frozen weights where there are none."""
+FIGURES: Final = ("generator/adversarial", "generator/features", "discriminator/real", "discriminator/drawn")
+
+
+class PixelSource:
+    """Images and masks of shards as tensors."""
+
+    def __init__(self, samples: ShardSamples) -> None:
+        """Read ``samples`` when they are asked for."""
+        self._samples = samples
+
+    def read(self, entry: CacheEntry) -> dict[str, torch.Tensor]:
+        """``images`` (1, H, W), float32 in [-1, 1], and ``nerve_masks`` (H, W), bool.
+
+        Raises:
+            ShardError: If the sample has changed since the run began.
+        """
+        triple = self._samples.triple(entry)
+        image = torch.from_numpy(triple.image.astype(np.float32) / 127.5 - 1)
+        return {"images": image[None], "nerve_masks": torch.from_numpy(triple.nerve_mask.copy())}
+
+
+class _Pair(torch.nn.Module):
+    """Both networks as one model, as the engine wants it."""
+
+    def __init__(self, drawing: torch.nn.Module, judging: torch.nn.Module) -> None:
+        super().__init__()
+        self.generator, self.discriminator = drawing, judging
+
+    def forward(self, labels_BKHW: torch.Tensor, noise_BZ: torch.Tensor, images_B1HW: torch.Tensor | None) -> Any:
+        """Drawn images and, if there are real ones beside them, how real and drawn ones are judged.
+
+        Real and drawn images are judged in one pass: under ZeRO-3 a step uses each weight once.
+        """
+        drawn_B1HW = self.generator(labels_BKHW, noise_BZ)
+        if images_B1HW is None:
+            return drawn_B1HW
+        both = torch.cat([images_B1HW, drawn_B1HW]), torch.cat([labels_BKHW, labels_BKHW])
+        return spade.halves(*spade.judged(self.discriminator, *both))
+
+
+class SpadeObjective:
+    """Even steps train the discriminators, odd ones the generator; all in fp32. A step sees samples of its own."""
+
+    def __init__(self, config: TrainConfig, group: ProcessGroup) -> None:
+        """Look through the shards and plan the order. Neither the cache nor the model folder is needed.
+
+        Raises:
+            ShardError: If a tar of the shard set is not the one that its manifest names.
+            ConfigError: If there are too few samples, or the batch does not divide over the ranks.
+        """
+        assert isinstance(config.objective, SpadeSettings), config.objective
+        self.config, self.group, self.settings = config, group, config.objective
+        self.samples = ShardSamples(config.data)
+        self.source = PixelSource(self.samples)
+        self.entries = self.samples.entries("train")
+        self.order = Order(self.entries, config.seed, config.micro_batch_size, config.balance, config.shuffle_window)
+        self.order.cells_of_step(0, config.global_batch_size, group.ranks.global_rank, group.ranks.world_size)
+        self.base_digest = NO_BASE
+
+        self.data_digest = self.samples.digest
+        self._figures: dict[str, list[torch.Tensor]] = {name: [] for name in FIGURES}
+
+    def build(self, zero_config: dict[str, Any]) -> torch.nn.Module:
+        """Both networks, every weight of them trained; the engine cuts them over the ranks."""
+        size_px, seed = self.config.data.image_size_px, self.config.seed
+        drawing = spade.make_generator(self.settings, size_px, seed)
+        judging = spade.make_discriminators(self.settings, size_px, seed)
+        self.model = _Pair(drawing, judging).to(self.group.device).train()
+        return self.model
+
+    def parameter_sets(self) -> dict[str, dict[str, torch.nn.Parameter]]:
+        """Two sets, of which each step trains one."""
+        networks = {GENERATOR_SET: self.model.generator, DISCRIMINATOR_SET: self.model.discriminator}
+        return {
+            name: {f"{name}.{parameter}": value for parameter, value in network.named_parameters()}
+            for name, network in networks.items()
+        }
+
+    def sets_of_step(self, step: int) -> frozenset[str]:
+        """The discriminators first, for an untrained judge teaches nothing."""
+        return frozenset({GENERATOR_SET if step % 2 else DISCRIMINATOR_SET})
+
+    def batches(self, first_step: int) -> Iterable[Batch]:
+        """This rank's micro-batches from ``first_step`` on."""
+        ranks = self.group.ranks
+        share = (self.config.global_batch_size, ranks.global_rank, ranks.world_size)
+        stream = SampleStream(self.source, self.entries, self.order, *share, first_step)
+        return batches(stream, self.config.num_loader_workers, ignore_stop_signals)
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """The loss of the networks that the step of the batch trains."""
+        device = self.group.device
+        noise_BZ = self._noise("train", batch["positions"])
+        real, drawn = model(self._labels(batch), noise_BZ, batch["images"].to(device))
+        if GENERATOR_SET not in self.sets_of_step(batch["step"]):
+            self._note("discriminator/real", torch.stack([scores.mean() for scores in real[0]]).mean())
+            self._note("discriminator/drawn", torch.stack([scores.mean() for scores in drawn[0]]).mean())
+            return spade.discriminator_loss(real[0], drawn[0])
+        adversarial, features = spade.generator_loss(drawn[0]), spade.feature_distance(real[1], drawn[1])
+        self._note("generator/adversarial", adversarial)
+        self._note("generator/features", features)
+        return adversarial + self.settings.feature_matching * features
+
+    def after_step(self) -> None:
+        """Nothing depends on the weights but what is computed with them."""
+
+    def validate(self, model: torch.nn.Module) -> dict[str, float]:
+        """Mean absolute difference of drawn from real held-out images, in [0, 2]. Collective.
+
+        The discriminators move with the generator, so losses by them cannot be compared from step to step.
+        """
+        entries = spread_over(self.samples.entries("val"), self.config.validation.num_samples)
+        total = 0.0
+        for entry, weight in shared_by_ranks(entries, self.group):
+            batch = collated(self.source, [entry])
+            drawn = self._drawn(model, batch)
+            total += weight * float((drawn - batch["images"].to(drawn)).abs().mean())
+        return {"l1": self.group.total([total])[0] / len(entries)} if entries else {}
+
+    def describe(self) -> dict[str, float]:
+        """Means since the last call: the parts of the generator's loss, and the scores of real and drawn images."""
+        noted, self._figures = self._figures, {name: [] for name in FIGURES}
+        sums = self.group.total([float(sum(values)) for values in noted.values()])
+        counts = self.group.total([float(len(values)) for values in noted.values()])
+        return {name: total / count for name, total, count in zip(FIGURES, sums, counts, strict=True) if count}
+
+    def images(self, model: torch.nn.Module) -> torch.Tensor | None:
+        """Rows of mask, real and drawn image for some held-out samples, on rank 0. Collective."""
+        num_images = self.config.monitor.num_images
+        entries = spread_over(self.samples.entries("val"), num_images) or self.entries[:num_images]
+        rows = []
+        for entry in entries:
+            batch = collated(self.source, [entry])
+            rows.append(_row(batch, self._drawn(model, batch).cpu()))
+        return torch.cat(rows) if self.group.ranks.is_first else None
+
+    def first_batch_image(self) -> torch.Tensor:
+        """Rows of mask and image of the first samples of the run; local."""
+        chosen = self.order.cell(0)[: self.config.monitor.num_images]
+        return torch.cat([_row(collated(self.source, [self.entries[index]])) for index in chosen])
+
+    def drawn_sigmas(self) -> torch.Tensor:
+        """No noise levels."""
+        return torch.empty(0)
+
+    def _drawn(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        drawn: torch.Tensor = model(self._labels(batch), self._noise("images", batch["keys"]), None)
+        return drawn
+
+    def _labels(self, batch: Batch) -> torch.Tensor:
+        return spade.label_map(batch["nerve_masks"].to(self.group.device), batch["clinical_groups"])
+
+    def _noise(self, purpose: str, places: Sequence[int | str]) -> torch.Tensor:
+        """Noise of each sample, whichever rank it falls to, (B, Z)."""
+        sources = [generator(self.config.seed, purpose, place) for place in places]
+        drawn = [torch.randn(self.settings.noise_dim, generator=source) for source in sources]
+        return torch.stack(drawn).to(self.group.device)
+
+    def _note(self, name: str, value: torch.Tensor) -> None:
+        self._figures[name].append(value.detach())  # looked at when it is told: the host never waits for it here
+
+
+def _row(batch: Batch, *drawn_B1HW: torch.Tensor) -> torch.Tensor:
+    """Mask, image and whatever was drawn of one sample side by side, uint8 (H, W)."""
+    mask = batch["nerve_masks"][0].to(torch.uint8) * 255
+    pictures = [
+        ((image[0, 0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8) for image in (batch["images"], *drawn_B1HW)
+    ]
+    return torch.cat([mask, *pictures], dim=1)
