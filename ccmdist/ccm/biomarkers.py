@@ -19,7 +19,7 @@ from scipy.sparse.csgraph import dijkstra
 from ccmdist.ccm.skeleton import Bools, Branch, Floats, NerveGraph, nerve_graph
 from ccmdist.ccm.units import frame_area_mm2
 
-BIOMARKERS_VERSION: Final = "accmetrics-style-1"
+BIOMARKERS_VERSION: Final = "accmetrics-style-2"
 BORDER_BAND: Final = 0.05
 """A main nerve begins and ends this close to the border, as a fraction of the frame's edge."""
 MIN_SPAN: Final = 0.5
@@ -30,26 +30,32 @@ CHORD_STEP_UM: Final = 10.0
 
 @dataclass(frozen=True)
 class Biomarkers:
-    """What is counted and measured on one frame; densities are per area of the frame."""
+    """What is counted and measured on one frame. Densities are per area of the whole frame, H W um_per_px^2."""
 
     cnfd: float
-    """Nerve fibre density: main nerves per mm2, see :func:`main_nerves`."""
+    """Corneal nerve fibre density, no./mm2: main nerves over area; what a main nerve is, see :func:`main_nerves`."""
     cnbd: float
-    """Nerve branch density: branch points on main nerves per mm2. A crossing counts as one."""
+    """Corneal nerve branch density, no./mm2: branch points on main nerves over area. A branch point is a node of the
+    centreline in which three or more branches meet, those within MERGED_PX taken as one; a crossing counts once."""
     cnfl: float
-    """Nerve fibre length density: length of all nerves in mm per mm2, along the smoothed centreline."""
+    """Corneal nerve fibre length density, mm/mm2: length of all nerves, main and other, over area. Along the smoothed
+    centreline and up to where nerves end, see :mod:`~ccmdist.ccm.nerve_paths`; what two crossing nerves share counts
+    twice."""
     cnfl_chain_code: float
-    """The same by counting pixel steps of 1 and sqrt(2), which reads straight lines up to 8 % long."""
+    """The same in mm/mm2 by counting pixel steps of 1 and sqrt(2): straight lines read up to 8 % long, 4.5 % on average
+    over angles."""
     ctbd: float
-    """Total branch density: all branch points per mm2."""
+    """Corneal total branch density, no./mm2: all branch points over area, on main nerves or not."""
     cnfa: float
-    """Nerve fibre area: fraction of the frame that the mask covers, mm2 per mm2."""
+    """Corneal nerve fibre area, mm2/mm2: the fraction of the frame that the mask covers."""
     cnfw_um: float
-    """Mean nerve fibre width in um: area of the mask over the length of its centreline. NaN without a nerve."""
+    """Corneal nerve fibre width, um: area of the mask over length of its nerves, dust left out. NaN without a nerve."""
     cnfrd: float
-    """Fractal dimension of the mask by box counting, see :func:`box_dimension`. NaN without a nerve."""
+    """Corneal nerve fractal dimension, no unit: of the mask by box counting, see :func:`box_dimension`. NaN without a
+    nerve."""
     tortuosity: float
-    """Mean over main nerves of :func:`tortuosity_coefficient`, no unit. NaN without a main nerve."""
+    """Mean over main nerves of :func:`tortuosity_coefficient`, no unit: 0 for straight ones. NaN without a main
+    nerve."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def biomarkers(nerve_mask: Bools, um_per_px: float) -> Biomarkers:
     graph = nerve_graph(_canonical_view(nerve_mask))
     height_px, width_px = nerve_mask.shape
     area_mm2 = frame_area_mm2(height_px, width_px, um_per_px)
-    length_px = sum(branch.length_px for branch in graph.branches)
+    length_px = graph.length_px
     mains = main_nerves(graph)
     on_mains = {node for nerve in mains for node in nerve.nodes if graph.num_branches_at[node] >= 3}
     courses = [tortuosity_coefficient(nerve.path_px * um_per_px) for nerve in mains]
@@ -110,7 +116,7 @@ def biomarkers(nerve_mask: Bools, um_per_px: float) -> Biomarkers:
         cnfd=len(mains) / area_mm2,
         cnbd=len(on_mains) / area_mm2,
         cnfl=length_px * um_per_px / 1000 / area_mm2,
-        cnfl_chain_code=sum(branch.chain_code_px for branch in graph.branches) * um_per_px / 1000 / area_mm2,
+        cnfl_chain_code=graph.chain_code_px * um_per_px / 1000 / area_mm2,
         ctbd=int((graph.num_branches_at >= 3).sum()) / area_mm2,
         cnfa=float(nerve_mask.mean()),
         cnfw_um=_area_px(_canonical_view(nerve_mask), graph) / length_px * um_per_px if length_px else float("nan"),

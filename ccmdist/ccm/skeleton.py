@@ -10,21 +10,20 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter1d, label
+from scipy.ndimage import label
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
+
+from ccmdist.ccm.nerve_paths import Bools, Floats, ended, half_widths, smoothed
 
 MIN_PIECE_PX: Final = 10
 """Pixels below which a connected piece of centreline is dust and not a nerve."""
 MAX_SPUR_PX: Final = 5
 """Length up to which a dead end beside a branch point is an artefact of the thinning."""
-MERGED_PX: Final = 6.0
-"""Branch points that lie this close along a branch are one: a crossing is thinned to two forks."""
-SMOOTHING_PX: Final = 2.0
-"""Standard deviation, in pixels along the branch, by which a path is smoothed before its length is taken."""
+MERGED_PX: Final = 8.0
+"""Branch points that lie this close along a branch are one: a crossing is thinned to two forks, and where two nerves
+touch they share a few pixels."""
 
-Bools = NDArray[np.bool_]
-Floats = NDArray[np.float64]
 Pixel = tuple[int, int]
 _NEIGHBOURS: Final = tuple((row, column) for row in (-1, 0, 1) for column in (-1, 0, 1) if row or column)
 _EIGHT_NEIGHBOURS: Final = np.ones((3, 3), bool)
@@ -37,9 +36,12 @@ class Branch:
     nodes: tuple[int, int]
     """Equal for a ring, and for the short piece inside a crossing."""
     path_px: Floats
-    """Smoothed points (K, 2) as (row, column), from the first node to the second."""
+    """Smoothed points (K, 2) as (row, column), from the first node to the second; a dead end lies where the nerve
+    ends, see :func:`~ccmdist.ccm.nerve_paths.ended`."""
     chain_code_px: float
     """Length counted as 1 per straight and sqrt(2) per diagonal step: 4.5 % long on average over angles."""
+    num_nerves: int = 1
+    """2 for the short piece inside a crossing, which belongs to both of the nerves that cross."""
 
     @property
     def length_px(self) -> float:
@@ -58,6 +60,16 @@ class NerveGraph:
     """(N, 2) as (row, column)."""
     num_branches_at: NDArray[np.int64]
     """(N,): branch ends that meet in a node; 1 is an end of a nerve, 3 or more a branch point."""
+
+    @property
+    def length_px(self) -> float:
+        """Length of all nerves along their smoothed paths."""
+        return sum(branch.num_nerves * branch.length_px for branch in self.branches)
+
+    @property
+    def chain_code_px(self) -> float:
+        """The same by counting pixel steps, without what was done to the ends."""
+        return sum(branch.num_nerves * branch.chain_code_px for branch in self.branches)
 
 
 def nerve_graph(nerve_mask: Bools) -> NerveGraph:
@@ -83,18 +95,37 @@ def nerve_graph(nerve_mask: Bools) -> NerveGraph:
     totals = np.stack(
         [np.bincount(merged, weights=position_px[:, axis], minlength=num_nodes) for axis in (0, 1)], axis=1
     )
+    node_px = totals / np.bincount(merged, minlength=num_nodes)[:, None]
     # The short piece inside a crossing has both ends in one node and is no arm of it; nor does a ring have an end.
     arms = merged[nodes][merged[nodes[:, 0]] != merged[nodes[:, 1]]]
+    num_branches_at = np.bincount(arms.ravel(), minlength=num_nodes)
+    # Both of the nerves that cross go through it.
+    is_shared = (merged[nodes[:, 0]] == merged[nodes[:, 1]]) & (nodes[:, 0] != nodes[:, 1])
+    is_shared &= num_branches_at[merged[nodes[:, 0]]] >= 4
+    paths_px = [smoothed(np.asarray(skeleton.path_coordinates(index), float)) for index in range(len(ends))]
+    _end(paths_px, merged[nodes], num_branches_at, half_widths(nerve_mask))
+    for (first, second), path_px in zip(merged[nodes], paths_px, strict=True):
+        for node, tip_px in ((first, path_px[0]), (second, path_px[-1])):
+            if num_branches_at[node] == 1:
+                node_px[node] = tip_px
     branches = tuple(
-        Branch((int(first), int(second)), _smoothed(np.asarray(skeleton.path_coordinates(index), float)), float(length))
-        for index, ((first, second), length) in enumerate(zip(merged[nodes], lengths_px, strict=True))
+        Branch((int(first), int(second)), path_px, float(chain_code_px), 1 + int(shared))
+        for (first, second), path_px, chain_code_px, shared in zip(
+            merged[nodes], paths_px, lengths_px, is_shared, strict=True
+        )
     )
-    return NerveGraph(
-        centreline,
-        branches,
-        totals / np.bincount(merged, minlength=num_nodes)[:, None],
-        np.bincount(arms.ravel(), minlength=num_nodes),
-    )
+    return NerveGraph(centreline, branches, node_px, num_branches_at)
+
+
+def _end(
+    paths_px: list[Floats], nodes: NDArray[np.int64], num_branches_at: NDArray[np.int64], half_width_px: Floats
+) -> None:
+    """Move the dead ends of the paths to where their nerves end."""
+    for index, is_dead_end in enumerate(num_branches_at[nodes] == 1):
+        if is_dead_end[1]:
+            paths_px[index] = ended(paths_px[index], half_width_px)
+        if is_dead_end[0]:
+            paths_px[index] = ended(paths_px[index][::-1], half_width_px)[::-1]
 
 
 def centreline_of(nerve_mask: Bools) -> Bools:
@@ -168,14 +199,3 @@ def _merged(nodes: NDArray[np.int64], lengths_px: Floats) -> NDArray[np.int64]:
     pairs = coo_matrix((np.ones(len(first)), (first, second)), shape=(num_nodes, num_nodes))
     merged: NDArray[np.int64] = connected_components(pairs, directed=False)[1].astype(np.int64)
     return merged
-
-
-def _smoothed(path_px: Floats) -> Floats:
-    """The path through a Gaussian along its pixels; its two ends stay where they are.
-
-    A staircase of pixels becomes a line, so that straight lines of every angle have their true length. A circle of
-    radius r px becomes shorter by SMOOTHING_PX^2 / (2 r^2): 0.5 % at 20 px.
-    """
-    reach = min(int(4 * SMOOTHING_PX), len(path_px) - 1)
-    padded = np.pad(path_px, ((reach, reach), (0, 0)), mode="reflect", reflect_type="odd")
-    return np.asarray(gaussian_filter1d(padded, SMOOTHING_PX, axis=0, mode="nearest")[reach : len(padded) - reach])

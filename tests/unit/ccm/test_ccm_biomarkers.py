@@ -28,13 +28,31 @@ def stroke(start, stop, radius_px=1.4):
 
 
 def length_px(nerve_mask):
-    return sum(branch.length_px for branch in nerve_graph(nerve_mask).branches)
+    return nerve_graph(nerve_mask).length_px
 
 
-@pytest.mark.parametrize("angle_deg", range(0, 180, 15))
-def test_a_straight_line_of_any_angle_has_its_length_within_one_per_cent(angle_deg):
-    along = 100 * np.array([np.sin(np.deg2rad(angle_deg)), np.cos(np.deg2rad(angle_deg))])
-    assert length_px(stroke(150 - along, 150 + along)) == pytest.approx(200, rel=0.01)
+@pytest.mark.parametrize("radius_px", [1.0, 1.4, 2.0, 2.5])
+def test_a_straight_line_of_any_angle_has_its_length_within_one_per_cent(radius_px):
+    for angle_deg in range(0, 180, 5):
+        along = 100 * np.array([np.sin(np.deg2rad(angle_deg)), np.cos(np.deg2rad(angle_deg))])
+        found_px = length_px(stroke(150 - along, 150 + along, radius_px))
+        assert found_px == pytest.approx(200, rel=0.01), angle_deg
+
+
+@pytest.mark.parametrize("angle_deg", range(0, 180, 20))
+def test_a_nerve_that_crosses_the_frame_has_the_length_that_lies_within_it(angle_deg):
+    across = np.array([np.sin(np.deg2rad(angle_deg)), np.cos(np.deg2rad(angle_deg))])
+    middle = (SIZE_PX - 1) / 2
+    line = stroke(middle - SIZE_PX * across, middle + SIZE_PX * across)
+    assert length_px(line) == pytest.approx(SIZE_PX / np.abs(across).max(), rel=0.01)
+
+
+def test_skans_chain_code_alone_reads_lines_of_all_angles_several_per_cent_long():
+    angles = np.deg2rad(np.arange(0, 180, 5))
+    lines = [stroke(150 - along, 150 + along) for along in 100 * np.stack([np.sin(angles), np.cos(angles)], axis=1)]
+    lengths = np.array([[graph.length_px, graph.chain_code_px] for graph in map(nerve_graph, lines)]) / 200 - 1
+    assert abs(lengths[:, 0].mean()) < 0.005
+    assert 0.035 < lengths[:, 1].mean() < 0.055
 
 
 def test_the_chain_code_reads_slanted_lines_too_long_and_stands_beside_the_length():
@@ -54,7 +72,7 @@ def test_a_circle_has_its_length_within_one_per_cent_and_no_ends(radius_px):
 def test_an_arc_has_its_length_within_one_per_cent():
     arc = (np.abs(np.hypot(ROWS - 150, COLUMNS - 150) - 100) <= 1.5) & (ROWS <= 150)
     round_ends = stroke((150, 50), (151, 50)) | stroke((150, 250), (151, 250))
-    assert length_px(arc | round_ends) == pytest.approx(100 * np.pi, rel=0.01)
+    assert length_px(arc | round_ends) == pytest.approx(100 * np.pi + 2, rel=0.01)
 
 
 def test_a_fork_is_one_branch_point_on_one_main_nerve():
@@ -102,10 +120,10 @@ def test_the_width_of_a_line_is_its_area_over_its_length(radius_px):
 def test_lengths_go_with_the_pixel_and_densities_against_it():
     mask = stroke((0, 40), (299, 200)) | stroke((20, 200), (200, 20))
     small, large = biomarkers(mask, 1.0), biomarkers(mask, 2.0)
-    assert large.cnfl == pytest.approx(small.cnfl / 2)
-    assert large.cnfd == pytest.approx(small.cnfd / 4)
-    assert large.cnfw_um == pytest.approx(small.cnfw_um * 2)
-    assert large.cnfa == small.cnfa
+    assert (large.cnfl, large.cnfl_chain_code) == (small.cnfl / 2, small.cnfl_chain_code / 2)
+    assert (large.cnfd, large.cnbd, large.ctbd) == (small.cnfd / 4, small.cnbd / 4, small.ctbd / 4)
+    assert large.cnfw_um == small.cnfw_um * 2
+    assert (large.cnfa, large.cnfrd) == (small.cnfa, small.cnfrd)
 
 
 def test_an_empty_mask_has_zero_densities_and_neither_width_nor_dimension_nor_tortuosity():
@@ -147,6 +165,11 @@ def test_tortuosity_is_zero_for_a_line_and_that_of_a_sine_for_a_sine():
     assert tortuosity_coefficient(sine[::-1]) == pytest.approx(tortuosity_coefficient(sine), rel=0.01)
 
 
+def test_a_piece_inside_a_crossing_belongs_to_both_nerves():
+    flat = stroke((0, 100), (299, 200)) | stroke((0, 200), (299, 100))
+    assert length_px(flat) == pytest.approx(2 * np.hypot(300, 100 * 300 / 299), rel=0.01)
+
+
 def test_a_spur_is_pruned_and_a_branch_is_not():
     trunk = NOTHING.copy()
     trunk[150, 20:280] = True
@@ -164,9 +187,9 @@ def test_constructed_biomarkers_of_phantoms_are_found_in_their_masks():
     def correlation(name):
         return np.corrcoef([one.labels[name] for one in nerves], [getattr(one, name) for one in found])[0, 1]
 
-    assert correlation("cnfl") >= 0.98
+    assert correlation("cnfl") >= 0.995
     assert correlation("cnfd") >= 0.8
-    assert correlation("cnbd") >= 0.6  # where fibres touch, the mask has branch points that were not constructed
+    assert correlation("cnbd") >= 0.7  # where fibres touch, the mask has branch points that were not constructed
     assert all(one.cnfa == pytest.approx(nerve.labels["cnfa"]) for one, nerve in zip(found, nerves, strict=True))
 
 
