@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ccmdist.data.dicom import is_dicom, read_dicom
 from ccmdist.data.triple import DECODING_ERRORS, MAX_IMAGE_PIXELS
 from ccmdist.errors import ShardError
 
-FORMATS: Final = ("PNG", "JPEG", "TIFF", "BMP")
+FORMATS: Final = ("PNG", "JPEG", "TIFF", "BMP", "DICOM")
+PILLOW_FORMATS: Final = FORMATS[:4]
 NATIVE_SHAPE: Final = (484, 384)
 """Rows and columns of a native Heidelberg export: the frame, and below it a footer with date and eye."""
 FRAME_EDGE_PX: Final = 384
@@ -120,8 +122,16 @@ def _cropped(grey: NDArray) -> tuple[NDArray, bool]:
 
 def _grey(data: bytes, where: str) -> NDArray:
     """The one channel of an image, uint8 or uint16."""
+    if is_dicom(data):
+        pixels, is_written_on = read_dicom(data, where)
+        if is_written_on and pixels.shape != NATIVE_SHAPE:
+            raise ShardError(
+                f"{where} says that text is burnt into it (BurnedInAnnotation)",
+                "blank the text; only the footer of a 384x484 px export is cropped here",
+            )
+        return pixels
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
             _check_header(image, where)
             image.load()
             return _one_channel(image, where)

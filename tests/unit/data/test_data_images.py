@@ -117,10 +117,10 @@ REFUSED = {
     "white": (saved(np.full((48, 48), 255, np.uint8)), "here is empty, all its pixels are 255"),
     "no square": (saved(GREY[:40]), "here is 48x40 px, expected a square of at least 32 px; crop it; only the footer"),
     "small": (saved(GREY[:16, :16]), "here is 16x16 px, expected a square of at least 32 px"),
-    "gif": (saved(grey_image(), "GIF"), "here is no PNG, JPEG, TIFF, BMP that can be read; save it as PNG"),
-    "text": (b"%PDF-1.4", "here is no PNG, JPEG, TIFF, BMP that can be read"),
-    "half": (saved(GREY)[:900], "here is no PNG, JPEG, TIFF, BMP that can be read"),
-    "nothing": (b"", "here is no PNG, JPEG, TIFF, BMP that can be read"),
+    "gif": (saved(grey_image(), "GIF"), "here is no PNG, JPEG, TIFF, BMP, DICOM that can be read; save it as PNG"),
+    "text": (b"%PDF-1.4", "here is no PNG, JPEG, TIFF, BMP, DICOM that can be read"),
+    "half": (saved(GREY)[:900], "here is no PNG, JPEG, TIFF, BMP, DICOM that can be read"),
+    "nothing": (b"", "here is no PNG, JPEG, TIFF, BMP, DICOM that can be read"),
 }
 
 
