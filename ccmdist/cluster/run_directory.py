@@ -7,6 +7,7 @@ runs/NAME/
   checkpoints/      step-00001000/ ...
   tensorboard/      event files
   adapter/          the exported adapter of a finished run
+  network/          instead, the exported network of one that trained from scratch
   ledger.jsonl      what the time of every attempt was spent on
   owner.json        host, process and job that hold the lock
   selection/        what `ccmdist select` drew with each checkpoint, and measured
@@ -62,6 +63,7 @@ class RunDirectory:
         self.checkpoints = path / CHECKPOINTS
         self.tensorboard = path / "tensorboard"
         self.adapter = path / "adapter"
+        self.network = path / "network"
         self.config = path / "config.json"
         self.ledger = path / "ledger.jsonl"
         self._lock = filelock.FileLock(path / ".lock", timeout=0)

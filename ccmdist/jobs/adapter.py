@@ -70,6 +70,11 @@ def adapter_of(checkpoint: Checkpoint, config: TrainConfig) -> AdapterState:
     Raises:
         AdapterError: If the checkpoint does not hold the adapter that ``config`` describes.
     """
+    if (kind := config.objective.kind) != "edit":
+        raise AdapterError(
+            f"{checkpoint.path}: is of a {kind} network, not of an adapter",
+            "give it as network= to `ccmdist synthesize`",
+        )
     manifest = checkpoint.manifest
     quantity = "average" if manifest["has_average"] else "weight"
     tensors: dict[str, dict[str, Tensor]] = {}

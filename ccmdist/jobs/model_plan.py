@@ -13,7 +13,7 @@ from ccmdist.cluster.ranks import ranks_from_environment
 from ccmdist.config.loading import load_for_slurm, parted
 from ccmdist.config.slurm import SlurmSettings
 from ccmdist.config.train import TrainConfig
-from ccmdist.errors import CacheError, ShardError
+from ccmdist.errors import CacheError, ConfigError, ShardError
 from ccmdist.jobs.train import training_entries
 from ccmdist.models.model_folder import REPOSITORIES, ModelFolder
 from ccmdist.models.template import Version
@@ -61,6 +61,11 @@ def show(arguments: Sequence[str], asked: dict[str, Any], as_json: bool, is_scal
         CcmdistError: If the settings, the machine or the model folder cannot be used, or nothing fits.
     """
     config, slurm = load_for_slurm(TrainConfig, *parted(arguments))
+    if (kind := config.objective.kind) != "edit":
+        raise ConfigError(
+            f"objective.kind: {kind} is not planned for, only adapters on Qwen-Image-Edit are",
+            "a network from scratch fits any GPU: start it, and read images/s and memory in its first lines",
+        )
     wish = Asked(**{name: value for name, value in asked.items() if value is not None})
     base = base_of(config)
     values, view = (_scaled if is_scaling else _planned)(config, slurm, wish, base)

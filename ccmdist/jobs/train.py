@@ -17,11 +17,13 @@ from ccmdist.cluster.sections import job_began
 from ccmdist.commit import commit_json
 from ccmdist.config.data import DataSettings
 from ccmdist.config.loading import resolved
+from ccmdist.config.objectives import SpadeSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.cache_index import find_cache, indexes
 from ccmdist.data.cached_samples import CachedSamples
 from ccmdist.data.manifest import read_manifest
 from ccmdist.data.order import Order
+from ccmdist.data.shard_samples import ShardSamples
 from ccmdist.errors import ConfigError
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.planner.flops import tokens
@@ -66,8 +68,8 @@ def describe(config: TrainConfig) -> str:
             not divide.
     """
     refuse_missing_libraries(config)
-    model = ModelFolder.open(config.data.model)
-    entries = training_entries(config.data, model)
+    model = None if isinstance(config.objective, SpadeSettings) else ModelFolder.open(config.data.model)
+    entries = _entries(config, model)
     order = Order(entries, config.seed, config.micro_batch_size, config.balance, config.shuffle_window)
     ranks = ranks_from_environment() or Ranks(0, 0, config.processes)
     cells = order.cells_of_step(0, config.global_batch_size, ranks.global_rank, ranks.world_size)
@@ -78,12 +80,11 @@ def describe(config: TrainConfig) -> str:
         f"goes on after attempt {len(attempts)}, which ended at step {attempts[-1]['last_step']}" if attempts else "new"
     )
     return (
-        f"model: Qwen-Image-Edit {model.version} at {config.data.model}, adapter {config.adapter.kind} "
-        f"of rank {config.adapter.lora_rank}\n"
+        f"model: {_model(config, model)}\n"
         f"samples: {len(entries)} ({', '.join(f'{name} {count}' for name, count in sorted(groups.items()))})\n"
         f"batches: {config.num_steps} steps of {config.global_batch_size} samples, {epochs:.1f} epochs; "
         f"on each of {ranks.world_size} ranks {len(cells)} micro-batches of {config.micro_batch_size} per step\n"
-        f"{_memory(config, model, entries, ranks.world_size)}\n"
+        f"{_memory(config, model, entries, ranks.world_size)}"
         f"run: {config.run}, {start}"
     )
 
@@ -103,14 +104,35 @@ def refuse_missing_libraries(config: TrainConfig) -> None:
         )
 
 
-def _memory(config: TrainConfig, model: ModelFolder, entries: CachedSamples, num_ranks: int) -> str:
-    """What the planner says of the memory of each GPU, all of them on one node."""
+def _model(config: TrainConfig, model: ModelFolder | None) -> str:
+    """What is trained, in words."""
+    kind = config.objective.kind
+    if kind == "edit" and model is not None:
+        adapter = f"adapter {config.adapter.kind} of rank {config.adapter.lora_rank}"
+        return f"Qwen-Image-Edit {model.version} at {config.data.model}, {adapter}"
+    seen = "pixels" if model is None else f"latents of the VAE at {config.data.model}"
+    return f"{kind} from scratch, on {seen}"
+
+
+def _entries(config: TrainConfig, model: ModelFolder | None) -> CachedSamples:
+    return (
+        ShardSamples(config.data, ("train",)).entries("train")
+        if model is None
+        else training_entries(config.data, model)
+    )
+
+
+def _memory(config: TrainConfig, model: ModelFolder | None, entries: CachedSamples, num_ranks: int) -> str:
+    """What the planner says of the memory of each GPU, all of them on one node; nothing where no base is frozen."""
+    if config.objective.kind != "edit" or model is None:
+        return ""
     of = tokens(config.data.image_size_px, model.version, int(entries.num_text_tokens.max()))
     transformer = Transformer.from_config(model.config("transformer"))
     if config.sharding == "auto":
-        return needs_line(needed(config, transformer, of, num_ranks, num_ranks))
+        return needs_line(needed(config, transformer, of, num_ranks, num_ranks)) + "\n"
     sharding = mode_as_set(config.sharding, num_ranks, num_ranks).sharding
-    return needs_line({sharding: memory(config, transformer, of, sharding, num_ranks, num_ranks)}, is_set=True)
+    needs = {sharding: memory(config, transformer, of, sharding, num_ranks, num_ranks)}
+    return needs_line(needs, is_set=True) + "\n"
 
 
 def training_entries(data: DataSettings, model: ModelFolder) -> CachedSamples:

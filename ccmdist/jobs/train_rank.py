@@ -23,7 +23,9 @@ from ccmdist.config.train import TrainConfig
 from ccmdist.console import log, start_logging
 from ccmdist.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_REFUSED, CcmdistError
 from ccmdist.jobs.adapter import adapter_of
+from ccmdist.jobs.network import network_of
 from ccmdist.jobs.train import refuse_missing_libraries
+from ccmdist.models.network_state import write_network
 from ccmdist.train.checkpoint import newest_valid
 from ccmdist.train.loop import train
 from ccmdist.train.objectives.choice import objective_of
@@ -136,16 +138,17 @@ class _Rank:
 
 
 def _finish(run: RunDirectory, config: TrainConfig, outcome: Outcome) -> Outcome:
-    """Export the adapter of a finished run, then write how the attempt ended; the outcome that stands."""
+    """Export what a finished run has trained, then write how the attempt ended; the outcome that stands."""
     if outcome.state == "done":
-        export_adapter(run, config)
+        export(run, config)
     outcome = run.end_attempt(outcome)
     tell_job(outcome)
     log.info("%s at step %d: %s", outcome.state, outcome.step, outcome.reason)
     if outcome.state == "requeue":
         log.info("run the same command again to continue")
     if outcome.state == "done":
-        log.info("adapter: %s", run.adapter)
+        is_adapter = config.objective.kind == "edit"
+        log.info("%s: %s", "adapter" if is_adapter else "network", run.adapter if is_adapter else run.network)
         log.info(
             "curves: tensorboard --logdir %s   (on a cluster, from your own machine: "
             "ssh -L 6006:localhost:6006 LOGIN_NODE, then open http://localhost:6006)",
@@ -154,8 +157,11 @@ def _finish(run: RunDirectory, config: TrainConfig, outcome: Outcome) -> Outcome
     return outcome
 
 
-def export_adapter(run: RunDirectory, config: TrainConfig) -> None:
-    """Write the newest checkpoint's adapter to the run's adapter folder, as stock diffusers loads it."""
+def export(run: RunDirectory, config: TrainConfig) -> None:
+    """Write what the newest checkpoint has trained to the run's folder: an adapter, or a network."""
     checkpoint = newest_valid(run.checkpoints)
     assert checkpoint is not None, "a finished run has committed its last step"
-    write_adapter(run.adapter, adapter_of(checkpoint, config))
+    if config.objective.kind == "edit":
+        write_adapter(run.adapter, adapter_of(checkpoint, config))
+    else:
+        write_network(run.network, network_of(checkpoint, config))

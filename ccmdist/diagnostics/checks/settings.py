@@ -16,12 +16,11 @@ def check(request: Request) -> Findings:
     """Everything at which `ccmdist train` would refuse to start, without opening a tar or loading a weight."""
     if (config := request.config) is None:
         return
-    sources = [
-        _told("model files", lambda: _model(config.data)),
-        _told("shard set", lambda: _shards(config.data)),
-    ]
+    sources = [_told("shard set", lambda: _shards(config.data))]
+    if needs_cache := config.objective.kind != "spade":
+        sources = [_told("model files", lambda: _model(config.data)), *sources]
     yield from sources
-    if all(finding.state == "OK" for finding in sources):  # both are part of the cache's name
+    if needs_cache and all(finding.state == "OK" for finding in sources):  # both are part of the cache's name
         yield _told("cached samples", lambda: _cache(config.data))
     yield _batch(config)
     yield from timeouts(config)
