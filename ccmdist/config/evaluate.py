@@ -31,6 +31,8 @@ class MinimumCounts(Settings):
     """On either side, for KID and CMMD."""
     neighbour_images: int = Field(16, ge=6)
     """On either side, for precision, recall, density and coverage."""
+    noise_images: int = Field(8, ge=2)
+    """On either side, for the distances of power spectra and of the grain's autocorrelation."""
     equivalence_subjects: int = Field(3, ge=2)
     """On either side."""
     agreement_images: int = Field(3, ge=3)
@@ -50,7 +52,7 @@ class ExtractorSettings(Settings):
     weight_free: bool = True
     """A bank of fixed filters, whose distances are no FID."""
     inception: Path | None = None
-    """Weights file of torch-fidelity's Inception (needs the extra `fidelity`)."""
+    """Weights file of torch-fidelity's Inception (needs the extra `fidelity`); FID and KID are taken on it."""
     dinov2: Path | None = None
     """Folder of a DINOv2 in the layout of transformers."""
     clip: Path | None = None

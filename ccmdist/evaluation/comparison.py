@@ -1,7 +1,6 @@
 """From the measured images of all sets to the figures of the report; what rests on too few images is left out."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -12,15 +11,13 @@ from ccmdist.ccm.biomarkers import BIOMARKERS_VERSION, QUANTITIES
 from ccmdist.ccm.groups import UNLABELLED
 from ccmdist.ccm.segmenter import SEGMENTER_VERSION
 from ccmdist.config.evaluate import EvaluateConfig
-from ccmdist.errors import EvaluationError
 from ccmdist.evaluation.biomarkers.adherence import absolute_agreement
-from ccmdist.evaluation.biomarkers.equivalence import Equivalence, LeftOut, equivalence_of_set, subject_means
+from ccmdist.evaluation.biomarkers.equivalence import Equivalence, LeftOut, equivalence_of_set
 from ccmdist.evaluation.downstream import grid
 from ccmdist.evaluation.downstream.summary import DownstreamSummary, summary_of
 from ccmdist.evaluation.fidelity import extraction
-from ccmdist.evaluation.fidelity.appearance import APPEARANCE, EXTRACTOR, EXTRACTOR_SHA256, NUM_FEATURES
-from ccmdist.evaluation.fidelity.distances import FrechetComparison, compare_features
-from ccmdist.evaluation.measures import FEATURES, FOUND, GIVEN, MeasureUnit, Measuring
+from ccmdist.evaluation.fidelity.summary import FidelityReport, fidelity_of
+from ccmdist.evaluation.measures import FOUND, GIVEN, MeasureUnit, Measuring
 from ccmdist.evaluation.memorisation import search
 from ccmdist.evaluation.memorisation.gate import GateVerdict, verdict_of
 from ccmdist.evaluation.sets import ImageSet, OpenedSets, SourceFrames, open_sets
@@ -49,30 +46,6 @@ class Adherence:
 
 
 @dataclass(frozen=True)
-class AppearanceRow:
-    """One statistic of what a mask does not fix; over means of subjects."""
-
-    statistic: str
-    real_mean: float
-    real_sd: float
-    synthetic_mean: float
-    synthetic_sd: float
-    standardised_difference: float
-    """Difference of the means over the real SD between subjects."""
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Against the real frame whose mask was used; means over images, with the 5th and 95th percentile."""
-
-    num_images: int
-    ssim: float
-    ssim_range: tuple[float, float]
-    psnr_db: float
-    psnr_db_range: tuple[float, float]
-
-
-@dataclass(frozen=True)
 class SetReport:
     """All figures of one synthetic set."""
 
@@ -84,9 +57,7 @@ class SetReport:
     """Whether its masks are of subjects that are also in the real split."""
     adherence: Adherence
     equivalence: list[Equivalence]
-    appearance: list[AppearanceRow]
-    paired: Paired | None
-    frechet: FrechetComparison | None
+    fidelity: FidelityReport
     gate: GateVerdict | None
     """None if the settings want no gate."""
     left_out: list[LeftOut]
@@ -121,9 +92,6 @@ class Comparison:
         return {
             "segmenter": SEGMENTER_VERSION,
             "biomarkers": BIOMARKERS_VERSION,
-            "extractor": EXTRACTOR,
-            "extractor_sha256": EXTRACTOR_SHA256,
-            "num_features": NUM_FEATURES,
         }
 
 
@@ -150,8 +118,7 @@ def sides(sets: OpenedSets) -> list[Side]:
     """The real set, then the synthetic ones; measures nothing."""
     folder = sets.config.out / MEASURES_FOLDER
     sources = SourceFrames(sets.real, sets.shape)
-    paired_with = f"{sets.real.manifest.digest}/{sets.real.split}"
-    measured = [Side(one, Measuring(folder, sets.shape, sources, paired_with)) for one in sets.synthetic]
+    measured = [Side(one, Measuring(folder, sets.shape, sources)) for one in sets.synthetic]
     return [Side(sets.real, Measuring(folder, sets.shape)), *measured]
 
 
@@ -176,7 +143,8 @@ def compare(config: EvaluateConfig) -> Comparison:
     sets = open_sets(config)
     real, *synthetic = sides(sets)
     table = real.table
-    reports = [_set_report(sets, one.images, table, one.table) for one in synthetic]
+    extractions = extraction.extractions(sets)
+    reports = [_set_report(sets, one.images, extractions, table, one.table) for one in synthetic]
     return Comparison(
         config=config,
         real=sets.real,
@@ -202,7 +170,13 @@ def counts_of(table: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _set_report(sets: OpenedSets, one: ImageSet, real: pd.DataFrame, synthetic: pd.DataFrame) -> SetReport:
+def _set_report(
+    sets: OpenedSets,
+    one: ImageSet,
+    extractions: list[extraction.Extraction],
+    real: pd.DataFrame,
+    synthetic: pd.DataFrame,
+) -> SetReport:
     config = sets.config
     rng = np.random.default_rng([config.seed, *one.name.encode()])
     equivalence, left_out = equivalence_of_set(
@@ -215,14 +189,7 @@ def _set_report(sets: OpenedSets, one: ImageSet, real: pd.DataFrame, synthetic: 
         config.num_bootstrap,
         rng,
     )
-    paired = _paired(synthetic, config.minimum.paired_images)
-    if isinstance(paired, str):
-        left_out.append(LeftOut("SSIM and PSNR", paired))
-    # The same halves for every set, so that all stand beside one floor.
-    halves = np.random.default_rng(config.seed)
-    frechet = _frechet(real, synthetic, config.minimum.frechet_images, halves)
-    if isinstance(frechet, str):
-        left_out.append(LeftOut(f"Frechet distance on {EXTRACTOR}", frechet))
+    fidelity, without = fidelity_of(config, one.name, extractions, real, synthetic, sets.shape)
     return SetReport(
         images=one,
         counts=counts_of(synthetic),
@@ -230,11 +197,9 @@ def _set_report(sets: OpenedSets, one: ImageSet, real: pd.DataFrame, synthetic: 
         shares_subjects=bool(synthetic["subject"].isin(real["subject"]).any()),
         adherence=adherence_of(synthetic),
         equivalence=equivalence,
-        appearance=list(_appearance(real, synthetic)),
-        paired=None if isinstance(paired, str) else paired,
-        frechet=None if isinstance(frechet, str) else frechet,
+        fidelity=fidelity,
         gate=verdict_of(sets, one),
-        left_out=left_out,
+        left_out=left_out + without,
         table=synthetic,
     )
 
@@ -264,45 +229,3 @@ def _fraction(found: float, given: float) -> float:
 def _range(values: pd.Series) -> tuple[float, float]:
     low, high = values.quantile([0.05, 0.95])
     return float(low), float(high)
-
-
-def _appearance(real: pd.DataFrame, synthetic: pd.DataFrame) -> Iterator[AppearanceRow]:
-    for statistic in APPEARANCE:
-        first, second = subject_means(real, statistic), subject_means(synthetic, statistic)
-        difference = float(second.mean() - first.mean())
-        spread = float(first.std())
-        yield AppearanceRow(
-            statistic,
-            float(first.mean()),
-            spread,
-            float(second.mean()),
-            float(second.std()),
-            difference / spread if spread > 0 else float("nan"),
-        )
-
-
-def _paired(table: pd.DataFrame, min_images: int) -> Paired | str:
-    pairs = table.dropna(subset=["ssim"])
-    if len(pairs) < min_images:
-        return (
-            f"{len(pairs)} of {len(table)} images were drawn from a mask of the real split, "
-            f"at least {min_images} are needed"
-        )
-    return Paired(
-        len(pairs),
-        float(pairs["ssim"].mean()),
-        _range(pairs["ssim"]),
-        float(pairs["psnr_db"].mean()),
-        _range(pairs["psnr_db"]),
-    )
-
-
-def _frechet(
-    real: pd.DataFrame, synthetic: pd.DataFrame, min_images: int, rng: np.random.Generator
-) -> FrechetComparison | str:
-    if min(len(real), len(synthetic)) < min_images:
-        return f"{len(real)} real and {len(synthetic)} synthetic images, at least {min_images} each are needed"
-    try:
-        return compare_features(real, synthetic, FEATURES, rng)
-    except EvaluationError as error:
-        return error.message

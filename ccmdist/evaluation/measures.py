@@ -17,11 +17,11 @@ from ccmdist.commit import commit_bytes, digest_of
 from ccmdist.data.manifest import ShardEntry
 from ccmdist.data.triple import Triple
 from ccmdist.evaluation.biomarkers.adherence import centreline_dice, dice, offset_px
-from ccmdist.evaluation.fidelity.appearance import EXTRACTOR_SHA256, NUM_FEATURES, appearance, features, spectrum
-from ccmdist.evaluation.fidelity.distances import psnr_db, ssim
+from ccmdist.evaluation.fidelity.appearance import appearance
+from ccmdist.evaluation.fidelity.paired import blurred, similarity, without_similarity
 from ccmdist.evaluation.sets import ImageSet, SourceFrames
 
-MEASURES_VERSION: Final = 1
+MEASURES_VERSION: Final = 2
 """Raised whenever a column changes its meaning; older files are then measured anew."""
 TEXT_COLUMNS: Final = ("key", "subject", "clinical_group", "source_key", "shard", "origin")
 ORIGIN: Final = (
@@ -37,7 +37,6 @@ ORIGIN: Final = (
 FOUND, GIVEN = "found_", "given_"
 """Prefixes of biomarkers: of the nerves that the segmenter found in the image, and of the mask that came with it."""
 CHAIN_CODE: Final = "cnfl_chain_code"
-FEATURES: Final = [f"feature_{index:02d}" for index in range(NUM_FEATURES)]
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,13 @@ class Measuring:
     Attributes:
         folder: Where the files of measured shards lie.
         shape: Height and width at which all sets are compared.
-        sources: Real frames for paired measures; None while the real set itself is measured.
-        paired_with: Identity of those frames.
+        sources: Real frames for paired measures; None while the real set itself is measured, each frame of which is
+            paired with its own blur.
     """
 
     folder: Path
     shape: tuple[int, int]
     sources: SourceFrames | None = None
-    paired_with: str = ""
 
     def table(self, images: ImageSet, entry: ShardEntry) -> pd.DataFrame:
         """One row per image of a shard, measured now or read from an earlier run.
@@ -77,19 +75,18 @@ class Measuring:
         return self.folder / f"{entry.name.removesuffix('.tar')}-{self._identity(entry)[:20]}.safetensors"
 
     def _identity(self, entry: ShardEntry) -> str:
-        versions = [MEASURES_VERSION, SEGMENTER_VERSION, BIOMARKERS_VERSION, EXTRACTOR_SHA256]
-        return digest_of([versions, entry.sha256, self.shape, self.paired_with])
+        versions = [MEASURES_VERSION, SEGMENTER_VERSION, BIOMARKERS_VERSION]
+        return digest_of([versions, entry.sha256, self.shape, self.sources.identity if self.sources else ""])
 
     def _rows(self, images: ImageSet, entry: ShardEntry) -> Iterator[dict[str, str | float]]:
         for triple in images.triples(entry, self.shape):
             yield {**_described(triple, entry), **measured(triple), **self._paired(triple)}
 
     def _paired(self, triple: Triple) -> dict[str, float]:
-        source_key = (triple.meta.provenance or {}).get("source_key")
-        source = self.sources.find(source_key) if self.sources and isinstance(source_key, str) else None
-        if source is None:
-            return {"ssim": float("nan"), "psnr_db": float("nan")}
-        return {"ssim": ssim(source.image, triple.image), "psnr_db": psnr_db(source.image, triple.image)}
+        if self.sources is None:
+            return similarity(triple.image, blurred(triple.image))
+        source = self.sources.of(triple)
+        return similarity(source.image, triple.image) if source else without_similarity()
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ def _described(triple: Triple, entry: ShardEntry) -> dict[str, str]:
 
 
 def measured(triple: Triple) -> dict[str, float]:
-    """Adherence, biomarkers, appearance and features of one image; by column."""
+    """Adherence, biomarkers and appearance of one image; by column."""
     found = segment(triple.image)
     um_per_px = triple.meta.um_per_px
     offset = offset_px(found, triple.nerve_mask)
@@ -140,9 +137,7 @@ def measured(triple: Triple) -> dict[str, float]:
         values = biomarkers(mask, um_per_px)
         row |= {f"{prefix}{name}": float(getattr(values, quantity.field)) for name, quantity in QUANTITIES.items()}
         row[f"{prefix}{CHAIN_CODE}"] = values.cnfl_chain_code
-    row |= appearance(triple.image, found)
-    row |= {f"spectrum_{index:02d}": float(power) for index, power in enumerate(spectrum(triple.image))}
-    return row | dict(zip(FEATURES, features(triple.image).tolist(), strict=True))
+    return row | appearance(triple.image, found)
 
 
 def _packed(table: pd.DataFrame) -> bytes:

@@ -179,6 +179,16 @@ class SourceFrames:
         # Synthetic shards follow the order of their sources, so the last few shards are all that is asked for.
         self._triples = lru_cache(maxsize=2)(self._loaded)
 
+    @property
+    def identity(self) -> str:
+        """Other frames have another one."""
+        return f"{self._real.manifest.digest}/{self._real.split}"
+
+    def of(self, triple: Triple) -> Triple | None:
+        """The frame whose mask a synthetic sample was drawn from, or None if it is not in the split."""
+        source_key = (triple.meta.provenance or {}).get("source_key")
+        return self.find(source_key) if isinstance(source_key, str) else None
+
     def find(self, source_key: str) -> Triple | None:
         """The frame, or None if it is not in the split."""
         if source_key in self._shard_of:

@@ -18,6 +18,7 @@ from ccmdist.synthesis.plan import PLAN, read_plan
 
 if TYPE_CHECKING:
     from ccmdist.evaluation.comparison import Adherence, Comparison
+    from ccmdist.evaluation.fidelity.summary import FidelityReport
 
 
 FORCED_EXIT_S = 3600.0
@@ -97,7 +98,7 @@ def _expected_shards(config: EvaluateConfig, folder: Path, otherwise: int) -> in
 def _print_summary(comparison: "Comparison") -> None:
     """One line per synthetic set, and one for what the segmenter reaches on the real images."""
     from ccmdist.evaluation.biomarkers.equivalence import ALL_SUBJECTS
-    from ccmdist.evaluation.fidelity.appearance import EXTRACTOR
+    from ccmdist.evaluation.fidelity.distances import label_of
 
     table = Table(title=f"nerves, biomarkers and fidelity against {comparison.real.folder} ({comparison.real.split})")
     for heading in ("set", "n", "Dice", "clDice", "CNFL bias", "equiv.", "SSIM", "Frechet", "real floor"):
@@ -112,16 +113,22 @@ def _print_summary(comparison: "Comparison") -> None:
             str(one.adherence.num_images),
             *_adherence(one.adherence),
             f"{num_equivalent} of {len(rows)}" if rows else "-",
-            f"{one.paired.ssim:.2f}" if one.paired else "-",
-            f"{one.frechet.distance_of_halves:.2f}" if one.frechet else "-",
-            f"{one.frechet.floor:.2f}" if one.frechet else "-",
+            *_fidelity(one.fidelity),
         )
     console = Console()
     console.print(table)
-    if any(one.frechet for one in comparison.sets):
+    if shown := next(filter(None, (one.fidelity.distance("frechet") for one in comparison.sets)), None):
         console.print(
-            f"Frechet: {EXTRACTOR}, between halves of the subjects, as the real floor; no FID", soft_wrap=True
+            f"Frechet: {label_of(shown.metric, shown.extractor)} on {shown.extractor} {shown.extractor_sha256[:12]}, "
+            f"between halves of the subjects at n = {shown.num_in_half}, as the real floor",
+            soft_wrap=True,
         )
+
+
+def _fidelity(found: "FidelityReport") -> list[str]:
+    similarity, distance = found.measure("ssim"), found.distance("frechet")
+    halves = [f"{distance.of_halves:.2f}", f"{distance.floor:.2f}"] if distance else ["-", "-"]
+    return [f"{similarity.mean:.2f}" if similarity else "-", *halves]
 
 
 def _adherence(found: "Adherence") -> list[str]:

@@ -16,17 +16,20 @@ APPEARANCE: Final[dict[str, str]] = {
     "grey_sd": "SD of grey",
     "nerve_contrast": "nerve contrast",
     "grain": "grain (SD / mean)",
-    "grain_acf_x": "grain autocorrelation at 1 px, x",
-    "grain_acf_y": "grain autocorrelation at 1 px, y",
+    "grain_acf_x_1": "grain autocorrelation at 1 px, x",
+    "grain_acf_y_1": "grain autocorrelation at 1 px, y",
     "slope_low": "spectrum slope, 0.02-0.1 cycles/px",
     "slope_high": "spectrum slope, 0.1-0.4 cycles/px",
 }
-"""The statistics of :func:`appearance` and how tables name them."""
+"""The statistics of :func:`appearance` that tables show, and how they name them."""
 
 NERVE_MARGIN_PX: Final = 3
 GRAIN_SIGMA_PX: Final = 2.0
 SPECTRUM_EDGES: Final = tuple(float(edge) for edge in np.geomspace(0.014, 0.5, 18))
 """Borders of the spectrum's bins in cycles per px."""
+SPECTRUM_COLUMNS: Final = tuple(f"spectrum_{index:02d}" for index in range(len(SPECTRUM_EDGES) - 1))
+GRAIN_LAGS_PX: Final = (1, 2, 3, 4, 5, 6)
+GRAIN_COLUMNS: Final = tuple(f"grain_acf_{axis}_{lag}" for axis in "xy" for lag in GRAIN_LAGS_PX)
 LOW_BAND: Final = (0.02, 0.1)
 HIGH_BAND: Final = (0.1, 0.4)
 
@@ -45,22 +48,23 @@ def appearance(image: NDArray[np.uint8], nerve_mask: Bools) -> dict[str, float]:
         nerve_mask: Where the segmenter saw nerves in it, same shape.
 
     Returns:
-        By the names of :data:`APPEARANCE`. Contrast is how much brighter nerves are than the tissue 4 to 8 px beside
-        them, as a fraction of the latter. Grain is what a Gaussian of 2 px removes, away from nerves, over the local
-        mean; its autocorrelation tells speckle from pixel noise. Slopes are of the log power over the log frequency.
+        By the names of :data:`APPEARANCE`, :data:`GRAIN_COLUMNS` and :data:`SPECTRUM_COLUMNS`. Contrast is how much
+        brighter nerves are than the tissue 4 to 8 px beside them, as a fraction of the latter. Grain is what a Gaussian
+        of 2 px removes, away from nerves, over the local mean; its autocorrelation, at GRAIN_LAGS_PX along x and then
+        along y, tells speckle from pixel noise. Slopes are of the log power over the log frequency.
     """
     grey = image.astype(np.float64)
-    grain, acf_x, acf_y = _grain(grey, ~binary_dilation(nerve_mask, iterations=NERVE_MARGIN_PX))
+    grain, autocorrelation = _grain(grey, ~binary_dilation(nerve_mask, iterations=NERVE_MARGIN_PX))
     power = spectrum(image)
     return {
         "grey_median": float(np.median(grey)),
         "grey_sd": float(grey.std()),
         "nerve_contrast": _contrast(grey, nerve_mask),
         "grain": grain,
-        "grain_acf_x": acf_x,
-        "grain_acf_y": acf_y,
         "slope_low": _slope(power, LOW_BAND),
         "slope_high": _slope(power, HIGH_BAND),
+        **dict(zip(GRAIN_COLUMNS, autocorrelation, strict=True)),
+        **dict(zip(SPECTRUM_COLUMNS, power.tolist(), strict=True)),
     }
 
 
@@ -71,15 +75,18 @@ def _contrast(grey: Floats, nerve_mask: Bools) -> float:
     return float(grey[nerve_mask].mean() / max(grey[near].mean(), 1.0) - 1)
 
 
-def _grain(grey: Floats, tissue: Bools) -> tuple[float, float, float]:
-    """Relative SD of the fine detail on tissue, and its correlation with the next pixel to the right and below."""
+def _grain(grey: Floats, tissue: Bools) -> tuple[float, list[float]]:
+    """Relative SD of the fine detail on tissue, and its autocorrelation by GRAIN_COLUMNS."""
     smooth = gaussian_filter(grey, GRAIN_SIGMA_PX)
     detail = (grey - smooth) / np.maximum(smooth, 1.0)
-    pairs = [
-        (detail[:, :-1], detail[:, 1:], tissue[:, :-1] & tissue[:, 1:]),
-        (detail[:-1], detail[1:], tissue[:-1] & tissue[1:]),
+    # Rows of the transposed frame are columns: the lag is along x, then along y.
+    along = ((detail, tissue), (detail.T, tissue.T))
+    correlations = [
+        _correlation(values[:, :-lag], values[:, lag:], where[:, :-lag] & where[:, lag:])
+        for values, where in along
+        for lag in GRAIN_LAGS_PX
     ]
-    return (float(detail[tissue].std()) if tissue.any() else float("nan"), *(_correlation(*pair) for pair in pairs))  # type: ignore[return-value]
+    return float(detail[tissue].std()) if tissue.any() else float("nan"), correlations
 
 
 def _correlation(first: Floats, second: Floats, where: Bools) -> float:

@@ -1,85 +1,115 @@
-"""How near synthetic images are to real ones: paired with the frame of the same mask, and as distributions."""
+"""Distances between real and synthetic images as sets, each with all that is needed to read it.
 
-from collections.abc import Iterator
+A distance depends on the number of images, on what sees them, and on how different two samples of the same tissue are.
+So none exists here without those three: counts, extractor with hash, and the same distance between real images of two
+halves of the subjects. Beside that stands the one between half of the real subjects and as many synthetic images.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
-import pandas as pd
 from numpy.random import Generator
 from numpy.typing import NDArray
 
 from ccmdist.ccm.skeleton import Floats
 from ccmdist.errors import EvaluationError
-from ccmdist.evaluation.fidelity.appearance import EXTRACTOR, EXTRACTOR_SHA256
 
-NUM_SPLITS = 40
+NUM_SPLITS: Final = 40
 """Random halves of the subjects over which distances at matched counts are averaged."""
-
-
-def ssim(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
-    """Structural similarity with Gaussian weights of 1.5 px, as Wang et al. 2004 define it, for 8-bit grey."""
-    from skimage.metrics import structural_similarity
-
-    value = structural_similarity(
-        first, second, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-    )
-    return float(value)
-
-
-def psnr_db(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio in dB for 8-bit grey; 100 for equal images, so that a mean stays finite."""
-    error = float(((first.astype(float) - second.astype(float)) ** 2).mean())
-    return min(10 * np.log10(255**2 / error), 100.0) if error else 100.0
-
-
-def frechet_distance(first: Floats, second: Floats) -> float:
-    """Squared Frechet distance between normal distributions fitted to two sets of features (N, D) and (M, D).
-
-    Source:
-        Dowson and Landau 1982; |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
-    """
-    covariances = [np.atleast_2d(np.cov(values, rowvar=False)) for values in (first, second)]
-    root = _square_root(covariances[0])
-    # The eigenvalues of S1^(1/2) S2 S1^(1/2) are those of S1 S2, and this matrix is symmetric.
-    cross = np.linalg.eigvalsh(root @ covariances[1] @ root)
-    difference = first.mean(axis=0) - second.mean(axis=0)
-    trace = np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * np.sqrt(np.clip(cross, 0, None)).sum()
-    return float(difference @ difference + max(trace, 0.0))
-
-
-def _square_root(covariance: Floats) -> Floats:
-    values, vectors = np.linalg.eigh(covariance)
-    return np.asarray((vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T)
+MAX_IN_HALF: Final = 1000
+"""Images that are drawn of a half with more."""
+FEWEST_SUBJECTS: Final = 4
+INCEPTION: Final = "inception-v3-pool-2048"
+"""The published weights of torch-fidelity: the one extractor whose Frechet distance is an FID."""
 
 
 @dataclass(frozen=True)
-class FrechetComparison:
-    """A distance with all that is needed to read it; it cannot be printed without.
+class Metric:
+    """How tables name a distance."""
 
-    A Frechet distance shrinks as the number of images grows. So the distance between real and synthetic is also taken
-    between halves of the subjects, and stands beside the one between the two real halves: what two samples of the
-    same tissue differ by at that number of images.
-    """
+    label: str
+    higher_is_better: bool = False
 
-    distance: float
+
+METRICS: Final[dict[str, Metric]] = {
+    "frechet": Metric("Frechet distance"),
+    "frechet_infinity": Metric("Frechet distance, n → ∞"),
+    "kernel": Metric("kernel distance"),
+    "cmmd": Metric("CMMD"),
+    "precision": Metric("precision", higher_is_better=True),
+    "recall": Metric("recall", higher_is_better=True),
+    "density": Metric("density", higher_is_better=True),
+    "coverage": Metric("coverage", higher_is_better=True),
+    "spectrum": Metric("power spectrum, log10 power"),
+    "grain_acf": Metric("grain autocorrelation"),
+}
+
+
+OF_INCEPTION: Final = {"frechet": "FID", "frechet_infinity": "FID, n → ∞", "kernel": "KID"}
+
+
+def label_of(metric: str, extractor: str) -> str:
+    """How tables name a distance on this extractor: FID and KID on the published Inception alone."""
+    return OF_INCEPTION.get(metric, METRICS[metric].label) if extractor == INCEPTION else METRICS[metric].label
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an extractor sees in the images of a set."""
+
+    values: Floats
+    """(N, D)."""
+    subjects: NDArray[np.str_]
+    """(N,), of whom each image is, or whose mask it was drawn from."""
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """One distance between a real and a synthetic set; it cannot exist, and so not be printed, without its context."""
+
+    metric: str
+    """A key of METRICS."""
+    value: float
     """Between all real and all synthetic images."""
-    distance_of_halves: float
+    interval: tuple[float, float] | None
+    """Of unbiased distances: 5th to 95th percentile over halves of the subjects of both sets, which spread as the value
+    itself does over samples of subjects."""
+    of_halves: float
     """Between real images of half of the subjects and as many synthetic ones of the other half; mean over splits."""
+    of_halves_range: tuple[float, float]
+    """5th to 95th percentile over splits."""
     floor: float
-    """Between real images of one half of the subjects and of the other; mean over the same splits."""
+    """Between real images of one half of the subjects and as many of the other; mean over the same splits. Where higher
+    is better it is the ceiling."""
     floor_range: tuple[float, float]
-    """5th and 95th percentile of the floor over the splits."""
     num_real: int
     num_synthetic: int
     num_in_half: int
-    """Real images in a half; on average over splits, rounded."""
+    """Images on either side in the distances of halves; on average over splits, rounded."""
     extractor: str
     extractor_sha256: str
+    """Of its weights and of how it is given an image."""
+    num_features: int
+    fit_r2: float | None = None
+    """Of an extrapolated distance: the share of the variance that its line explains."""
 
     def __post_init__(self) -> None:
-        if not self.extractor or len(self.extractor_sha256) != 64 or not self.num_real or not np.isfinite(self.floor):
+        counts = (self.num_real, self.num_synthetic, self.num_in_half, self.num_features)
+        context = (self.of_halves, self.floor, *self.floor_range)
+        if (
+            self.metric not in METRICS
+            or not self.extractor
+            or len(self.extractor_sha256) != 64
+            or not all(isinstance(num, int) and num > 0 for num in counts)
+            or not all(isinstance(number, float) and np.isfinite(number) for number in context)
+        ):
             raise EvaluationError(
-                "a Frechet distance without its extractor, that one's hash, the number of images and the real floor",
+                "a distance without its extractor, that one's hash, the numbers of images and the real floor",
                 "is not reported; give all of them",
             )
         if "fid" in self.extractor.lower():
@@ -87,60 +117,76 @@ class FrechetComparison:
 
     def __str__(self) -> str:
         return (
-            f"{self.distance:.2f} (n = {self.num_real} and {self.num_synthetic}); "
-            f"halves {self.distance_of_halves:.2f}, real floor {self.floor:.2f} (n = {self.num_in_half}); "
+            f"{label_of(self.metric, self.extractor)} {self.value:.3g} (n = {self.num_real} and {self.num_synthetic}); "
+            f"halves {self.of_halves:.3g}, real floor {self.floor:.3g} (n = {self.num_in_half}); "
             f"{self.extractor} {self.extractor_sha256[:12]}"
         )
 
 
-def compare_features(
-    real: pd.DataFrame, synthetic: pd.DataFrame, columns: list[str], rng: Generator
-) -> FrechetComparison:
-    """The distance between two sets of measured images, with its floor.
-
-    Args:
-        real: A row per real image, with a column ``subject``.
-        synthetic: Likewise of synthetic images; the subject is that of the mask.
-        columns: The features. Each is divided by its spread over the real images, so that none drowns the others.
-        rng: Draws the halves.
+def whole(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a table of distances with their labels.
 
     Raises:
-        EvaluationError: If there are fewer than four real subjects to take halves of.
+        EvaluationError: If one lacks what it takes to read it; then there is no table.
     """
-    centre, spread = real[columns].mean(), real[columns].std().clip(lower=1e-9)
-    real, synthetic = (
-        pd.concat([table[["subject"]], (table[columns] - centre) / spread], axis=1) for table in (real, synthetic)
-    )
-    floors, distances, counts = [], [], []
-    for first, second in list(_halves(real, rng)):
-        other = synthetic[~synthetic["subject"].isin(first["subject"])]
-        floors.append(frechet_distance(first[columns].to_numpy(), second[columns].to_numpy()))
-        counts.append(len(second))
-        if len(other) >= 2:
-            chosen = rng.permutation(len(other))[: len(second)]
-            distances.append(frechet_distance(first[columns].to_numpy(), other[columns].to_numpy()[chosen]))
-    return FrechetComparison(
-        distance=frechet_distance(real[columns].to_numpy(), synthetic[columns].to_numpy()),
-        distance_of_halves=float(np.mean(distances)) if distances else float("nan"),
-        floor=float(np.mean(floors)),
-        floor_range=(float(np.percentile(floors, 5)), float(np.percentile(floors, 95))),
-        num_real=len(real),
-        num_synthetic=len(synthetic),
-        num_in_half=round(float(np.mean(counts))),
-        extractor=EXTRACTOR,
-        extractor_sha256=EXTRACTOR_SHA256,
-    )
+    labelled = []
+    for row in rows:
+        try:
+            one = Distance(**row)
+        except TypeError as error:
+            raise EvaluationError(f"a distance that is to be printed is not whole: {error}") from error
+        labelled.append({**row, "label": label_of(one.metric, one.extractor)})
+    return labelled
 
 
-def _halves(real: pd.DataFrame, rng: Generator) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
-    """Random halves of the subjects, never one subject in both."""
-    subjects = np.sort(real["subject"].unique())
-    if len(subjects) < 4:
+@dataclass(frozen=True)
+class Split:
+    """Rows of images of two halves of the real subjects, and of synthetic images of the second half; equal counts.
+
+    Where there are fewer synthetic images than real ones the real halves are cut as well: a floor at another number of
+    images would be none.
+    """
+
+    first: NDArray[np.intp]
+    second: NDArray[np.intp]
+    synthetic: NDArray[np.intp]
+
+
+def splits(real: Features, synthetic: Features, fewest_images: int, rng: Generator) -> list[Split]:
+    """Random halves of the real subjects, never one subject in both.
+
+    Args:
+        real: All real images.
+        synthetic: All synthetic ones. None of the first half's subjects is taken, for its mask would be known there.
+        fewest_images: Halves with fewer, on any side, are drawn anew by chance of the next split.
+        rng: Draws them.
+
+    Raises:
+        EvaluationError: If there are fewer than four real subjects, or no split has enough images.
+    """
+    subjects = np.unique(real.subjects)
+    if len(subjects) < FEWEST_SUBJECTS:
         raise EvaluationError(
-            f"{len(subjects)} real subjects, expected at least 4 to take subject-disjoint halves of",
+            f"{len(subjects)} real subjects, expected at least {FEWEST_SUBJECTS} to take subject-disjoint halves of",
             "evaluate a split with more subjects",
         )
+    found = list(_splits(real, synthetic, subjects, fewest_images, rng))
+    if not found:
+        raise EvaluationError(
+            f"no half of the subjects has {fewest_images} real and {fewest_images} synthetic images beside it",
+            "evaluate more images",
+        )
+    return found
+
+
+def _splits(
+    real: Features, synthetic: Features, subjects: NDArray[np.str_], fewest_images: int, rng: Generator
+) -> Iterator[Split]:
     for _ in range(NUM_SPLITS):
-        in_first = real["subject"].isin(rng.permutation(subjects)[: len(subjects) // 2])
-        if min(in_first.sum(), (~in_first).sum()) >= 2:
-            yield real[in_first], real[~in_first]
+        chosen = rng.permutation(subjects)[: len(subjects) // 2]
+        in_first = np.isin(real.subjects, chosen)
+        parts = [in_first, ~in_first, ~np.isin(synthetic.subjects, chosen)]
+        rows = [rng.permutation(np.flatnonzero(part)) for part in parts]
+        num = min(MAX_IN_HALF, *map(len, rows))
+        if num >= fewest_images:
+            yield Split(*(np.sort(part[:num]) for part in rows))

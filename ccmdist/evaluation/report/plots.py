@@ -11,7 +11,6 @@ from ccmdist.ccm.biomarkers import QUANTITIES
 from ccmdist.ccm.groups import CLINICAL_GROUPS
 from ccmdist.evaluation.biomarkers.equivalence import ALL_SUBJECTS, subject_means
 from ccmdist.evaluation.comparison import Comparison, SetReport
-from ccmdist.evaluation.fidelity.appearance import SPECTRUM_EDGES
 from ccmdist.evaluation.measures import FOUND
 
 if TYPE_CHECKING:
@@ -51,12 +50,15 @@ def colour(index: int) -> str:
 
 
 def plots(comparison: Comparison) -> dict[str, bytes]:
-    """All plots by name: equivalence, subjects, adherence, spectrum."""
+    """All plots by name: equivalence, subjects, adherence, noise, distances."""
+    from ccmdist.evaluation.report.plots_fidelity import distances_plot, noise_plot
+
     draw: dict[str, Callable[[Comparison], Figure]] = {
         "equivalence": equivalence_plot,
         "subjects": subjects_plot,
         "adherence": adherence_plot,
-        "spectrum": spectrum_plot,
+        "noise": noise_plot,
+        "distances": distances_plot,
     }
     return {name: _png(function, comparison) for name, function in draw.items()}
 
@@ -72,7 +74,8 @@ def _png(function: "Callable[[Comparison], Figure]", comparison: Comparison) -> 
     return buffer.getvalue()
 
 
-def _figure(rows: int, columns: int, width_in: float, height_in: float, **options: Any) -> "tuple[Figure, Any]":
+def figure_of(rows: int, columns: int, width_in: float, height_in: float, **options: Any) -> "tuple[Figure, Any]":
+    """A figure and its axes, (rows, columns), that no global state of matplotlib knows of."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -88,7 +91,7 @@ def equivalence_plot(comparison: Comparison) -> "Figure":
     tested = {row.clinical_group for one in comparison.sets for row in one.equivalence}
     groups = [ALL_SUBJECTS, *(group for group in CLINICAL_GROUPS if group in tested)]
     names = list(comparison.config.margins)
-    figure, axes = _figure(1, len(groups), 9.6, 0.55 + 0.36 * len(names), sharey=True)
+    figure, axes = figure_of(1, len(groups), 9.6, 0.55 + 0.36 * len(names), sharey=True)
     for axis, group in zip(axes[0], groups, strict=True):
         axis.axvspan(-1, 1, color=BAND, lw=0)
         axis.axvline(0, color="#b8c6bb", lw=0.8)
@@ -101,7 +104,7 @@ def equivalence_plot(comparison: Comparison) -> "Figure":
     axes[0, 0].set_yticks(range(len(names)), [QUANTITIES[name].label for name in names])
     axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
     figure.supxlabel("difference from real / margin", fontsize=9, color="#5a606a")
-    _legend(figure, comparison, with_real=False)
+    legend(figure, comparison, with_real=False)
     return figure
 
 
@@ -126,7 +129,7 @@ def subjects_plot(comparison: Comparison) -> "Figure":
     names = list(comparison.config.margins)
     num_columns = 4
     num_rows = -(-len(names) // num_columns)
-    figure, axes = _figure(num_rows, num_columns, 9.6, 2.15 * num_rows)
+    figure, axes = figure_of(num_rows, num_columns, 9.6, 2.15 * num_rows)
     present = [group for group in CLINICAL_GROUPS if (comparison.table["clinical_group"] == group).any()]
     tables = [(REAL_COLOUR, comparison.table), *((colour(i), one.table) for i, one in enumerate(comparison.sets))]
     for axis, name in zip(axes.flat, names, strict=False):
@@ -136,7 +139,7 @@ def subjects_plot(comparison: Comparison) -> "Figure":
         axis.grid(axis="x", visible=False)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
-    _legend(figure, comparison, with_real=True)
+    legend(figure, comparison, with_real=True)
     return figure
 
 
@@ -160,7 +163,7 @@ def _draw_subjects(axis: "Axes", tables: list[tuple[str, pd.DataFrame]], column:
 
 def adherence_plot(comparison: Comparison) -> "Figure":
     """Dice and clDice of every image; the real ones show what the segmenter itself reaches."""
-    figure, axes = _figure(1, 2, 9.6, 0.7 + 0.34 * (1 + len(comparison.sets)), sharey=True)
+    figure, axes = figure_of(1, 2, 9.6, 0.7 + 0.34 * (1 + len(comparison.sets)), sharey=True)
     tables = [("real", REAL_COLOUR, comparison.table)]
     tables += [(one.name, colour(index), one.table) for index, one in enumerate(comparison.sets)]
     for axis, column, title in zip(axes[0], ("dice", "cldice"), ("Dice", "clDice"), strict=True):
@@ -177,30 +180,8 @@ def adherence_plot(comparison: Comparison) -> "Figure":
     return figure
 
 
-def spectrum_plot(comparison: Comparison) -> "Figure":
-    """Mean power over frequency, and its ratio to the real one."""
-    figure, axes = _figure(1, 2, 9.6, 2.5)
-    frequency = np.sqrt(np.array(SPECTRUM_EDGES[:-1]) * np.array(SPECTRUM_EDGES[1:]))
-    columns = [f"spectrum_{index:02d}" for index in range(len(frequency))]
-    real = comparison.table[columns].mean().to_numpy()
-    axes[0, 0].plot(frequency, real, color=REAL_COLOUR, lw=2)
-    axes[0, 1].axhline(0, color=REAL_COLOUR, lw=2)
-    for index, one in enumerate(comparison.sets):
-        power = one.table[columns].mean().to_numpy()
-        axes[0, 0].plot(frequency, power, color=colour(index), lw=1.5)
-        axes[0, 1].plot(frequency, power - real, color=colour(index), lw=1.5)
-    axes[0, 0].set_title("log10 power")
-    axes[0, 1].set_title("log10 power, synthetic minus real")
-    for axis in axes[0]:
-        axis.set_xscale("log")
-        axis.set_xticks([0.02, 0.05, 0.1, 0.2, 0.5], ["0.02", "0.05", "0.1", "0.2", "0.5"])
-        axis.minorticks_off()
-        axis.set_xlabel("cycles per px")
-    _legend(figure, comparison, with_real=True)
-    return figure
-
-
-def _legend(figure: "Figure", comparison: Comparison, with_real: bool) -> None:
+def legend(figure: "Figure", comparison: Comparison, with_real: bool) -> None:
+    """The sets by colour, beside the panels."""
     from matplotlib.lines import Line2D
 
     entries = [("real", REAL_COLOUR)] if with_real else []

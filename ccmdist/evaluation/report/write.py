@@ -18,6 +18,7 @@ from ccmdist.evaluation.comparison import Comparison, SetReport
 from ccmdist.evaluation.fidelity.appearance import APPEARANCE
 from ccmdist.evaluation.measures import CHAIN_CODE, FOUND
 from ccmdist.evaluation.report.conclusions import may_be_concluded, may_not_be_concluded
+from ccmdist.evaluation.report.fidelity_tables import distance_groups, paired_lines
 from ccmdist.evaluation.report.formatting import FILTERS
 from ccmdist.evaluation.report.pictures import LINE_COLOURS, REACH_PX, data_url, picture_grids
 from ccmdist.evaluation.report.plots import colour, plots
@@ -78,9 +79,7 @@ def _set_values(one: SetReport) -> dict[str, Any]:
         "shares_subjects": one.shares_subjects,
         "adherence": asdict(one.adherence),
         "equivalence": [asdict(row) for row in one.equivalence],
-        "appearance": [asdict(row) for row in one.appearance],
-        "paired": asdict(one.paired) if one.paired else None,
-        "frechet": asdict(one.frechet) if one.frechet else None,
+        "fidelity": asdict(one.fidelity),
         "gate": asdict(one.gate) if one.gate else None,
         "left_out": [asdict(one) for one in one.left_out],
     }
@@ -116,6 +115,8 @@ def html(values: dict[str, Any], comparison: Comparison) -> str:
         colours={one.name: colour(index) for index, one in enumerate(comparison.sets)},
         quantities=QUANTITIES,
         appearance_labels=APPEARANCE,
+        paired_lines=paired_lines(values["synthetic"]),
+        distance_groups=distance_groups(values["synthetic"]),
         all_subjects=ALL_SUBJECTS,
         groups=[ALL_SUBJECTS, *CLINICAL_GROUPS],
         level=round(100 - 200 * comparison.config.alpha),

@@ -16,7 +16,7 @@ from ccmdist.data.phantom_shards import write_phantom_set
 from ccmdist.data.reader import read_keys, read_split
 from ccmdist.data.writer import write_set
 from ccmdist.errors import Preempted, ShardError
-from ccmdist.evaluation.comparison import MEASURES_FOLDER, units
+from ccmdist.evaluation.comparison import units
 from ccmdist.evaluation.measures import Measuring
 from ccmdist.evaluation.work import do_share, open_units
 from ccmdist.jobs import evaluate
@@ -66,30 +66,36 @@ def run(config, monkeypatch, worker=None, num_workers=3):
 
 
 def measured(out):
-    return {path.name: path.read_bytes() for path in (out / MEASURES_FOLDER).iterdir()}
+    """The file that each unit of work leaves, by name."""
+    return {path.name: path.read_bytes() for path in out.glob("*/*") if path.is_file()}
 
 
 def test_an_array_and_one_who_compares_give_the_report_of_a_single_run(sets, tmp_path, monkeypatch, capsys):
     single = config_of(sets, tmp_path / "single")
     run(single, monkeypatch)
     report = json.loads((single.out / "report.json").read_text())
-    assert report["synthetic"]["close"]["paired"]["num_images"] == 24
+    assert report["synthetic"]["close"]["fidelity"]["paired"][0]["num_images"] == 24
     capsys.readouterr()
 
     shared = config_of(sets, tmp_path / "shared")
     # What is measured depends on nobody else: the images that are drawn of a mask do not wait for the real frames.
-    for worker, num_files in ((2, 2), (0, 5), (1, 8)):
+    num_units, num_done = len(units(shared)), 0
+    for worker in (2, 0, 1):
         run(shared, monkeypatch, worker)
-        assert len(measured(shared.out)) == num_files
+        num_done += len(range(worker, num_units, 3))
+        assert len(measured(shared.out)) == num_done
         assert not (shared.out / "report.json").exists()
     assert capsys.readouterr().out == ""
-    files = {path: path.stat().st_mtime_ns for path in (shared.out / MEASURES_FOLDER).iterdir()}
+    files = {path: path.stat().st_mtime_ns for path in shared.out.glob("*/*")}
 
     run(shared, monkeypatch)
     assert measured(shared.out) == measured(single.out)
     assert {path: path.stat().st_mtime_ns for path in files} == files
-    told = (shared.out / "report.json").read_text().replace(str(shared.out), str(single.out))
-    assert told == (single.out / "report.json").read_text()
+    told, of_single = (json.loads((out / "report.json").read_text()) for out in (shared.out, single.out))
+    assert told.pop("made_at") > of_single.pop("made_at")
+    # The folder of the report is one of the settings.
+    assert told.pop("settings_digest") != of_single.pop("settings_digest")
+    assert json.dumps(told).replace(str(shared.out), str(single.out)) == json.dumps(of_single)
     assert "report: " in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -97,7 +103,7 @@ def test_who_compares_measures_what_a_killed_worker_has_left(sets, tmp_path, mon
     config = config_of(sets, tmp_path)
     run(config, monkeypatch, worker=1)
     run(config, monkeypatch)
-    assert len(measured(tmp_path)) == 8
+    assert len(measured(tmp_path)) == len(units(config))
     assert (tmp_path / "report.html").exists()
 
 
@@ -105,9 +111,10 @@ def test_a_stop_between_shards_keeps_what_is_measured(sets, tmp_path, monkeypatc
     config = config_of(sets, tmp_path)
     with pytest.raises(Preempted) as stop:
         do_share(units(config), 0, 1, should_stop=iter([False] * 3 + [True]).__next__)
-    assert str(stop.value) == ("evaluate: stopped with 3 of 8 units done and committed; run the same command again")
+    told = f"evaluate: stopped with 3 of {len(units(config))} units done and committed; run the same command again"
+    assert str(stop.value) == told
     assert stop.value.exit_code == 75
-    assert len(open_units(units(config))) == 5
+    assert len(open_units(units(config))) == len(units(config)) - 3
     again = []
     table = Measuring.table
     monkeypatch.setattr(Measuring, "table", lambda *arguments: again.append(arguments) or table(*arguments))

@@ -175,8 +175,7 @@ def test_every_number_is_in_the_json_and_comes_back_from_it(page, comparison):
     assert list(values["synthetic"]) == ["close", "far"]
     far = values["synthetic"]["far"]
     assert far["origins"][0]["adapter_digest"] == "untuned"
-    assert far["frechet"]["extractor"] == "weight-free-logbank-v1"
-    assert len(far["frechet"]["extractor_sha256"]) == 64
+    assert {len(distance["extractor_sha256"]) for distance in far["fidelity"]["distances"]} == {64}
     assert far["counts"]["images_by_group"] == values["real"]["images_by_group"]
 
 
@@ -186,9 +185,10 @@ def test_the_near_set_is_nearer_in_every_respect(comparison):
     assert close.adherence.cldice > far.adherence.cldice + 0.2
     assert close.adherence.offset_px < 1.5
     assert far.adherence.offset_px == pytest.approx(4, abs=1)
-    assert close.paired.ssim > far.paired.ssim + 0.2
-    assert close.frechet.distance_of_halves < far.frechet.distance_of_halves
-    assert close.frechet.floor == far.frechet.floor
+    assert close.fidelity.measure("ssim").mean > far.fidelity.measure("ssim").mean + 0.2
+    distances = [one.fidelity.distance("frechet") for one in (close, far)]
+    assert distances[0].of_halves < distances[1].of_halves
+    assert distances[0].floor == distances[1].floor
     assert abs(comparison.segmenter_error.dice - close.adherence.dice) < 0.1
 
 
@@ -218,20 +218,21 @@ def test_a_damaged_file_of_measures_is_measured_again(comparison):
 
 
 def test_below_the_minimum_figures_are_left_out_with_the_reason(comparison):
-    minimum = {"frechet_images": 500, "equivalence_subjects": 40, "paired_images": 400}
+    fewest = ("frechet_images", "kernel_images", "neighbour_images", "noise_images")
+    minimum = dict.fromkeys(fewest, 500) | {"equivalence_subjects": 40, "paired_images": 400}
     config = comparison.config.model_copy(update={"minimum": type(comparison.config.minimum)(**minimum)})
     one = compare(config).sets[0]
-    assert (one.paired, one.frechet, one.equivalence) == (None, None, [])
+    assert (one.fidelity.paired, one.fidelity.distances, one.equivalence) == ([], [], [])
     reasons = {omitted.what: omitted.reason for omitted in one.left_out}
     num = len(comparison.table)
     assert (
         reasons["Frechet distance on weight-free-logbank-v1"]
         == f"{num} real and {num} synthetic images, at least 500 each are needed"
     )
-    assert f"{num} of {num} images were drawn from a mask of the real split" in reasons["SSIM and PSNR"]
+    assert f"{num} of {num} images were drawn from a mask of the real split" in reasons["SSIM, MS-SSIM and PSNR"]
     assert "at least 40 each are needed" in reasons["CNFL, all subjects"]
     values = report_values(compare(config))
-    assert values["synthetic"]["close"]["frechet"] is None
+    assert values["synthetic"]["close"]["fidelity"]["distances"] == []
     assert "no biomarker could be tested" in values["may_be_concluded"][0]
     Page(write_report(compare(config)).read_text())
 
@@ -244,7 +245,7 @@ def test_the_command_prints_a_table_and_the_path(sets, comparison, tmp_path, cap
     evaluate.run(str(tmp_path / "config.json"))
     printed = capsys.readouterr().out
     assert "clDice" in printed
-    assert "no FID" in printed
+    assert "Frechet distance on weight-free-logbank-v1" in printed
     assert printed.splitlines()[-1] == f"report: {config.out / 'report.html'}"
 
 
@@ -295,7 +296,7 @@ def test_sets_of_two_sizes_are_refused_and_larger_real_frames_are_scaled(sets, t
     both = [f"synthetic.{name}={tmp_path / 'small'}" for name in ("close", "far")]
     found = compare(config_of(sets, tmp_path / "b", *both))
     assert found.shape == (48, 48)
-    assert found.sets[0].paired.num_images == 4
+    assert found.sets[0].fidelity.measure("ssim").num_images == 4
 
 
 def test_masks_of_other_subjects_give_no_pairs_and_no_promise_of_agreement(sets, comparison, tmp_path):
@@ -304,7 +305,7 @@ def test_masks_of_other_subjects_give_no_pairs_and_no_promise_of_agreement(sets,
     write_set(tmp_path / "foreign", "synthetic", [drawn(foreign, triple.image, provenance(foreign, "d" * 64))], 16)
     config = config_of(sets, comparison.config.out, f"synthetic.far={tmp_path / 'foreign'}")
     one = compare(config).sets[1]
-    assert one.paired is None
+    assert one.fidelity.paired == []
     assert not one.shares_subjects
 
 

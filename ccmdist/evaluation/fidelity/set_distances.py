@@ -1,0 +1,173 @@
+"""Every distance between two sets of features, with its floor: families of distances that are taken in one go."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, fields
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.random import Generator
+
+from ccmdist.ccm.skeleton import Bools, Floats
+from ccmdist.config.evaluate import MinimumCounts
+from ccmdist.errors import EvaluationError
+from ccmdist.evaluation.biomarkers.equivalence import LeftOut
+from ccmdist.evaluation.fidelity.distances import FEWEST_SUBJECTS, Distance, Features, Split, label_of, splits
+from ccmdist.evaluation.fidelity.frechet import frechet_at_infinity, frechet_distance
+from ccmdist.evaluation.fidelity.kernels import cmmd, kernel_distance
+from ccmdist.evaluation.fidelity.neighbours import FEWEST_IMAGES, Neighbourhoods, neighbourhoods
+
+NUM_SUBSETS: Final = 100
+"""Halves of the subjects of both sets for the interval of an unbiased distance."""
+NUM_SPLITS_TO_EXTRAPOLATE: Final = 10
+"""An extrapolation takes a dozen distances itself."""
+
+
+class Extractor(Protocol):
+    """What a distance says of what saw the images."""
+
+    @property
+    def name(self) -> str:
+        """As in :class:`Distance`."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Likewise."""
+        ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """Distances that share their work."""
+
+    metrics: tuple[str, ...]
+    of: Callable[[Floats, Floats, Generator], tuple[float, ...]]
+    """Their values between two sets of features, (N, D) and (M, D)."""
+    minimum: str
+    """Field of MinimumCounts: images on either side, below which they are left out."""
+    fewest_in_half: int = 2
+    max_splits: int | None = None
+    is_unbiased: bool = False
+    """Whether an interval over smaller subsets says anything."""
+
+
+def _extrapolated(first: Floats, second: Floats, rng: Generator) -> tuple[float, ...]:
+    found = frechet_at_infinity(first, second, rng)
+    return found.distance, found.r2
+
+
+def _difference_of_means(first: Floats, second: Floats, _: Generator) -> tuple[float, ...]:
+    """Root mean square of the difference of the means over images."""
+    return (float(np.sqrt(((first.mean(axis=0) - second.mean(axis=0)) ** 2).mean())),)
+
+
+FRECHET: Final = Family(("frechet",), lambda first, second, _: (frechet_distance(first, second),), "frechet_images")
+EXTRAPOLATED: Final = Family(
+    ("frechet_infinity",), _extrapolated, "frechet_images", max_splits=NUM_SPLITS_TO_EXTRAPOLATE
+)
+KERNEL: Final = Family(
+    ("kernel",), lambda first, second, _: (kernel_distance(first, second),), "kernel_images", is_unbiased=True
+)
+CMMD: Final = Family(("cmmd",), lambda first, second, _: (cmmd(first, second),), "kernel_images", is_unbiased=True)
+NEIGHBOURS: Final = Family(
+    tuple(field.name for field in fields(Neighbourhoods)),
+    lambda first, second, _: astuple(neighbourhoods(first, second)),
+    "neighbour_images",
+    fewest_in_half=FEWEST_IMAGES,
+)
+OF_ANY_EXTRACTOR: Final = (FRECHET, EXTRAPOLATED, KERNEL, NEIGHBOURS)
+SPECTRUM: Final = Family(("spectrum",), _difference_of_means, "noise_images")
+GRAIN: Final = Family(("grain_acf",), _difference_of_means, "noise_images")
+
+
+def distances_between(
+    real: Features,
+    synthetic: Features,
+    extractor: Extractor,
+    families: Sequence[Family],
+    minimum: MinimumCounts,
+    seed: int,
+) -> tuple[list[Distance], list[LeftOut]]:
+    """All distances of some families, and which were left out with the reason.
+
+    Args:
+        real: Of all real images.
+        synthetic: Of all synthetic ones.
+        extractor: What has seen them.
+        families: What is taken.
+        minimum: Counts below which a family is left out.
+        seed: Of the halves; the same for every set, so that all stand beside one floor where their counts are equal.
+    """
+    found: list[Distance] = []
+    left_out = []
+    for family in families:
+        fewest = getattr(minimum, family.minimum)
+        try:
+            if min(len(real), len(synthetic)) < fewest:
+                have = f"{len(real)} real and {len(synthetic)} synthetic images"
+                raise EvaluationError(f"{have}, at least {fewest} each are needed")
+            found += _of_family(real, synthetic, extractor, family, seed)
+        except EvaluationError as error:
+            names = ", ".join(label_of(metric, extractor.name) for metric in family.metrics)
+            left_out.append(LeftOut(f"{names} on {extractor.name}", error.message))
+    return found, left_out
+
+
+def _of_family(real: Features, synthetic: Features, extractor: Extractor, family: Family, seed: int) -> list[Distance]:
+    halves = splits(real, synthetic, family.fewest_in_half, np.random.default_rng(seed))[: family.max_splits]
+    rng = np.random.default_rng([seed, len(halves)])
+    values = family.of(real.values, synthetic.values, rng)
+    floors = np.array([family.of(real.values[h.first], real.values[h.second], rng) for h in halves])
+    of_halves = np.array([family.of(real.values[h.first], synthetic.values[h.synthetic], rng) for h in halves])
+    intervals = _intervals(real, synthetic, family, rng) if family.is_unbiased else [None] * len(family.metrics)
+    return [
+        Distance(
+            metric=metric,
+            value=values[place],
+            interval=intervals[place],
+            of_halves=float(of_halves[:, place].mean()),
+            of_halves_range=_range(of_halves[:, place]),
+            floor=float(floors[:, place].mean()),
+            floor_range=_range(floors[:, place]),
+            num_real=len(real),
+            num_synthetic=len(synthetic),
+            num_in_half=_mean_count(halves),
+            extractor=extractor.name,
+            extractor_sha256=extractor.sha256,
+            num_features=real.values.shape[1],
+            fit_r2=values[-1] if family is EXTRAPOLATED else None,
+        )
+        for place, metric in enumerate(family.metrics)
+    ]
+
+
+def _mean_count(halves: Sequence[Split]) -> int:
+    return round(float(np.mean([len(half.first) for half in halves])))
+
+
+def _range(values: Floats) -> tuple[float, float]:
+    low, high = np.percentile(values, [5, 95])
+    return float(low), float(high)
+
+
+def _intervals(
+    real: Features, synthetic: Features, family: Family, rng: Generator
+) -> Sequence[tuple[float, float] | None]:
+    """5th to 95th percentile of each distance over subsets, each of half of the subjects of either set.
+
+    A half that is drawn without replacement lies as far from the whole as the whole lies from the population, so the
+    subsets spread as the value itself does. None where a set has too few subjects.
+    """
+    if min(len(np.unique(one.subjects)) for one in (real, synthetic)) < FEWEST_SUBJECTS:
+        return [None] * len(family.metrics)
+    drawn = []
+    for _ in range(NUM_SUBSETS):
+        subsets = [one.values[_of_half_the_subjects(one, rng)] for one in (real, synthetic)]
+        if min(map(len, subsets)) >= family.fewest_in_half:
+            drawn.append(family.of(subsets[0], subsets[1], rng))
+    return [_range(column) for column in np.array(drawn).T]
+
+
+def _of_half_the_subjects(one: Features, rng: Generator) -> Bools:
+    subjects = np.unique(one.subjects)
+    return np.isin(one.subjects, rng.permutation(subjects)[: len(subjects) // 2])
