@@ -33,6 +33,11 @@ def parse_group(text: str | None, where: str) -> ClinicalGroup | None:
     raise unknown_code(where, "clinical_group", code, (*CLINICAL_GROUPS, UNLABELLED))
 
 
+def next_group(clinical_group: ClinicalGroup) -> ClinicalGroup:
+    """The group after this one in the order of :data:`CLINICAL_GROUPS`; the first after the last."""
+    return CLINICAL_GROUPS[(CLINICAL_GROUPS.index(clinical_group) + 1) % len(CLINICAL_GROUPS)]
+
+
 def unknown_code(where: str, name: str, got: str, known: Iterable[str]) -> ShardError:
     """The error for a value outside a closed vocabulary, with the nearest code and the whole list."""
     codes = {code.lower(): code for code in known}

@@ -1,15 +1,16 @@
 """Settings of the stages that make shards and fill the cache, and of the section by which later stages find both."""
 
 from pathlib import Path
-from typing import Final, Literal, Self
+from typing import Any, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ccmdist.config.settings import Settings, free
 
 Split = Literal["train", "val", "test"]
 Dtype = Literal["bf16", "fp32"]
 Flip = Literal["hflip", "vflip", "rot180"]
+Prompts = Literal["given", "next_group"]
 PX_PER_TOKEN: Final = 16
 """Of an edge of an image: the VAE divides edges by 8, and a token is a patch of 2 x 2 latents."""
 
@@ -83,9 +84,18 @@ class DataSettings(Settings):
     """Of the encoders and of what is cached."""
     flips: tuple[Flip, ...] = ()
     """Views of each training sample that are cached beside the sample itself."""
+    prompts: Prompts = "given"
+    """What a mask is encoded with: its own prompt or, as a control of synthesis, that of the next clinical group
+    (Control, T1NoDPN, T1DPN, Control). What such images lack beside others is what the prompt contributes."""
     stage_model: bool = free(False)
     """Copy the transformer to each node's own disk ($CCMDIST_NODE_TMP) once, and read it from there in training and
     synthesis: 41 GB, which the next start on the node finds again."""
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual_prompts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Written as before there was a control, and so with the same digest, unless it is one."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name != "prompts" or value != "given"}
 
 
 class PrecomputeConfig(Settings):

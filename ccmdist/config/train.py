@@ -198,6 +198,14 @@ class TrainConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _prompts_are_those_of_the_masks(self) -> Self:
+        if self.data.prompts != "given":
+            raise ValueError(
+                f"data.prompts: {self.data.prompts} is a control of synthesis; training wants the given prompts"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _batch_divides(self) -> Self:
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(

@@ -75,7 +75,8 @@ def fingerprint(data: DataSettings, manifest_digest: str, encoders: dict[str, An
         manifest_digest: Of the shard set.
         encoders: Identity of the encoders, as the model folder gives it.
     """
-    return {
+    wrong_prompts = {} if data.prompts == "given" else {"prompts": data.prompts}
+    return wrong_prompts | {
         "content_version": CONTENT_VERSION,
         "shards": manifest_digest,
         "encoders": encoders,

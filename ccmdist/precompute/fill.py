@@ -15,6 +15,7 @@ from ccmdist.cluster.device import current_device
 from ccmdist.config.data import DataSettings, PrecomputeConfig
 from ccmdist.console import log, tracked
 from ccmdist.data.cache_index import commit_fingerprint, flips
+from ccmdist.data.given_prompts import given_prompt
 from ccmdist.data.latent_cache import EncodedSample, write_cache_shard
 from ccmdist.data.manifest import ShardEntry
 from ccmdist.data.reader import read_shard
@@ -41,7 +42,8 @@ def fill_cache(
 
     Raises:
         Preempted: If ``should_stop`` said so while there was work left; what was encoded is committed.
-        ShardError: If a source shard is damaged or a frame is not square.
+        ShardError: If a source shard is damaged, a frame is not square, or one that is to get the next group's prompt
+            has no group.
         ModelError: If the model folder is not complete.
     """
     model = ModelFolder.open(config.data.model)
@@ -88,11 +90,12 @@ class Encoders:
         triples = read_shard(self.data.shards, shard)
         frames = chain.from_iterable(views(triple, self.data.image_size_px, wanted, where) for triple in triples)
         for triples_together in _batched(frames, self.batch_size):
-            yield from self._encoded(triples_together)
+            yield from self._encoded(triples_together, where)
 
-    def _encoded(self, triples: list[Triple]) -> Iterator[EncodedSample]:
+    def _encoded(self, triples: list[Triple], where: str) -> Iterator[EncodedSample]:
         nerve_masks = [triple.nerve_mask for triple in triples]
-        positive = self.prompts.encode([triple.meta.prompt for triple in triples], nerve_masks)
+        prompts = [given_prompt(one.meta, self.data.prompts, f"{where}: sample {one.key}") for one in triples]
+        positive = self.prompts.encode(prompts, nerve_masks)
         negative = self.prompts.encode([NEGATIVE_PROMPT] * len(triples), nerve_masks)
         images = self.codec.encode(np.stack([triple.image for triple in triples]))
         masks = self.codec.encode(np.stack(nerve_masks).astype(np.uint8) * 255)

@@ -21,6 +21,7 @@ from ccmdist.config.data import PX_PER_TOKEN
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.console import log, tracked
 from ccmdist.data.cache_index import CacheEntry
+from ccmdist.data.given_prompts import given_prompt
 from ccmdist.data.latent_cache import LatentCache
 from ccmdist.data.manifest import read_manifest
 from ccmdist.data.reader import read_shard
@@ -256,7 +257,8 @@ def _triples(plan: Plan, batch: int, images_BHW: NDArray[np.uint8], sources: Sou
         source = sources.triple(request.source_key)
         about: dict[str, Any] = plan.provenance(batch, request, mask_sha256(source.nerve_mask))
         # What a phantom was constructed with does not hold for what a model draws.
-        meta = replace(source.meta, source="synthetic", labels={}, provenance=about)
+        prompt = given_prompt(source.meta, plan.settings.prompts, f"sample {source.key}")
+        meta = replace(source.meta, prompt=prompt, source="synthetic", labels={}, provenance=about)
         yield replace(source, key=request.key, image=image, meta=meta)
 
 

@@ -16,16 +16,17 @@ import contextlib
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from ccmdist.ccm.groups import UNLABELLED
 from ccmdist.commit import left_overs, sha256_of_file
 from ccmdist.data.cache_index import UNKNOWN
+from ccmdist.data.given_prompts import given_prompt
 from ccmdist.data.manifest import MANIFEST, Manifest, ShardEntry, commit_manifest, read_manifest
 from ccmdist.data.reader import read_shard
-from ccmdist.data.triple import Triple
+from ccmdist.data.triple import Triple, prompt_for
 from ccmdist.data.writer import write_shard
 from ccmdist.errors import ShardError
 from ccmdist.synthesis.claims import claimed, order_of_help, share
@@ -154,7 +155,7 @@ class SyntheticSet:
         return self._entry(self.folder / self._name(shard), requests)
 
     def _commit_manifest(self) -> None:
-        about = {"plan_digest": self.plan.digest, **asdict(self.plan.settings), "training": self.training}
+        about = {"plan_digest": self.plan.digest, **self.plan.settings_values(), "training": self.training}
         try:
             commit_manifest(self.folder, "synthetic", map(self.shard_entry, range(self.plan.num_shards)), about)
         except FileNotFoundError:
@@ -200,6 +201,9 @@ def misfit(plan: Plan, batch: int, request: Request, triple: Triple) -> str:
         return f"stands where the plan has {request.key}"
     if (triple.meta.subject, triple.meta.clinical_group) != (request.subject, request.clinical_group):
         return "has another subject or clinical group than in the plan"
+    source = replace(triple.meta, prompt=prompt_for(request.clinical_group, triple.meta.eye, triple.meta.fields))
+    if triple.meta.prompt != given_prompt(source, plan.settings.prompts, f"sample {request.source_key}"):
+        return "has another prompt than in the plan"
     expected = plan.provenance(batch, request, mask_sha256(triple.nerve_mask))
     found = triple.meta.provenance or {}
     for name in sorted(expected.keys() | found.keys()):

@@ -19,10 +19,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ccmdist.ccm.groups import ClinicalGroup
 from ccmdist.commit import commit_json, digest_of
-from ccmdist.config.data import Dtype, Split
+from ccmdist.config.data import Dtype, Prompts, Split
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.console import log
 from ccmdist.data.cache_index import CacheEntry, find_cache, flips, indexes
+from ccmdist.data.given_prompts import prompted_group
 from ccmdist.data.manifest import MANIFEST, ShardEntry, read_manifest
 from ccmdist.data.triple import MAX_KEY_LENGTH
 from ccmdist.data.writer import shards_in
@@ -87,6 +88,8 @@ class PlanSettings:
     seed: int
     compile_blocks: bool
     content_version: int = CONTENT_VERSION
+    prompts: Prompts = "given"
+    """next_group: a control, whose prompts are those of another clinical group than the masks."""
 
 
 class Plan(BaseModel):
@@ -120,7 +123,7 @@ class Plan(BaseModel):
     def provenance(self, batch: int, request: Request, mask_sha256: str) -> dict[str, Any]:
         """What a synthetic sample says of its origin: enough to draw it again."""
         settings = self.settings
-        return {
+        about = {
             "source_key": request.source_key,
             "source_set_digest": settings.source_set_digest,
             "image_number": request.image_number,
@@ -134,14 +137,23 @@ class Plan(BaseModel):
             "plan_digest": self.digest,
             "batch": batch,
         }
+        if settings.prompts != "given":
+            group = prompted_group(request.clinical_group, settings.prompts, f"sample {request.source_key}")
+            about |= {"prompts": settings.prompts, "prompted_group": group}
+        return about
 
     def summary(self) -> dict[str, Any]:
         """The settings, and one digest for all requests."""
-        return asdict(self.settings) | {"requests": digest_of(self.values()["batches"])}
+        return self.settings_values() | {"requests": digest_of(self.values()["batches"])}
 
     def values(self) -> dict[str, Any]:
         """All of it, as JSON types."""
-        return {"settings": asdict(self.settings), "batches": [asdict(batch) for batch in self.batches]}
+        return {"settings": self.settings_values(), "batches": [asdict(batch) for batch in self.batches]}
+
+    def settings_values(self) -> dict[str, Any]:
+        """The settings as JSON types; of prompts only a control says something, so other plans keep their digest."""
+        values = asdict(self.settings)
+        return {name: value for name, value in values.items() if name != "prompts" or value != "given"}
 
 
 def base_of(config: SynthesizeConfig) -> Base | None:
@@ -184,6 +196,7 @@ def make_plan(
         split=config.split,
         image_size_px=data.image_size_px,
         dtype=data.dtype,
+        prompts=data.prompts,
         images_per_mask=config.images_per_mask,
         batch_size=config.batch_size,
         batches_per_shard=config.batches_per_shard,
