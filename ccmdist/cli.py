@@ -23,6 +23,7 @@ from ccmdist.commit import commit_json
 from ccmdist.config.data import FolderShardsConfig, FoldShardsConfig, PhantomShardsConfig, PrecomputeConfig
 from ccmdist.config.evaluate import EvaluateConfig
 from ccmdist.config.loading import digest, load, parted, resolved
+from ccmdist.config.select import SelectConfig
 from ccmdist.config.settings import Settings
 from ccmdist.config.stages import STAGES
 from ccmdist.config.synthesize import SynthesizeConfig
@@ -180,6 +181,18 @@ def synthesize(arguments: Arguments = None, dry_run: DryRun = False) -> None:
 def evaluate(arguments: Arguments = None, dry_run: DryRun = False) -> None:
     """Compare synthetic sets with a real one: report.json and report.html."""
     _stage(EvaluateConfig, "evaluate", arguments, dry_run)
+
+
+@app.command(epilog=example("ccmdist select configs/select/tiny.yaml run=runs/tiny metric=cnfl_bias"))
+def select(arguments: Arguments = None, dry_run: DryRun = False) -> None:
+    """Draw held-out masks with every checkpoint of a run, and point at the best: RUN/best.json.
+
+    Afterwards `ccmdist synthesize ... adapter=RUN/best.json` and `ccmdist adapter export RUN/best.json ...` use that
+    one; RUN alone still means the newest. Metrics: cnfl_agreement, cnfl_bias, cnfl_equivalence, cldice. A run keeps the
+    newest three checkpoints: train with checkpoint.keep=20 to have more to choose from. Nothing is deleted, and
+    retention never removes the chosen one.
+    """
+    _stage(SelectConfig, "select", arguments, dry_run)
 
 
 Size = Annotated[str, typer.Option("--size", help="tiny, small, full-width-2-blocks or full.")]

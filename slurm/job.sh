@@ -42,7 +42,7 @@ begin_job() {
 # A launcher has frozen the job before it submitted it, and says where.
 begin_frozen_job() {
     STAGE=$1 CCMDIST_JOB=$2
-    AS_SUBMITTED="the same launcher (launch/$STAGE.py or pipeline.py) with the arguments in $2/job.json"
+    AS_SUBMITTED="the same launcher (in launch/) with the arguments in $2/job.json"
     enter
     start
 }

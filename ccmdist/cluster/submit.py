@@ -161,6 +161,8 @@ def _additional(job: BatchJob) -> dict[str, Any]:
     found: dict[str, Any] = {"requeue": True}
     if job.slurm.reservation:
         found["reservation"] = job.slurm.reservation
+    if job.slurm.nice:
+        found["nice"] = job.slurm.nice
     if job.after:
         # Without the second, a job whose predecessor failed would wait for ever.
         found |= {"dependency": f"afterok:{':'.join(job.after)}", "kill-on-invalid-dep": "yes"}

@@ -92,6 +92,8 @@ class SlurmSettings(Settings):
     """Nodes to avoid."""
     comment: Comment = ""
     """Everybody on the cluster can read it."""
+    nice: int | None = Field(None, ge=0, le=2_000_000_000)
+    """By how much the job's priority is lowered; without a value, that of `select` is, by 1000."""
     max_array_tasks: int = Field(16, ge=1, le=4000)
     """Array tasks of a stage at most; fewer when there is less to do. Clusters commonly allow up to 1000."""
 

@@ -18,8 +18,8 @@ class SynthesizeConfig(Settings):
     """Its shards hold the masks and prompts, its cache their embeddings and latents."""
     split: Split = "test"
     adapter: Path | None = None
-    """Folder of an exported adapter, or of a run (its newest checkpoint), or RUN/best.json (the one that `ccmdist select`
-    chose); without one, the untuned model draws."""
+    """Folder of an exported adapter, or of a run, whose newest checkpoint is taken; or RUN/best.json, for the one that
+    `ccmdist select` chose. Without one, the untuned model draws."""
     base: Literal["auto", "bf16", "nf4"] = "auto"
     """How the base model is held: in bf16, or its blocks in 4 bits, which changes images a little. auto: in data.dtype
     where the card that begins the set can hold it, else nf4; the plan of the set keeps what was chosen."""

@@ -24,6 +24,7 @@ from ccmdist.commit import commit_json, sync_file, sync_folder, temporary_name
 from ccmdist.config.data import PrecomputeConfig
 from ccmdist.config.evaluate import EvaluateConfig
 from ccmdist.config.loading import read_resolved, resolved
+from ccmdist.config.select import SelectConfig
 from ccmdist.config.settings import Settings
 from ccmdist.config.stages import STAGES, result_folder
 from ccmdist.config.synthesize import SynthesizeConfig
@@ -91,6 +92,7 @@ UNITS: dict[type[Settings], str] = {
     PrecomputeConfig: "shards",
     SynthesizeConfig: "batches",
     EvaluateConfig: "measured shards",
+    SelectConfig: "drawn batches and measured shards",
 }
 
 
@@ -101,10 +103,20 @@ def _progress(config: Settings) -> int:
     if isinstance(config, PrecomputeConfig):
         return sum(index.name != FINGERPRINT for index in config.data.cache.glob("*/*.json"))
     if isinstance(config, SynthesizeConfig):
-        shards, batches = list(config.out.glob("*.tar")), list((config.out / "batches").glob("*.tar"))
-        return len(shards) * config.batches_per_shard + len(batches)
+        return _drawn_batches(config.out, config.batches_per_shard)
+    if isinstance(config, SelectConfig):
+        drawn = sum(_drawn_batches(folder, config.batches_per_shard) for folder in config.folder.glob("step-*"))
+        return drawn + _measured_shards(config.folder)
     assert isinstance(config, EvaluateConfig), "every stage is named"
-    return len(list((config.out / "features").glob("[!.]*")))
+    return _measured_shards(config.out)
+
+
+def _drawn_batches(out: Path, batches_per_shard: int) -> int:
+    return len(list(out.glob("*.tar"))) * batches_per_shard + len(list((out / "batches").glob("*.tar")))
+
+
+def _measured_shards(out: Path) -> int:
+    return len(list((out / "features").glob("[!.]*")))
 
 
 def _is_finished(config: Settings) -> bool:

@@ -10,11 +10,13 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from ccmdist.cluster.job_folder import JobFolder
 from ccmdist.cluster.submit import BatchJob, batch_text, outside_of_any_job, refuse_without_slurm, submit
 from ccmdist.config.data import PrecomputeConfig
 from ccmdist.config.evaluate import EvaluateConfig
+from ccmdist.config.select import SelectConfig
 from ccmdist.config.settings import Settings
 from ccmdist.config.slurm import SlurmSettings
 from ccmdist.config.stages import result_folder
@@ -23,6 +25,9 @@ from ccmdist.config.train import TrainConfig
 from ccmdist.errors import RunError
 from ccmdist.jobs.job import snapshot
 from ccmdist.jobs.submitted import SubmittedStage
+
+LOW_PRIORITY: Final = 1000
+"""By how much the priority of a selection is lowered, unless the settings say otherwise."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,13 @@ def evaluate_jobs(config: EvaluateConfig, slurm: SlurmSettings) -> list[Request]
         # Alone, a process would not know itself as one of several: it measures and reports at once.
         return [dataclasses.replace(report, why=f"{measure.why}: one process measures and writes the report")]
     return [measure, report]
+
+
+def select_jobs(config: SelectConfig, slurm: SlurmSettings) -> list[Request]:
+    """One array of low priority, with a worker for every checkpoint that is not drawn and measured yet."""
+    if slurm.nice is None:
+        slurm = slurm.model_copy(update={"nice": LOW_PRIORITY})  # nobody waits for it, and it loses nothing by waiting
+    return [_array("select", config, slurm, "checkpoints to draw with")]
 
 
 def _array(stage: str, config: Settings, slurm: SlurmSettings, what: str) -> Request:

@@ -14,7 +14,7 @@ from ccmdist.config.data import DataSettings
 from ccmdist.config.loading import load_for_slurm
 from ccmdist.config.settings import Settings
 from ccmdist.config.slurm import SlurmSettings
-from ccmdist.config.stages import STAGES
+from ccmdist.config.stages import CHAIN, STAGES
 from ccmdist.errors import ConfigError
 from ccmdist.jobs.launching import Request, evaluate_jobs, precompute_jobs, synthesize_jobs, train_jobs
 
@@ -22,7 +22,7 @@ SHARED: Final = ("slurm", "data")
 """Sections that may be given once for all stages that have them."""
 USAGE: Final = (
     "write STAGE=FILE.yaml, STAGE.key=value, slurm.key=value or data.key=value, "
-    f"where STAGE is one of {', '.join(STAGES)}"
+    f"where STAGE is one of {', '.join(CHAIN)}"
 )
 
 
@@ -34,7 +34,7 @@ def pipeline_jobs(arguments: Sequence[str]) -> list[Request]:
         CcmdistError: If the shards or the model are not there.
     """
     words = _by_stage(arguments)
-    loaded = {stage: load_for_slurm(kind, *words[stage]) for stage, kind in STAGES.items()}
+    loaded = {stage: load_for_slurm(STAGES[stage], *words[stage]) for stage in CHAIN}
     configs: dict[str, Any] = {stage: config for stage, (config, _) in loaded.items()}
     slurm: dict[str, SlurmSettings] = {stage: section for stage, (_, section) in loaded.items()}
     configs["synthesize"] = _with_adapter(configs)
@@ -49,23 +49,23 @@ def pipeline_jobs(arguments: Sequence[str]) -> list[Request]:
 
 def _by_stage(arguments: Sequence[str]) -> dict[str, tuple[list[Path], list[str]]]:
     """Files and overrides of each stage; what is said to one stage wins over what is said to all."""
-    files: dict[str, list[Path]] = {stage: [] for stage in STAGES}
-    shared: dict[str, list[str]] = {stage: [] for stage in STAGES}
-    own: dict[str, list[str]] = {stage: [] for stage in STAGES}
+    files: dict[str, list[Path]] = {stage: [] for stage in CHAIN}
+    shared: dict[str, list[str]] = {stage: [] for stage in CHAIN}
+    own: dict[str, list[str]] = {stage: [] for stage in CHAIN}
     for word in arguments:
         name, is_set, value = word.partition("=")
         first, _, rest = name.partition(".")
-        if first in STAGES and is_set and not rest:
+        if first in CHAIN and is_set and not rest:
             files[first].append(Path(value))
-        elif first in STAGES and is_set:
+        elif first in CHAIN and is_set:
             own[first].append(f"{rest}={value}")
         elif first in SHARED and is_set and rest:
-            for stage in STAGES:
+            for stage in CHAIN:
                 if first == "slurm" or first in STAGES[stage].model_fields:
                     shared[stage].append(word)
         else:
             raise ConfigError(f"'{word}' belongs to no stage", USAGE)
-    return {stage: (files[stage], shared[stage] + own[stage]) for stage in STAGES}
+    return {stage: (files[stage], shared[stage] + own[stage]) for stage in CHAIN}
 
 
 def _with_adapter(configs: dict[str, Any]) -> Settings:

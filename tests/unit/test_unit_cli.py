@@ -154,7 +154,8 @@ def test_a_group_without_a_command_tells_its_commands(capsys, words):
     assert "Example: ccmdist " in text
 
 
-STAGES = [["shards", "phantom"], ["shards", "folders"], ["precompute"], ["train"], ["synthesize"], ["evaluate"]]
+STAGES = [["shards", "phantom"], ["shards", "folders"]]
+STAGES += [["precompute"], ["train"], ["synthesize"], ["evaluate"], ["select"]]
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=" ".join)

@@ -97,6 +97,7 @@ def test_resolved_settings_validate_to_the_same_settings():
 def test_every_shipped_config_loads():
     from ccmdist.config.data import PhantomShardsConfig, PrecomputeConfig
     from ccmdist.config.evaluate import EvaluateConfig
+    from ccmdist.config.select import SelectConfig
     from ccmdist.config.synthesize import SynthesizeConfig
 
     kinds = {
@@ -105,6 +106,7 @@ def test_every_shipped_config_loads():
         "train": TrainConfig,
         "synthesize": SynthesizeConfig,
         "evaluate": EvaluateConfig,
+        "select": SelectConfig,
     }
     root = Path(__file__).parents[3]
     files = sorted((root / "configs").rglob("*.yaml"))

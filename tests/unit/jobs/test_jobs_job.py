@@ -23,6 +23,7 @@ OVERRIDES = {
     "precompute": ["data.cache={out}", "data.shards=s", "data.model=m"],
     "synthesize": ["out={out}", "data.shards=s", "data.model=m", "batches_per_shard=3"],
     "evaluate": ["out={out}", "real=s", "synthetic.a=x"],
+    "select": ["out={out}", "run=r"],
 }
 
 
@@ -122,6 +123,7 @@ def commit_something(stage, out, number):
         "precompute": out / "0123456789abcdef" / f"train-{number:06d}.json",
         "synthesize": out / "batches" / f"test-{number:06d}.tar",
         "evaluate": out / "features" / f"real-{number}.safetensors",
+        "select": out / f"step-{number:08d}" / "batches" / "val-000000.tar",
     }[stage]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{}")

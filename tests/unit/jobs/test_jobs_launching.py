@@ -14,13 +14,21 @@ import pytest
 from ccmdist.config.data import PrecomputeConfig
 from ccmdist.config.evaluate import EvaluateConfig
 from ccmdist.config.loading import load
+from ccmdist.config.select import SelectConfig
 from ccmdist.config.slurm import SlurmSettings
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.manifest import commit_manifest, read_manifest
 from ccmdist.errors import RunError
 from ccmdist.jobs import launching
-from ccmdist.jobs.launching import carry_out, evaluate_jobs, precompute_jobs, synthesize_jobs, train_jobs
+from ccmdist.jobs.launching import (
+    carry_out,
+    evaluate_jobs,
+    precompute_jobs,
+    select_jobs,
+    synthesize_jobs,
+    train_jobs,
+)
 
 ROOT = Path(__file__).parents[3]
 DATA = ["data.shards=shards/a", "data.model=models/a"]
@@ -32,7 +40,7 @@ def open_units(monkeypatch):
     """Say how many units a stage has open."""
 
     def say(number):
-        for stage in ("precompute", "synthesize", "evaluate"):
+        for stage in ("precompute", "synthesize", "evaluate", "select"):
             monkeypatch.setattr(importlib.import_module(f"ccmdist.jobs.{stage}"), "open_units", lambda config: number)
 
     return say
@@ -102,6 +110,18 @@ def test_an_evaluation_measures_in_an_array_without_gpus_and_reports_in_one_proc
     open_units(0)
     measure, report = evaluate_jobs(config, SlurmSettings())
     assert (measure.num_array_tasks, report.num_array_tasks) == (0, 1)
+
+
+def test_a_choice_of_a_checkpoint_waits_behind_other_jobs(open_units, tmp_path):
+    open_units(3)
+    config = load(SelectConfig, [], [f"run={tmp_path}/run"])
+    (request,) = select_jobs(config, SlurmSettings())
+    text, _ = carry_out([request], [], is_dry_run=True)
+    assert text.startswith("select: 3 array tasks of 1 node x 1 process with a GPU each; 3 checkpoints to draw with, 1")
+    assert "#SBATCH --nice=1000\n" in text
+    assert str(tmp_path / "run" / "selection" / "jobs") in text
+    (request,) = select_jobs(config, SlurmSettings(nice=0))
+    assert "--nice" not in "".join(carry_out([request], [], is_dry_run=True))
 
 
 def test_a_job_that_is_not_needed_is_not_waited_for(open_units, slurm):

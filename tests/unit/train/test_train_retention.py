@@ -53,5 +53,5 @@ def test_a_pointer_tells_what_is_missing_and_how_to_get_it(tmp_path):
     with pytest.raises(CheckpointError, match=f"`ccmdist select run={tmp_path}` writes it"):
         pointed_checkpoint(tmp_path / BEST)
     path = point(tmp_path, 3)
-    with pytest.raises(CheckpointError, match="points at .*step-00000003, which is not there; choose anew"):
+    with pytest.raises(CheckpointError, match=r"points at .*step-00000003, which is not there; choose anew"):
         pointed_checkpoint(path)

@@ -1,0 +1,62 @@
+"""A training run whose checkpoints nobody trained: adapters of the fitted tiny model, harmless and damaged ones."""
+
+import json
+
+import torch
+
+from ccmdist.config.data import PhantomShardsConfig, PrecomputeConfig
+from ccmdist.config.loading import digest, load, resolved
+from ccmdist.config.train import LoRASettings, TrainConfig
+from ccmdist.data.phantom_shards import write_phantom_set
+from ccmdist.jobs.adapter_check import linear_shapes
+from ccmdist.models.make import make_model
+from ccmdist.models.model_folder import ModelFolder
+from ccmdist.precompute.fill import fill_cache
+from ccmdist.train.checkpoint import CheckpointStore
+from ccmdist.train.engine import LocalParameter
+from tests.unit.train.one_rank import OneRank
+
+SIZE_PX = 96
+
+
+def data_overrides(sources):
+    """The section `data` of the sources."""
+    named = [f"data.{name}={sources}/{name}" for name in ("shards", "model", "cache")]
+    return [*named, f"data.image_size_px={SIZE_PX}", "data.dtype=fp32"]
+
+
+def make_sources(folder):
+    """Phantoms, the fitted tiny model and the cache of the val split: shards/, model/ and cache/ in ``folder``."""
+    frames = {"subjects_per_group": 2, "frames_per_subject": 2, "val_fraction": 0.5, "test_fraction": 0}
+    write_phantom_set(PhantomShardsConfig(out=folder / "shards", size_px=SIZE_PX, samples_per_shard=4, **frames))
+    make_model("tiny", "2509", folder / "model", fitted=True)
+    fill_cache(load(PrecomputeConfig, [], [*data_overrides(folder), "splits=[val]"]), 0, 1)
+
+
+def make_run(folder, sources, damage_of_step, keep=9):
+    """A run folder with a checkpoint for each step, whose adapter moves the weights by this much of their own size."""
+    settings = LoRASettings(lora_rank=2)
+    overrides = [f"run={folder}", *data_overrides(sources), "adapter.kind=lora", "adapter.lora_rank=2"]
+    config = load(TrainConfig, [], [*overrides, f"checkpoint.keep={keep}"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"digest": digest(config), "settings": resolved(config)}))
+    for step, damage in damage_of_step.items():
+        add_checkpoint(folder, sources, settings, step, damage, keep)
+    return folder
+
+
+def add_checkpoint(folder, sources, settings, step, damage, keep=9):
+    """Commit a checkpoint as a run of one rank does."""
+    model = ModelFolder.open(sources / "model")
+    source = torch.Generator().manual_seed(step)
+    parameters = {}
+    for name, (num_out, num_in) in linear_shapes(model).items():
+        if ".attn." in name:
+            A = torch.randn(settings.lora_rank, num_in, generator=source) / num_in**0.5
+            B = damage * torch.randn(num_out, settings.lora_rank, generator=source)
+            for kind, tensor in (("lora_A", A), ("lora_B", B)):
+                values = {"weight": tensor.flatten()}
+                parameters[f"{name}.{kind}"] = LocalParameter(tuple(tensor.shape), 0, values)
+    facts = {"samples_seen": step, "config_digest": "c", "data_digest": "d", "has_average": False}
+    store = CheckpointStore(folder / "checkpoints", OneRank(), keep, attempt=0)
+    assert store.save(step, parameters, facts | {"base_digest": model.transformer_digest()}) == ""
