@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ccmdist.cluster.preemption import StopFlag
-from ccmdist.cluster.ranks import worker_from_environment
+from ccmdist.cluster.ranks import ranks_from_environment, worker_from_environment
 from ccmdist.config.evaluate import EvaluateConfig
 from ccmdist.config.loading import read_resolved
 from ccmdist.console import log
@@ -43,6 +43,10 @@ def run(config_path: str) -> None:
         from ccmdist.evaluation.report.write import write_report
         from ccmdist.evaluation.work import do_share
 
+        if config.runs_networks:
+            from ccmdist.cluster.device import take_device
+
+            take_device(ranks_from_environment())
         do_share(units(config), worker_index, num_workers, should_stop=lambda: bool(stop))
     if num_workers > 1:
         told = "%s: worker %d of %d has done its share; the same command alone, after all, writes the report"
@@ -56,7 +60,8 @@ def run(config_path: str) -> None:
 
 def describe(config: EvaluateConfig) -> str:
     """What the command would compare."""
-    from ccmdist.evaluation.sets import real_set, synthetic_sets
+    from ccmdist.evaluation.downstream.grid import describe as describe_grid
+    from ccmdist.evaluation.sets import open_sets, real_set, synthetic_sets
 
     lines = []
     for one in [real_set(config), *synthetic_sets(config)]:
@@ -67,6 +72,8 @@ def describe(config: EvaluateConfig) -> str:
         told = ", ".join(f"{group} {num}" for group, num in sorted(counts.items()))
         where = f"{one.name}: {one.folder}, split {one.split}"
         lines.append(f"{where}, {counts.total()} images of {num_subjects} subjects ({told})")
+    if config.downstream is not None:
+        lines += describe_grid(open_sets(config), config.downstream)
     return "\n".join(lines)
 
 

@@ -98,15 +98,15 @@ def synthesize_jobs(config: SynthesizeConfig, slurm: SlurmSettings) -> list[Requ
 
 
 def evaluate_jobs(config: EvaluateConfig, slurm: SlurmSettings) -> list[Request]:
-    """An array that measures shards, and after it one process that compares what was measured."""
-    if slurm.gpus_per_node is None:
+    """An array that does the units of work, with GPUs where networks run, and after it one process that compares."""
+    if slurm.gpus_per_node is None and not config.runs_networks:
         slurm = slurm.model_copy(update={"gpus_per_node": 0})  # nothing in it would run on one
     measure = _array("evaluate", config, slurm, "units of work open")
     alone = slurm.model_copy(update={"nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0})
     report = Request("evaluate", config, alone, 1, "compares what is measured, and writes the report")
     if measure.num_array_tasks * _workers(slurm) == 1:
         # Alone, a process would not know itself as one of several: it measures and reports at once.
-        return [dataclasses.replace(report, why=f"{measure.why}: one process measures and writes the report")]
+        return [dataclasses.replace(measure, why=f"{measure.why}: one process measures and writes the report")]
     return [measure, report]
 
 

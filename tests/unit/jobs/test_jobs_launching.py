@@ -124,6 +124,19 @@ def test_a_choice_of_a_checkpoint_waits_behind_other_jobs(open_units, tmp_path):
     assert "--nice" not in "".join(carry_out([request], [], is_dry_run=True))
 
 
+def test_an_evaluation_asks_for_gpus_where_networks_run_and_its_report_does_not(open_units):
+    words = ["out=reports/a", "real=shards/a", "synthetic.x=synthetic/x"]
+    for more in ("downstream.num_folds=2", "extractors.dinov2=models/dinov2"):
+        open_units(8)
+        config = load(EvaluateConfig, [], [*words, more])
+        measure, report = evaluate_jobs(config, SlurmSettings())
+        assert (measure.num_array_tasks, measure.slurm.num_gpus_per_node, report.slurm.num_gpus_per_node) == (8, 1, 0)
+        assert evaluate_jobs(config, SlurmSettings(gpus_per_node=0))[0].slurm.num_gpus_per_node == 0
+        open_units(1)
+        (alone,) = evaluate_jobs(config, SlurmSettings())
+        assert alone.slurm.num_gpus_per_node == 1
+
+
 def test_a_job_that_is_not_needed_is_not_waited_for(open_units, slurm):
     open_units(0)
     requests = [*precompute_jobs(load(PrecomputeConfig, [], DATA), SlurmSettings())]

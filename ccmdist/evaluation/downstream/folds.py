@@ -1,0 +1,200 @@
+"""Who is trained on, validated on and tested in each fold, and that no generator has seen whom a fold tests.
+
+Every subject is in one split of a fold. Synthetic images count as their mask's subject, and a set says in its manifest
+on whom its generator was trained; a set that does not say is refused.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Final
+
+from ccmdist.ccm.groups import ClinicalGroup
+from ccmdist.commit import digest_of
+from ccmdist.config.data import Split
+from ccmdist.config.evaluate import DownstreamSettings, FoldSets
+from ccmdist.data.manifest import MANIFEST, Manifest, read_manifest
+from ccmdist.data.reader import read_metas
+from ccmdist.data.splits import Subject, fold_splits
+from ccmdist.errors import EvaluationError
+from ccmdist.evaluation.sets import OpenedSets
+
+UNTUNED: Final = "untuned"
+"""What a set says whose generator was trained on none of our subjects."""
+NUM_REMEMBERED: Final = 64
+"""Sets whose samples are listed once per process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image of a set, without its pixels."""
+
+    shard: str
+    key: str
+    subject: str
+    """Of a synthetic image: that of its mask."""
+    clinical_group: ClinicalGroup | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A shard set, of which all splits may be used."""
+
+    name: str
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """All of them, shard by shard; read off the headers and fields of the tars."""
+        return _samples(self.folder, self.manifest.digest)
+
+    def subjects_of(self, split: Split) -> frozenset[str]:
+        """The subjects of one of its own splits."""
+        return frozenset(subject for shard in self.manifest.of_split(split) for subject in shard.subjects)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One division of the real subjects, and the synthetic sets that may be trained on in it."""
+
+    number: int
+    real: Source
+    split_of: Mapping[str, Split]
+    """By subject."""
+    synthetic: Mapping[str, Source]
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of who is in which split."""
+        return digest_of([self.real.manifest.digest, dict(self.split_of)])
+
+    def subjects(self, split: Split) -> frozenset[str]:
+        """The subjects of one split."""
+        return frozenset(name for name, found in self.split_of.items() if found == split)
+
+    def samples(self, split: Split) -> list[Sample]:
+        """The real images of one split."""
+        return [sample for sample in self.real.samples if self.split_of[sample.subject] == split]
+
+
+def folds_of(sets: OpenedSets, settings: DownstreamSettings) -> list[Fold]:
+    """The folds that the settings name, or such over the subjects that no generator was trained on.
+
+    Raises:
+        EvaluationError: If a set is missing, does not say whom its generator has seen, or a generator has seen a
+            subject that a fold tests.
+    """
+    folds = _given(settings) if settings.folds else _made(sets, settings)
+    known = {fold.real.manifest.digest: fold.real.subjects_of("train") for fold in folds}
+    known |= {sets.real.manifest.digest: _source("real", sets.real.folder).subjects_of("train")}
+    for fold in folds:
+        for source in fold.synthetic.values():
+            _refuse_seen(fold, source, training_subjects(source, known))
+    return folds
+
+
+def training_subjects(source: Source, known: Mapping[str, frozenset[str]]) -> frozenset[str]:
+    """The subjects on whom the generator of a set was trained; none if it is untuned.
+
+    Args:
+        source: A synthetic set.
+        known: Digest of a real set -> the subjects of its train split.
+
+    Raises:
+        EvaluationError: If the set does not say.
+    """
+    training = source.manifest.about.get("training")
+    if training == UNTUNED:
+        return frozenset()
+    told = training if isinstance(training, dict) else {}
+    subjects = told.get("subjects")
+    if isinstance(subjects, list):
+        return frozenset(map(str, subjects))
+    if told.get("split") == "train" and told.get("set_digest") in known:
+        return known[told["set_digest"]]
+    raise EvaluationError(
+        f"synthetic.{source.name}: {source.folder} does not say on which subjects its generator was trained, "
+        "so it may have seen those who are tested",
+        "draw it anew with `ccmdist synthesize`, from the shards that the generator was trained on",
+    )
+
+
+def _made(sets: OpenedSets, settings: DownstreamSettings) -> list[Fold]:
+    """Folds of the real set; whoever was trained on is trained on in all of them."""
+    real = _source("real", sets.real.folder)
+    folders = {one.name: one.folder for one in sets.synthetic} | settings.synthetic
+    wanted = {arm.name for arm in settings.arms_with(folders)}
+    synthetic = {name: _synthetic(name, folder) for name, folder in folders.items() if name in wanted}
+    known = {real.manifest.digest: real.subjects_of("train")}
+    seen = frozenset[str]().union(*(training_subjects(source, known) for source in synthetic.values()))
+    groups = {sample.subject: sample.clinical_group for sample in real.samples}
+    counts = Counter(sample.subject for sample in real.samples)
+    subjects = {name: Subject(group, counts[name]) for name, group in groups.items()}
+    seed, num_folds = sets.config.seed, settings.num_folds
+    splits = (fold_splits(subjects, number, num_folds, seed, seen) for number in range(num_folds))
+    return [Fold(number, real, split_of, synthetic) for number, split_of in enumerate(splits)]
+
+
+def _given(settings: DownstreamSettings) -> list[Fold]:
+    folds = [_given_fold(number, sets) for number, sets in enumerate(settings.folds)]
+    tested_in: dict[str, int] = {}
+    for fold in folds:
+        for subject in sorted(fold.subjects("test")):
+            if (other := tested_in.setdefault(subject, fold.number)) != fold.number:
+                raise EvaluationError(
+                    f"downstream.folds: subject {subject} is tested in fold {other} and in fold {fold.number}",
+                    "make all folds with `ccmdist shards fold`, of one source, num_folds and seed",
+                )
+    return folds
+
+
+def _given_fold(number: int, sets: FoldSets) -> Fold:
+    real = _source(f"downstream.folds.{number}.real", sets.real)
+    if real.manifest.kind == "synthetic":
+        raise EvaluationError(
+            f"{real.name}: {real.folder} is a synthetic set, expected real frames or phantoms",
+            "`ccmdist shards fold` makes one",
+        )
+    split_of = {subject: shard.split for shard in real.manifest.shards for subject in shard.subjects}
+    return Fold(number, real, split_of, {name: _synthetic(name, folder) for name, folder in sets.synthetic.items()})
+
+
+def _refuse_seen(fold: Fold, source: Source, seen: frozenset[str]) -> None:
+    if both := sorted(fold.subjects("test") & seen):
+        raise EvaluationError(
+            f"downstream, fold {fold.number}: subject {both[0]} is tested, and the generator of {source.name} "
+            f"({source.folder}) was trained on it",
+            "train a generator on the train split of each fold (`ccmdist shards fold`), and draw with that",
+        )
+
+
+def _synthetic(name: str, folder: Path) -> Source:
+    source = _source(name, folder)
+    if source.manifest.kind != "synthetic":
+        raise EvaluationError(
+            f"synthetic.{name}: {folder} is a {source.manifest.kind} set, expected one drawn by a model",
+            "name the out folder of `ccmdist synthesize`",
+        )
+    return source
+
+
+def _source(name: str, folder: Path) -> Source:
+    if not (folder / MANIFEST).is_file():
+        raise EvaluationError(
+            f"{name}: {folder} holds no shard set (no {MANIFEST})", "`ccmdist shards` and `ccmdist synthesize` make one"
+        )
+    return Source(name, folder, read_manifest(folder))
+
+
+@lru_cache(maxsize=NUM_REMEMBERED)
+def _samples(folder: Path, digest: str) -> tuple[Sample, ...]:
+    return tuple(_read_samples(folder))
+
+
+def _read_samples(folder: Path) -> Iterator[Sample]:
+    for entry in read_manifest(folder).shards:
+        for key, meta in read_metas(folder, entry):
+            yield Sample(entry.name, key, meta.subject, meta.clinical_group)
