@@ -77,8 +77,7 @@ class Distance:
     value: float
     """Between all real and all synthetic images."""
     interval: tuple[float, float] | None
-    """Of unbiased distances: 5th to 95th percentile over halves of the subjects of both sets, which spread as the value
-    itself does over samples of subjects."""
+    """Of kernel distances: 5th to 95th percentile, over halves of the subjects of both sets, around the value."""
     of_halves: float
     """Between real images of half of the subjects and as many synthetic ones of the other half; mean over splits."""
     of_halves_range: tuple[float, float]

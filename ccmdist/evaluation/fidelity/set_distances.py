@@ -12,7 +12,7 @@ from ccmdist.config.evaluate import MinimumCounts
 from ccmdist.errors import EvaluationError
 from ccmdist.evaluation.biomarkers.equivalence import LeftOut
 from ccmdist.evaluation.fidelity.distances import FEWEST_SUBJECTS, Distance, Features, Split, label_of, splits
-from ccmdist.evaluation.fidelity.frechet import frechet_at_infinity, frechet_distance
+from ccmdist.evaluation.fidelity.frechet import IMAGES_PER_FEATURE, frechet_at_infinity, frechet_distance
 from ccmdist.evaluation.fidelity.kernels import cmmd, kernel_distance
 from ccmdist.evaluation.fidelity.neighbours import FEWEST_IMAGES, Neighbourhoods, neighbourhoods
 
@@ -47,8 +47,10 @@ class Family:
     """Field of MinimumCounts: images on either side, below which they are left out."""
     fewest_in_half: int = 2
     max_splits: int | None = None
+    images_per_feature: int = 0
+    """On either side; with fewer they are left out."""
     is_unbiased: bool = False
-    """Whether an interval over smaller subsets says anything."""
+    """Whether subsets of fewer images say anything of the spread of all."""
 
 
 def _extrapolated(first: Floats, second: Floats, rng: Generator) -> tuple[float, ...]:
@@ -63,7 +65,11 @@ def _difference_of_means(first: Floats, second: Floats, _: Generator) -> tuple[f
 
 FRECHET: Final = Family(("frechet",), lambda first, second, _: (frechet_distance(first, second),), "frechet_images")
 EXTRAPOLATED: Final = Family(
-    ("frechet_infinity",), _extrapolated, "frechet_images", max_splits=NUM_SPLITS_TO_EXTRAPOLATE
+    ("frechet_infinity",),
+    _extrapolated,
+    "frechet_images",
+    max_splits=NUM_SPLITS_TO_EXTRAPOLATE,
+    images_per_feature=IMAGES_PER_FEATURE,
 )
 KERNEL: Final = Family(
     ("kernel",), lambda first, second, _: (kernel_distance(first, second),), "kernel_images", is_unbiased=True
@@ -101,7 +107,7 @@ def distances_between(
     found: list[Distance] = []
     left_out = []
     for family in families:
-        fewest = getattr(minimum, family.minimum)
+        fewest = max(getattr(minimum, family.minimum), family.images_per_feature * real.values.shape[1])
         try:
             if min(len(real), len(synthetic)) < fewest:
                 have = f"{len(real)} real and {len(synthetic)} synthetic images"
@@ -119,7 +125,7 @@ def _of_family(real: Features, synthetic: Features, extractor: Extractor, family
     values = family.of(real.values, synthetic.values, rng)
     floors = np.array([family.of(real.values[h.first], real.values[h.second], rng) for h in halves])
     of_halves = np.array([family.of(real.values[h.first], synthetic.values[h.synthetic], rng) for h in halves])
-    intervals = _intervals(real, synthetic, family, rng) if family.is_unbiased else [None] * len(family.metrics)
+    intervals = _intervals(real, synthetic, family, values, rng) if family.is_unbiased else [None] * len(values)
     return [
         Distance(
             metric=metric,
@@ -151,12 +157,13 @@ def _range(values: Floats) -> tuple[float, float]:
 
 
 def _intervals(
-    real: Features, synthetic: Features, family: Family, rng: Generator
+    real: Features, synthetic: Features, family: Family, values: tuple[float, ...], rng: Generator
 ) -> Sequence[tuple[float, float] | None]:
-    """5th to 95th percentile of each distance over subsets, each of half of the subjects of either set.
+    """From 5th to 95th percentile around each value, over subsets of half of the subjects of either set.
 
-    A half that is drawn without replacement lies as far from the whole as the whole lies from the population, so the
-    subsets spread as the value itself does. None where a set has too few subjects.
+    A half that is drawn without replacement lies as far from the whole as the whole lies from the population. So the
+    subsets spread as the value does between samples of subjects; where both sets are alike, up to twice as far. None
+    where a set has too few subjects.
     """
     if min(len(np.unique(one.subjects)) for one in (real, synthetic)) < FEWEST_SUBJECTS:
         return [None] * len(family.metrics)
@@ -165,7 +172,8 @@ def _intervals(
         subsets = [one.values[_of_half_the_subjects(one, rng)] for one in (real, synthetic)]
         if min(map(len, subsets)) >= family.fewest_in_half:
             drawn.append(family.of(subsets[0], subsets[1], rng))
-    return [_range(column) for column in np.array(drawn).T]
+    around = np.array(drawn) - np.mean(drawn, axis=0) + np.array(values)
+    return [_range(column) for column in around.T]
 
 
 def _of_half_the_subjects(one: Features, rng: Generator) -> Bools:
