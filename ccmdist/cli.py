@@ -195,9 +195,23 @@ def select(arguments: Arguments = None, dry_run: DryRun = False) -> None:
     _stage(SelectConfig, "select", arguments, dry_run)
 
 
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+
+
+@app.command(epilog=example("ccmdist release synthetic/tiny --report reports/tiny --out releases/tiny --dry-run"))
+def release(
+    folder: Annotated[Path, typer.Argument(metavar="SET", help="Folder of a synthetic set.")],
+    report: Annotated[Path, typer.Option("--report", help="Folder of the report that judged it.")],
+    out: Out,
+    licence: Annotated[str, typer.Option("--licence", help="Its name, such as CC-BY-NC-4.0; else left open.")] = "",
+    dry_run: DryRun = False,
+) -> None:
+    """Write a synthetic set that passed the gate, with a data card that names nobody; refuse any other."""
+    importlib.import_module("ccmdist.jobs.release").release(folder, report, out, licence, dry_run)
+
+
 Size = Annotated[str, typer.Option("--size", help="tiny, small, full-width-2-blocks or full.")]
 Version = Annotated[str, typer.Option("--version", help="v1, 2509 or 2511.")]
-Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 Model = Annotated[Path, typer.Option("--model", help="Folder of the base model.")]
 
 

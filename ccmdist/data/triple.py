@@ -39,11 +39,12 @@ DECODING_ERRORS: Final = (OSError, ValueError, SyntaxError, EOFError, struct.err
 
 _KEY = re.compile(r"[a-z0-9_-]+")
 _MARK = "rainedAlgorithmicMedia"
-_XMP = (
+SYNTHETIC_MARK: Final = (
     '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
     '<rdf:Description xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType='
     '"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/></rdf:RDF></x:xmpmeta>'
 )
+"""XMP of every synthetic image; the only text in a picture."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def is_marked_synthetic(data: bytes) -> bool:
 def _png(pixels: NDArray[np.uint8], is_synthetic: bool) -> bytes:
     info = PngInfo()
     if is_synthetic:
-        info.add_itxt("XML:com.adobe.xmp", _XMP)
+        info.add_itxt("XML:com.adobe.xmp", SYNTHETIC_MARK)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()

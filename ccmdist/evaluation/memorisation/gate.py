@@ -246,8 +246,8 @@ def _found(figures: GateFigures, config: EvaluateConfig) -> Iterator[str]:
     alpha, share = config.memorisation.alpha, figures.share
     if figures.held_out.highest_ncc >= min(figures.copy_limit, HIGHEST_COPY_LIMIT):
         yield (
-            f"it cannot be judged: a held-out frame is a copy of a training frame (NCC "
-            f"{figures.held_out.highest_ncc:.2f}), so one person may be in two splits"
+            f"it cannot be judged: a held-out frame is as near to a training frame as a copy (NCC "
+            f"{figures.held_out.highest_ncc:.2f}): one person is in two splits, or frames show too little to tell"
         )
     if figures.copies:
         names = ", ".join(row.key for row in figures.copies[:NUM_NAMED])
