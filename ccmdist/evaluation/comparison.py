@@ -1,48 +1,36 @@
 """From the measured images of all sets to the figures of the report; what rests on too few images is left out."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 
-from ccmdist.ccm.biomarkers import BIOMARKERS_VERSION, QUANTITIES
+from ccmdist.ccm.biomarkers import BIOMARKERS_VERSION
 from ccmdist.ccm.groups import UNLABELLED
 from ccmdist.ccm.segmenter import SEGMENTER_VERSION
 from ccmdist.config.evaluate import EvaluateConfig
-from ccmdist.evaluation.biomarkers.adherence import absolute_agreement
 from ccmdist.evaluation.biomarkers.equivalence import Equivalence, LeftOut, equivalence_of_set
+from ccmdist.evaluation.biomarkers.summary import (
+    Adherence,
+    Control,
+    adherence_of,
+    controls,
+    refuse_other_pixels,
+    refuse_without_masks,
+)
 from ccmdist.evaluation.downstream import grid
 from ccmdist.evaluation.downstream.summary import DownstreamSummary, summary_of
 from ccmdist.evaluation.fidelity import extraction
 from ccmdist.evaluation.fidelity.summary import FidelityReport, fidelity_of
-from ccmdist.evaluation.measures import FOUND, GIVEN, MeasureUnit, Measuring
+from ccmdist.evaluation.measures import FOUND, MeasureUnit, Measuring
 from ccmdist.evaluation.memorisation import search
 from ccmdist.evaluation.memorisation.gate import GateVerdict, verdict_of
 from ccmdist.evaluation.sets import ImageSet, OpenedSets, SourceFrames, open_sets
 from ccmdist.evaluation.work import Unit
 
 MEASURES_FOLDER: Final = "features"
-
-
-@dataclass(frozen=True)
-class Adherence:
-    """How the nerves found in images of a set agree with the masks that came with them."""
-
-    num_images: int
-    dice: float
-    """Mean over images, as everything here that is not said to be otherwise."""
-    cldice: float
-    dice_range: tuple[float, float]
-    """5th and 95th percentile over images."""
-    cldice_range: tuple[float, float]
-    offset_px: float
-    """Median over images."""
-    agreement: dict[str, float]
-    """ICC(2,1) of each biomarker: found nerves against the mask."""
-    bias: dict[str, float]
-    """Of each biomarker: mean of found minus mean of the mask's, as a fraction of the latter."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +43,8 @@ class SetReport:
     """Models and settings that drew it, as its images say; one, unless sets were mixed."""
     shares_subjects: bool
     """Whether its masks are of subjects that are also in the real split."""
+    control: Control | None
+    """What it was drawn to be compared with, if it is a control."""
     adherence: Adherence
     equivalence: list[Equivalence]
     fidelity: FidelityReport
@@ -137,20 +127,24 @@ def compare(config: EvaluateConfig) -> Comparison:
     """Compare the sets; does what units of work are left.
 
     Raises:
-        EvaluationError: If the sets cannot be compared: wrong kind, empty split, no provenance, different sizes.
+        EvaluationError: If the sets cannot be compared: wrong kind, empty split, no provenance, different sizes,
+            pixels of another size, no masks.
         ShardError: If a shard is damaged.
     """
     sets = open_sets(config)
     real, *synthetic = sides(sets)
     table = real.table
+    refuse_without_masks(table, "real")
     extractions = extraction.extractions(sets)
     reports = [_set_report(sets, one.images, extractions, table, one.table) for one in synthetic]
+    control = controls({one.name: one.origins for one in reports})
+    reports = [replace(one, control=control.get(one.name)) for one in reports]
     return Comparison(
         config=config,
         real=sets.real,
         shape=sets.shape,
         counts=counts_of(table),
-        segmenter_error=adherence_of(table),
+        segmenter_error=adherence_of(table, config.minimum.agreement_images),
         sets=reports,
         downstream=summary_of(sets),
         table=table,
@@ -178,6 +172,9 @@ def _set_report(
     synthetic: pd.DataFrame,
 ) -> SetReport:
     config = sets.config
+    refuse_without_masks(synthetic, f"synthetic.{one.name}")
+    refuse_other_pixels(real, synthetic, one.name)
+    adherence = adherence_of(synthetic, config.minimum.agreement_images)
     rng = np.random.default_rng([config.seed, *one.name.encode()])
     equivalence, left_out = equivalence_of_set(
         real,
@@ -195,37 +192,11 @@ def _set_report(
         counts=counts_of(synthetic),
         origins=[json.loads(origin) for origin in sorted(synthetic["origin"].unique())],
         shares_subjects=bool(synthetic["subject"].isin(real["subject"]).any()),
-        adherence=adherence_of(synthetic),
+        control=None,
+        adherence=adherence,
         equivalence=equivalence,
         fidelity=fidelity,
         gate=verdict_of(sets, one),
-        left_out=left_out + without,
+        left_out=adherence.left_out + left_out + without,
         table=synthetic,
     )
-
-
-def adherence_of(table: pd.DataFrame) -> Adherence:
-    """Agreement of found nerves and given masks over the images of a set."""
-    means = {prefix: table[[f"{prefix}{name}" for name in QUANTITIES]].mean() for prefix in (FOUND, GIVEN)}
-    return Adherence(
-        num_images=len(table),
-        dice=float(table["dice"].mean()),
-        cldice=float(table["cldice"].mean()),
-        dice_range=_range(table["dice"]),
-        cldice_range=_range(table["cldice"]),
-        offset_px=float(table["offset_px"].median()),
-        agreement={
-            name: absolute_agreement(table[FOUND + name].to_numpy(), table[GIVEN + name].to_numpy())
-            for name in QUANTITIES
-        },
-        bias={name: _fraction(means[FOUND][FOUND + name], means[GIVEN][GIVEN + name]) for name in QUANTITIES},
-    )
-
-
-def _fraction(found: float, given: float) -> float:
-    return float(found / given - 1) if given else float("nan")
-
-
-def _range(values: pd.Series) -> tuple[float, float]:
-    low, high = values.quantile([0.05, 0.95])
-    return float(low), float(high)

@@ -13,17 +13,19 @@ from safetensors.numpy import save
 
 from ccmdist.ccm.biomarkers import BIOMARKERS_VERSION, QUANTITIES, biomarkers
 from ccmdist.ccm.segmenter import SEGMENTER_VERSION, segment
+from ccmdist.ccm.skeleton import Bools
 from ccmdist.commit import commit_bytes, digest_of
 from ccmdist.data.manifest import ShardEntry
 from ccmdist.data.triple import Triple
 from ccmdist.evaluation.biomarkers.adherence import centreline_dice, dice, offset_px
+from ccmdist.evaluation.biomarkers.chance import Nerves, with_other_masks
 from ccmdist.evaluation.fidelity.appearance import appearance
 from ccmdist.evaluation.fidelity.paired import blurred, similarity, without_similarity
 from ccmdist.evaluation.sets import ImageSet, SourceFrames
 
-MEASURES_VERSION: Final = 2
+MEASURES_VERSION: Final = 3
 """Raised whenever a column changes its meaning; older files are then measured anew."""
-TEXT_COLUMNS: Final = ("key", "subject", "clinical_group", "source_key", "shard", "origin")
+TEXT_COLUMNS: Final = ("key", "subject", "clinical_group", "source_key", "shard", "origin", "partner_key")
 ORIGIN: Final = (
     "base_digest",
     "base",
@@ -32,6 +34,7 @@ ORIGIN: Final = (
     "guidance_scale",
     "seed",
     "source_set_digest",
+    "prompts",
 )
 """What of a provenance tells how a whole set was made; column ``origin`` holds it as JSON."""
 FOUND, GIVEN = "found_", "given_"
@@ -79,8 +82,14 @@ class Measuring:
         return digest_of([versions, entry.sha256, self.shape, self.sources.identity if self.sources else ""])
 
     def _rows(self, images: ImageSet, entry: ShardEntry) -> Iterator[dict[str, str | float]]:
+        rows: list[dict[str, str | float]] = []
+        nerves: list[Nerves] = []
         for triple in images.triples(entry, self.shape):
-            yield {**_described(triple, entry), **measured(triple), **self._paired(triple)}
+            about, found = _described(triple, entry), segment(triple.image)
+            rows.append({**about, **measured(triple, found), **self._paired(triple)})
+            nerves.append(Nerves.packed(triple.key, about["subject"], about["source_key"], found, triple.nerve_mask))
+        for row, by_chance in zip(rows, with_other_masks(nerves), strict=True):
+            yield row | by_chance
 
     def _paired(self, triple: Triple) -> dict[str, float]:
         if self.sources is None:
@@ -123,12 +132,12 @@ def _described(triple: Triple, entry: ShardEntry) -> dict[str, str]:
     }
 
 
-def measured(triple: Triple) -> dict[str, float]:
-    """Adherence, biomarkers and appearance of one image; by column."""
-    found = segment(triple.image)
+def measured(triple: Triple, found: Bools) -> dict[str, float]:
+    """Adherence, biomarkers and appearance of one image, in which the nerves ``found`` were found; by column."""
     um_per_px = triple.meta.um_per_px
     offset = offset_px(found, triple.nerve_mask)
     row = {
+        "um_per_px": um_per_px,
         "dice": dice(found, triple.nerve_mask),
         "cldice": centreline_dice(found, triple.nerve_mask),
         "offset_px": float(np.hypot(*offset)),

@@ -1,11 +1,11 @@
-"""Do the nerves of an image lie where its mask wanted them: overlap, overlap of centrelines, offset, agreement."""
+"""Do the nerves of an image lie where its mask wanted them: overlap, overlap of centrelines, offset."""
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
 from scipy.ndimage import gaussian_filter
 
-from ccmdist.ccm.skeleton import Bools, Floats, centreline_of
+from ccmdist.ccm.skeleton import Bools, centreline_of
 
 OFFSET_BLUR_PX = 1.0
 
@@ -59,25 +59,3 @@ def _spectrum(mask: Bools) -> NDArray[np.complex128]:
     # Without a window the frame's own border, which never moves, would pull the peak to zero.
     window = np.outer(*(np.hanning(size) for size in mask.shape))
     return np.asarray(fft.rfft2((smooth - smooth.mean()) * window))
-
-
-def absolute_agreement(first: Floats, second: Floats) -> float:
-    """ICC(2,1): two-way random effects, absolute agreement, single measurement, of two values of each image.
-
-    Returns:
-        1 for equal values; NaN for fewer than three pairs without NaN, or values without spread.
-
-    Source:
-        Shrout and Fleiss 1979; McGraw and Wong 1996, case 2 ICC(A,1).
-    """
-    values = np.stack([first, second], axis=1)
-    values = values[np.isfinite(values).all(axis=1)]
-    num, judges = values.shape
-    if num < 3:
-        return float("nan")
-    rows, columns, mean = values.mean(axis=1), values.mean(axis=0), values.mean()
-    between_rows = judges * ((rows - mean) ** 2).sum() / (num - 1)
-    between_columns = num * ((columns - mean) ** 2).sum() / (judges - 1)
-    residual = ((values - rows[:, None] - columns + mean) ** 2).sum() / ((num - 1) * (judges - 1))
-    total = between_rows + (judges - 1) * residual + judges * (between_columns - residual) / num
-    return float((between_rows - residual) / total) if total > 0 else float("nan")

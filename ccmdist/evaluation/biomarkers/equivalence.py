@@ -11,15 +11,14 @@ from typing import Final, Literal
 import numpy as np
 import pandas as pd
 from numpy.random import Generator
-from scipy.stats import norm
 
 from ccmdist.ccm.biomarkers import QUANTITIES
 from ccmdist.ccm.groups import CLINICAL_GROUPS
 from ccmdist.ccm.skeleton import Floats
+from ccmdist.evaluation.biomarkers.power import subjects_needed, tost_power
 
 Verdict = Literal["equivalent", "equivalent, but different", "different", "inconclusive"]
 ALL_SUBJECTS: Final = "all"
-POWER: Final = 0.9
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,10 @@ class Equivalence:
     """The same after Holm's correction over all biomarkers and groups of the set."""
     paired_tost_p_holm: float | None
     difference_p_holm: float
+    power: float
+    """Of finding equivalence with these subjects (independent sets, uncorrected) if there were no difference at all."""
     subjects_needed: int
-    """Per set, for 90 % power to find equivalence (uncorrected) if there is no difference at all."""
+    """Per set, for that power to be 90 %."""
     verdict: Verdict
     """By the tests that take the sets as independent, after Holm's correction."""
     equivalent_when_paired: bool | None
@@ -182,6 +183,7 @@ def _compared(
         tost_p_holm=1.0,
         paired_tost_p_holm=None,
         difference_p_holm=1.0,
+        power=tost_power((float(first.std()), float(second.std())), (len(first), len(second)), margin, alpha),
         subjects_needed=subjects_needed(float(np.sqrt((first.var() + second.var()) / 2)), margin, alpha),
         verdict="inconclusive",
         equivalent_when_paired=None,
@@ -240,15 +242,6 @@ def paired_interval(differences: Floats, level: float, num_bootstrap: int, rng: 
 def _percentiles(means: Floats, level: float) -> tuple[float, float]:
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-def subjects_needed(sd: float, margin: float, alpha: float) -> int:
-    """Subjects per set for 90 % power of two one-sided tests if the means are equal, by the normal approximation.
-
-    n = 2 ((z_{1-alpha} + z_{(1+power)/2}) sd / margin)^2: 241 for a margin of 0.3 SD at alpha = 0.05.
-    """
-    z = norm.ppf(1 - alpha) + norm.ppf((1 + POWER) / 2)
-    return max(2, int(np.ceil(2 * (z * sd / margin) ** 2)))
 
 
 def holm(p_values: list[float]) -> list[float]:

@@ -5,6 +5,8 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import t, ttest_ind
+from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
 from ccmdist.evaluation.biomarkers.equivalence import (
     bootstrap_interval,
@@ -12,9 +14,9 @@ from ccmdist.evaluation.biomarkers.equivalence import (
     holm,
     paired_tost,
     subject_means,
-    subjects_needed,
     welch_tests,
 )
+from ccmdist.evaluation.biomarkers.power import subjects_needed, tost_power
 
 MARGINS = {"cnfl": 0.06}
 
@@ -63,10 +65,22 @@ def test_a_small_certain_difference_is_equivalent_and_yet_different():
     assert rows[0].verdict == "equivalent, but different"
 
 
+@given(st.integers(0, 1000), st.floats(0.05, 3), st.integers(2, 30), st.integers(2, 30))
+def test_both_tests_are_those_of_statsmodels_comparison_of_means(seed, margin, num_synthetic, num_real):
+    """CompareMeans takes moments and Satterthwaite's degrees of freedom by itself."""
+    rng = np.random.default_rng(seed)
+    synthetic, real = rng.normal(0.2, 2, num_synthetic), rng.normal(0, 1, num_real)
+    means = CompareMeans(DescrStatsW(synthetic), DescrStatsW(real))
+    freedom = means.dof_satt()
+    error, difference = means.std_meandiff_separatevar, synthetic.mean() - real.mean()
+    expected = max(t.sf((difference + margin) / error, freedom), t.cdf((difference - margin) / error, freedom))
+    tost_p, difference_p = welch_tests(synthetic, real, margin)
+    assert tost_p == pytest.approx(expected, abs=1e-10)
+    assert difference_p == pytest.approx(means.ttest_ind(usevar="unequal")[1], abs=1e-10)
+
+
 def test_the_tests_are_those_of_the_formula():
     synthetic, real = np.array([1.0, 2.0, 4.0, 5.5]), np.array([2.0, 2.5, 3.5, 6.0, 4.0])
-    from scipy.stats import t, ttest_ind
-
     variances = synthetic.var(ddof=1) / 4, real.var(ddof=1) / 5
     error = np.sqrt(sum(variances))
     freedom = sum(variances) ** 2 / (variances[0] ** 2 / 3 + variances[1] ** 2 / 4)
@@ -128,8 +142,24 @@ def test_the_bootstrap_resamples_subjects_and_not_frames():
     assert widths[0] == pytest.approx(widths[1])
 
 
-def test_the_number_of_subjects_needed_is_that_of_the_table():
-    assert [subjects_needed(1.0, margin, 0.05) for margin in (0.2, 0.3, 0.4, 0.5)] == [542, 241, 136, 87]
+def test_a_shift_of_ten_per_cent_fails_at_a_number_that_finds_identical_sets_equivalent():
+    real, again, shifted = (
+        table(60, seed=20),
+        table(60, seed=21, prefix="t"),
+        table(60, seed=21, mean=15.0 * 1.1, prefix="t"),
+    )
+    same, other = rows_of(real, again)[0], rows_of(real, shifted)[0]
+    assert {row.verdict for row in same} == {"equivalent"}
+    assert same[0].power > 0.99
+    assert {row.verdict for row in other} == {"different"}
+    assert all(row.tost_p_holm > 0.9 for row in other)
+
+
+def test_the_power_of_a_row_is_of_its_subjects_and_margin():
+    row = rows_of(table(12, seed=22), table(9, seed=23, prefix="t"))[0][0]
+    second = subject_means(table(9, seed=23, prefix="t"), "found_cnfl").std()
+    assert row.power == tost_power((row.real_sd, second), (12, 9), row.margin, 0.05)
+    assert row.subjects_needed == subjects_needed(np.sqrt((row.real_sd**2 + second**2) / 2), row.margin, 0.05)
 
 
 def test_unlabelled_subjects_count_over_all_and_are_told():
@@ -143,6 +173,7 @@ def test_unlabelled_subjects_count_over_all_and_are_told():
 @pytest.mark.parametrize(
     ("real", "reason"),
     [
+        (table(1, seed=12), "1 real and 1 synthetic subjects have a value, at least 3 each are needed"),
         (table(2, seed=12), "2 real and 2 synthetic subjects have a value, at least 3 each are needed"),
         (table(5, seed=12).assign(found_cnfl=0.0), "the real mean is zero"),
         (table(5, seed=12).assign(found_cnfl=3.0), "the subjects do not differ at all within either set"),
@@ -154,3 +185,12 @@ def test_what_cannot_be_tested_is_left_out_with_the_reason(real, reason):
     assert rows == []
     assert left_out[0].what == "CNFL, all subjects"
     assert left_out[0].reason.startswith(reason)
+
+
+def test_a_group_that_one_set_lacks_is_left_out_with_the_counts():
+    real = pd.concat([table(6, seed=30), table(6, seed=31, group="T1DPN", prefix="d")], ignore_index=True)
+    rows, left_out = rows_of(real, table(6, seed=32, prefix="t"))
+    assert [row.clinical_group for row in rows] == ["all", "Control"]
+    assert [(one.what, one.reason) for one in left_out] == [
+        ("CNFL, T1DPN", "6 real and 0 synthetic subjects have a value, at least 3 each are needed")
+    ]

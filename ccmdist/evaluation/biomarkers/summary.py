@@ -1,0 +1,197 @@
+"""Agreement of the nerves found in the images of a set with their masks, beside what it would be by chance."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pandas as pd
+
+from ccmdist.ccm.biomarkers import QUANTITIES
+from ccmdist.errors import EvaluationError
+from ccmdist.evaluation.biomarkers.agreement import BlandAltman, absolute_agreement, limits_of_agreement
+from ccmdist.evaluation.biomarkers.equivalence import LeftOut
+from ccmdist.evaluation.measures import FOUND, GIVEN
+
+MIN_PAIRS: Final = 3
+PIXEL_TOLERANCE: Final = 0.01
+"""Within which pixels of two sets are of one size, as a fraction: a twentieth of the smallest default margin."""
+
+
+@dataclass(frozen=True)
+class ByChance:
+    """The nerves found in images against the masks of other images of the same set, of other subjects where it has any.
+
+    An image that took no notice of its mask would reach about this much.
+    """
+
+    num_images: int
+    num_of_other_subjects: int
+    dice: float
+    """Mean over images."""
+    cldice: float
+    agreement: dict[str, float]
+    """ICC(2,1) of each biomarker; NaN for too few images."""
+
+
+@dataclass(frozen=True)
+class Adherence:
+    """How the nerves found in images of a set agree with the masks that came with them."""
+
+    num_images: int
+    num_without_nerves: int
+    """Images whose mask is empty. Dice and clDice of such an image are 1 if nothing is found in it and else 0."""
+    dice: float
+    """Mean over images, as everything here that is not said to be otherwise."""
+    cldice: float
+    dice_range: tuple[float, float]
+    """5th and 95th percentile over images."""
+    cldice_range: tuple[float, float]
+    offset_px: float
+    """Median over images."""
+    agreement: dict[str, float]
+    """ICC(2,1) of each biomarker: found nerves against the mask; NaN for too few images."""
+    bias: dict[str, float]
+    """Of each biomarker: mean of found minus mean of the mask's, as a fraction of the latter."""
+    limits: dict[str, BlandAltman | None]
+    """Bland and Altman's, of found minus the mask's; None for too few images or subjects."""
+    chance: ByChance
+    left_out: list[LeftOut]
+
+
+def adherence_of(table: pd.DataFrame, min_images: int = MIN_PAIRS) -> Adherence:
+    """Agreement of found nerves and given masks over the images of a set.
+
+    Args:
+        table: A row per image, as :class:`~ccmdist.evaluation.measures.Measuring` gives them.
+        min_images: With a value on both sides, below which ICC and limits of agreement are left out.
+    """
+    means = {prefix: table[[f"{prefix}{name}" for name in QUANTITIES]].mean() for prefix in (FOUND, GIVEN)}
+    limits = {name: _limits(table, name, min_images) for name in QUANTITIES}
+    return Adherence(
+        num_images=len(table),
+        num_without_nerves=int((table[f"{GIVEN}cnfa"] == 0).sum()),
+        dice=float(table["dice"].mean()),
+        cldice=float(table["cldice"].mean()),
+        dice_range=_range(table["dice"]),
+        cldice_range=_range(table["cldice"]),
+        offset_px=float(table["offset_px"].median()),
+        agreement={name: _agreement(table, table, name, min_images) for name in QUANTITIES},
+        bias={name: _fraction(means[FOUND][FOUND + name], means[GIVEN][GIVEN + name]) for name in QUANTITIES},
+        limits={name: found for name, found in limits.items() if not isinstance(found, str)}
+        | {name: None for name, found in limits.items() if isinstance(found, str)},
+        chance=_by_chance(table, min_images),
+        left_out=[
+            LeftOut(f"{QUANTITIES[name].label}, ICC and limits of agreement", reason)
+            for name, reason in limits.items()
+            if isinstance(reason, str)
+        ],
+    )
+
+
+def _by_chance(table: pd.DataFrame, min_images: int) -> ByChance:
+    drawn = table[table["partner_key"] != ""]
+    partners = table.set_index("key").loc[drawn["partner_key"]]
+    return ByChance(
+        num_images=len(drawn),
+        num_of_other_subjects=int((drawn["subject"].to_numpy() != partners["subject"].to_numpy()).sum()),
+        dice=float(drawn["chance_dice"].mean()),
+        cldice=float(drawn["chance_cldice"].mean()),
+        agreement={name: _agreement(drawn, partners, name, min_images) for name in QUANTITIES},
+    )
+
+
+def _agreement(found: pd.DataFrame, given: pd.DataFrame, name: str, min_images: int) -> float:
+    pairs = found[FOUND + name].to_numpy(), given[GIVEN + name].to_numpy()
+    if (pd.notna(pairs[0]) & pd.notna(pairs[1])).sum() < min_images:
+        return float("nan")
+    return absolute_agreement(*pairs)
+
+
+def _limits(table: pd.DataFrame, name: str, min_images: int) -> BlandAltman | str:
+    """The limits of agreement of one biomarker, or why there are none."""
+    pairs = table[["subject", FOUND + name, GIVEN + name]].dropna()
+    num_subjects = pairs["subject"].nunique()
+    if len(pairs) < min_images:
+        return (
+            f"{len(pairs)} images have a value of their nerves and one of their mask, at least {min_images} are needed"
+        )
+    if num_subjects < 2:
+        return "all images are of one subject, at least 2 are needed"
+    return limits_of_agreement(pairs[FOUND + name].to_numpy(), pairs[GIVEN + name].to_numpy(), num_subjects)
+
+
+def _fraction(found: float, given: float) -> float:
+    return float(found / given - 1) if given else float("nan")
+
+
+def _range(values: pd.Series) -> tuple[float, float]:
+    low, high = values.quantile([0.05, 0.95])
+    return float(low), float(high)
+
+
+def refuse_other_pixels(real: pd.DataFrame, synthetic: pd.DataFrame, name: str) -> None:
+    """Refuse a set whose pixels are of a size that no real frame has: its densities would be of another scale.
+
+    Args:
+        real: A row per real image.
+        synthetic: A row per image of the set.
+        name: Of the set.
+
+    Raises:
+        EvaluationError: If its pixels differ.
+    """
+    low, high = real["um_per_px"].min(), real["um_per_px"].max()
+    for key, um_per_px in zip(synthetic["key"], synthetic["um_per_px"], strict=True):
+        if not low * (1 - PIXEL_TOLERANCE) <= um_per_px <= high * (1 + PIXEL_TOLERANCE):
+            told = f"{low:.4f}" if high - low < 1e-4 else f"{low:.4f} to {high:.4f}"
+            raise EvaluationError(
+                f"synthetic.{name}: sample {key} has {um_per_px:.4f} um per px, expected {told} as the real frames at "
+                "this size have: their biomarkers are on another scale",
+                "compare it with the set whose masks it was drawn from, or correct um_per_px and pack that set again",
+            )
+
+
+def refuse_without_masks(table: pd.DataFrame, name: str) -> None:
+    """Refuse a set in which no mask shows a nerve.
+
+    Raises:
+        EvaluationError: If all of its masks are empty.
+    """
+    if (table[f"{GIVEN}cnfa"] == 0).all():
+        raise EvaluationError(
+            f"{name}: the masks of all {len(table)} samples are empty, expected nerves to compare with",
+            "pack the set with its nerve masks, 255 on nerves",
+        )
+
+
+@dataclass(frozen=True)
+class Control:
+    """A set that was drawn to be compared with another one, and not to be used."""
+
+    prompts: str
+    """As the settings that drew it call them: next_group, the prompt of the next clinical group than the mask's."""
+    of: str | None
+    """Name of the set that was drawn alike but with the given prompts; None if it is not compared here."""
+
+
+def controls(origins: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Control]:
+    """Which of the sets are controls.
+
+    Args:
+        origins: Of each set by its name, the distinct origins that its images tell.
+    """
+    as_given = {name: _but_for_prompts(told) for name, told in origins.items() if not _prompts(told)}
+    found = {}
+    for name, told in origins.items():
+        if prompts := _prompts(told):
+            alike = [other for other, its in as_given.items() if its == _but_for_prompts(told)]
+            found[name] = Control(prompts, alike[0] if alike else None)
+    return found
+
+
+def _prompts(origins: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(sorted({str(origin["prompts"]) for origin in origins if "prompts" in origin}))
+
+
+def _but_for_prompts(origins: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in origin.items() if name != "prompts"} for origin in origins]
