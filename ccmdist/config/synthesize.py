@@ -20,6 +20,8 @@ class SynthesizeConfig(Settings):
     adapter: Path | None = None
     """Folder of an exported adapter, or of a run, whose newest checkpoint is taken; or RUN/best.json, for the one that
     `ccmdist select` chose. Without one, the untuned model draws."""
+    network: Path | None = None
+    """Folder of a network that was trained from scratch (RUN/network), or of its run or a checkpoint: draws instead."""
     base: Literal["auto", "bf16", "nf4"] = "auto"
     """How the base model is held: in bf16, or its blocks in 4 bits, which changes images a little. auto: in data.dtype
     where the card that begins the set can hold it, else nf4; the plan of the set keeps what was chosen."""
@@ -28,9 +30,9 @@ class SynthesizeConfig(Settings):
     """Images of one text length that are sampled together: the unit of work. Part of what decides an image's bytes."""
     batches_per_shard: int = Field(16, ge=1)
     denoise_steps: int = Field(40, ge=2)
-    """One step is refused: the noise schedule's terminal shift divides by zero there."""
+    """One step is refused: the noise schedule's terminal shift divides by zero there. A SPADE network has none."""
     guidance_scale: float = Field(4.0, ge=1)
-    """Of true classifier-free guidance; 1 means no second pass."""
+    """Of true classifier-free guidance; 1 means no second pass. A SPADE network has none."""
     compile_blocks: bool = False
     """Compile the blocks of the model, minutes at the start for each length of prompts, needs a compiler. Fused
     operations round otherwise: part of what decides an image's bytes."""
@@ -41,4 +43,16 @@ class SynthesizeConfig(Settings):
     def _base_is_in_the_dtype_of_the_run(self) -> Self:
         if self.base == "bf16" and self.data.dtype != "bf16":
             raise ValueError(f"base: bf16, but data.dtype is {self.data.dtype}; set base=auto, or data.dtype=bf16")
+        return self
+
+    @model_validator(mode="after")
+    def _network_draws_alone(self) -> Self:
+        given = {
+            "adapter": self.adapter is not None,
+            "base": self.base != "auto",
+            "compile_blocks": self.compile_blocks,
+        }
+        if self.network is not None and any(given.values()):
+            names = ", ".join(name for name, is_given in given.items() if is_given)
+            raise ValueError(f"{names}: network draws without a base model and its adapter; leave out one or the other")
         return self

@@ -5,12 +5,24 @@ from typing import Final
 
 from ccmdist.cluster.preemption import StopFlag
 from ccmdist.cluster.ranks import ranks_from_environment, worker_from_environment
+from ccmdist.cluster.run_directory import RunDirectory
 from ccmdist.config.loading import read_resolved
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.console import log
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.network_folder import ABOUT_FILE, read_about
 from ccmdist.synthesis.output import SyntheticSet
-from ccmdist.synthesis.plan import PLAN, UNTUNED, base_of, expected_batches, make_plan, read_plan, refuse_other_set
+from ccmdist.synthesis.plan import (
+    PLAN,
+    UNTUNED,
+    Plan,
+    base_of,
+    expected_batches,
+    make_network_plan,
+    make_plan,
+    read_plan,
+    refuse_other_set,
+)
 from ccmdist.synthesis.verify import verify_against_plan
 
 FORCED_EXIT_S = 3600.0
@@ -30,11 +42,13 @@ def run(config_path: str) -> None:
     with StopFlag(FORCED_EXIT_S) as stop:
         from ccmdist.cluster.device import take_device
         from ccmdist.jobs.adapter import find
+        from ccmdist.jobs.network import find_network
         from ccmdist.synthesis.generate import synthesize
 
         take_device(ranks_from_environment())
         adapter = find(config.adapter) if config.adapter else None
-        synthesize(config, adapter, *worker_from_environment(), should_stop=lambda: bool(stop))
+        network = find_network(config.network) if config.network else None
+        synthesize(config, network or adapter, *worker_from_environment(), should_stop=lambda: bool(stop))
 
 
 def describe(config: SynthesizeConfig) -> str:
@@ -43,6 +57,8 @@ def describe(config: SynthesizeConfig) -> str:
     Raises:
         CcmdistError: If model, shards or cache are not there or do not fit, or the folder holds another set.
     """
+    if config.network is not None:
+        return _described_network(config, config.network)
     model = ModelFolder.open(config.data.model)
     adapter_digest = UNTUNED
     if config.adapter is not None:
@@ -54,12 +70,33 @@ def describe(config: SynthesizeConfig) -> str:
     plan = make_plan(config, model, model.encoder_identity(), adapter_digest, base or "nf4")
     refuse_other_set(config.out, plan)
     return (
-        f"{config.out}: {plan.num_images} images of {plan.num_images // config.images_per_mask} masks in "
-        f"{len(plan.batches)} batches and {plan.num_shards} shards; "
-        f"{SyntheticSet(config.out, plan).num_committed()} batches are committed\n"
+        f"{_described_batches(config, plan)}\n"
         f"model: Qwen-Image-Edit {model.version} at {config.data.model}, base in {base or AUTO}, "
         f"adapter {config.adapter or 'none'}, "
         f"{config.denoise_steps} denoise steps, guidance {config.guidance_scale:g}"
+    )
+
+
+def _described_network(config: SynthesizeConfig, folder: Path) -> str:
+    exported = folder if (folder / ABOUT_FILE).exists() else RunDirectory(folder).network
+    if not (exported / ABOUT_FILE).exists():
+        return f"{config.out}: images of {config.data.shards}, drawn by the network of a checkpoint in {folder}"
+    about = read_about(exported)
+    plan = make_network_plan(config, about)
+    refuse_other_set(config.out, plan)
+    steps = (
+        "one pass"
+        if about.kind == "spade"
+        else f"{config.denoise_steps} denoise steps, guidance {config.guidance_scale:g}"
+    )
+    return f"{_described_batches(config, plan)}\nmodel: {about.kind} from scratch at {exported}, {steps}"
+
+
+def _described_batches(config: SynthesizeConfig, plan: Plan) -> str:
+    return (
+        f"{config.out}: {plan.num_images} images of {plan.num_images // config.images_per_mask} masks in "
+        f"{len(plan.batches)} batches and {plan.num_shards} shards; "
+        f"{SyntheticSet(config.out, plan).num_committed()} batches are committed"
     )
 
 

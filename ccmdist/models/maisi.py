@@ -14,13 +14,14 @@ Source: Guo et al. 2024, MAISI (arXiv:2409.11169); Zhao et al. 2025, MAISI-v2 (a
 Shape suffixes: B samples, C channels, h w latent rows and columns.
 """
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from ccmdist.ccm.groups import CLINICAL_GROUPS, ClinicalGroup
+from ccmdist.commit import digest_of
 from ccmdist.config.objectives import NORM_GROUPS, MaisiSettings
 
 LATENT_CHANNELS: Final = 16
@@ -78,6 +79,15 @@ def velocity(
         spacing_tensor=spacing_B3,
     )
     return predicted_BChw
+
+
+def latents_digest(encoders: Mapping[str, Any]) -> str:
+    """Identity of the VAE, whose latents are all that the network knows of images.
+
+    Args:
+        encoders: Identity of the encoders, as the model folder gives it.
+    """
+    return digest_of([encoders["vae_config"], encoders["vae_weights"]])
 
 
 def classes(groups: Sequence[ClinicalGroup | None]) -> Tensor:

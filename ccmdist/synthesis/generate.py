@@ -5,7 +5,7 @@ Shape suffixes: B samples, S packed latent tokens, C channels, L text tokens, D 
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -21,34 +21,39 @@ from ccmdist.config.data import PX_PER_TOKEN
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.console import log, tracked
 from ccmdist.data.cache_index import CacheEntry
+from ccmdist.data.cached_samples import CachedSamples
 from ccmdist.data.given_prompts import given_prompt
 from ccmdist.data.latent_cache import LatentCache
 from ccmdist.data.manifest import read_manifest
 from ccmdist.data.reader import read_shard
+from ccmdist.data.shard_samples import scaled_um_per_px
 from ccmdist.data.triple import Triple
 from ccmdist.data.views import views
 from ccmdist.diffusion import flow
 from ccmdist.diffusion.sampler import sample
-from ccmdist.diffusion.seeding import generator
 from ccmdist.errors import AdapterError, Preempted, RunError
 from ccmdist.models import attention
 from ccmdist.models.compiling import compiled_block_pass
 from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.network_state import NetworkState
 from ccmdist.models.sampling import GuidedVelocity, block_pass
 from ccmdist.models.staging import staged
 from ccmdist.precompute.fill import DTYPES
 from ccmdist.synthesis import base
+from ccmdist.synthesis.networks import NetworkDrawing
 from ccmdist.synthesis.output import SyntheticSet, training_of
 from ccmdist.synthesis.plan import UNTUNED, Plan, Request, base_of, make_plan, mask_sha256
+from ccmdist.synthesis.sampler import Sampler, noise_of, refuse_non_finite
 
 NUM_SHARDS_REMEMBERED = 2
 S_PER_HOUR = 3600
+REMEDY = "check the adapter with `ccmdist adapter verify`; lower guidance_scale, or use data.dtype=fp32"
 
 
 def synthesize(
     config: SynthesizeConfig,
-    adapter: AdapterState | None,
+    weights: AdapterState | NetworkState | None,
     worker_index: int = 0,
     num_workers: int = 1,
     should_stop: Callable[[], bool] = lambda: False,
@@ -59,7 +64,8 @@ def synthesize(
 
     Args:
         config: Which masks, how many images, which sampler.
-        adapter: What is merged into the model; None for the untuned model.
+        weights: An adapter that is merged into the model, or None for the untuned model; or a network that was trained
+            from scratch.
         worker_index: This worker begins with the batches ``worker_index::num_workers`` of the plan.
         num_workers: Workers that share the batches without talking to each other.
         should_stop: Asked between batches.
@@ -67,48 +73,60 @@ def synthesize(
     Raises:
         Preempted: If ``should_stop`` said so while there was work left; what was drawn is committed.
         AdapterError: If the adapter was trained on another base.
+        ModelError: If the network draws images of another size, or was trained on the latents of another VAE.
         RunError: If the folder holds a set with another plan, the card cannot hold its base, or an image is not
             finite.
     """
-    model = ModelFolder.open(config.data.model)
-    encoders = model.encoder_identity()
-    output = _begun(config, model, encoders, adapter)
+    drawing = NetworkDrawing(config, weights) if isinstance(weights, NetworkState) else _EditDrawing(config, weights)
+    output = drawing.begin()
     plan = output.plan
     mine = output.open_batches(worker_index, num_workers)
     log.info("%s: %d of %d batches are this worker's and to be drawn", config.out, len(mine), len(plan.batches))
     # To load the model takes minutes, in which no batch is claimed.
     if any(map(output.is_free, [*mine, *output.open_for_help(worker_index, num_workers)])):
-        cache = LatentCache.open(config.data, encoders, (config.split,))
-        if config.data.stage_model:
-            model = staged(model, plan.settings.base_digest)
-        worker = Worker(config, output, ImageSampler(plan, model, cache, adapter), Sources(config, cache), should_stop)
+        sampler, entries = drawing.open(plan)
+        worker = Worker(config, output, sampler, Sources(config, entries), should_stop)
         worker.draw(mine)
         while worker.draw(output.open_for_help(worker_index, num_workers)):
             log.info("%s: looking for batches that others have left meanwhile", config.out)
     return _told(output, output.finish())
 
 
-def _begun(
-    config: SynthesizeConfig, model: ModelFolder, encoders: dict[str, Any], adapter: AdapterState | None
-) -> SyntheticSet:
-    """The set, its plan accepted and fit to be drawn on this process's card."""
-    form = base_of(config)
-    digest = adapter_digest(adapter) if adapter else UNTUNED
-    plan = make_plan(config, model, encoders, digest, form or base.base_for_card(model, config.data.dtype, adapter))
-    if adapter is not None:
-        # Before the plan is written: one with an adapter that does not fit would stand in the way of the right one.
-        _refuse_another_base(adapter, plan, config)
-    base.refuse_small_card(config.out, model, plan.settings, adapter)
-    training = training_of(adapter.facts if adapter else None, read_manifest(config.data.shards))
-    output = SyntheticSet(config.out, plan, training)
-    try:
-        output.accept()
-    except RunError:
-        # Another worker, on another card, may have begun the set meanwhile.
-        if form is not None or base_of(config) in (None, plan.settings.base):
-            raise
-        return _begun(config, model, encoders, adapter)
-    return output
+class _EditDrawing:
+    """A set that Qwen-Image-Edit draws, with an adapter or without one."""
+
+    def __init__(self, config: SynthesizeConfig, adapter: AdapterState | None) -> None:
+        self.config, self.adapter = config, adapter
+        self.model = ModelFolder.open(config.data.model)
+        self.encoders = self.model.encoder_identity()
+
+    def begin(self) -> SyntheticSet:
+        """The set, its plan accepted and fit to be drawn on this process's card."""
+        config, model, adapter = self.config, self.model, self.adapter
+        form = base_of(config)
+        digest = adapter_digest(adapter) if adapter else UNTUNED
+        chosen = form or base.base_for_card(model, config.data.dtype, adapter)
+        plan = make_plan(config, model, self.encoders, digest, chosen)
+        if adapter is not None:
+            # Before the plan is written: one with an adapter that does not fit would stand in the way of the right one.
+            _refuse_another_base(adapter, plan, config)
+        base.refuse_small_card(config.out, model, plan.settings, adapter)
+        training = training_of(adapter.facts if adapter else None, read_manifest(config.data.shards))
+        output = SyntheticSet(config.out, plan, training)
+        try:
+            output.accept()
+        except RunError:
+            # Another worker, on another card, may have begun the set meanwhile.
+            if form is not None or base_of(config) in (None, plan.settings.base):
+                raise
+            return self.begin()
+        return output
+
+    def open(self, plan: Plan) -> tuple[Sampler, CachedSamples]:
+        """The model, loaded, and the samples that are drawn from."""
+        cache = LatentCache.open(self.config.data, self.encoders, (self.config.split,))
+        model = staged(self.model, plan.settings.base_digest) if self.config.data.stage_model else self.model
+        return ImageSampler(plan, model, cache, self.adapter), cache.entries(self.config.split)
 
 
 def adapter_digest(adapter: AdapterState) -> str:
@@ -124,10 +142,10 @@ def adapter_digest(adapter: AdapterState) -> str:
 class Sources:
     """Masks and prompts of the source set, as the encoders saw them; remembers the shards that were read last."""
 
-    def __init__(self, config: SynthesizeConfig, cache: LatentCache) -> None:
+    def __init__(self, config: SynthesizeConfig, entries: Iterable[CacheEntry]) -> None:
         """Read nothing but the manifest yet."""
         self._data, self._split = config.data, config.split
-        self._places = {entry.key: entry.shard for entry in cache.entries(config.split)}
+        self._places = {entry.key: entry.shard for entry in entries}
         self._shards = {shard.name: shard for shard in read_manifest(config.data.shards).of_split(config.split)}
         self._of_shard = lru_cache(maxsize=NUM_SHARDS_REMEMBERED)(self._read)
 
@@ -140,8 +158,7 @@ class Sources:
         flips = self._data.flips if self._split == "train" else ()
         found: dict[str, Triple] = {}
         for triple in read_shard(folder, self._shards[name]):
-            um_per_px = triple.meta.um_per_px * triple.image.shape[0] / size_px
-            scaled = replace(triple, meta=replace(triple.meta, um_per_px=um_per_px))
+            scaled = replace(triple, meta=replace(triple.meta, um_per_px=scaled_um_per_px(triple, size_px)))
             found |= {view.key: view for view in views(scaled, size_px, flips, str(folder / name))}
         return found
 
@@ -182,15 +199,11 @@ class ImageSampler:
         def velocity(latents_BSC: Tensor, sigma_B: Tensor) -> tuple[Tensor, ...]:
             return predict(self._placed(latents_BSC), sigma_B)
 
-        noise_BSC = torch.stack([self._noise(request, mask_latents_BSC.shape[1:]) for request in requests])
+        noise_BSC = torch.stack([noise_of(self.seed, request, mask_latents_BSC.shape[1:]) for request in requests])
         latents_BSC = sample(velocity, noise_BSC.to(self.device), self.sigmas, self.guidance_scale)
-        _refuse_non_finite(latents_BSC, requests)
+        refuse_non_finite(latents_BSC, requests, REMEDY)
         latents_hw = (2 * self.token_hw[0], 2 * self.token_hw[1])
         return self.codec.decode(flow.unpack_latents(latents_BSC, *latents_hw))
-
-    def _noise(self, request: Request, shape: torch.Size) -> Tensor:
-        """The same for a request whatever batch it is in, and for every adapter: sets can be compared in pairs."""
-        return torch.randn(shape, generator=generator(self.seed, "synthesis", request.source_key, request.image_number))
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype)
@@ -211,7 +224,7 @@ class Worker:
         self,
         config: SynthesizeConfig,
         output: SyntheticSet,
-        sampler: ImageSampler,
+        sampler: Sampler,
         sources: Sources,
         should_stop: Callable[[], bool],
     ) -> None:
@@ -268,15 +281,6 @@ def _refuse_another_base(adapter: AdapterState, plan: Plan, config: SynthesizeCo
         raise AdapterError(
             f"{config.adapter}: was trained on the base {trained_on[:12]}, {config.data.model} holds {base[:12]}",
             "set data.model to the model that the adapter was trained on",
-        )
-
-
-def _refuse_non_finite(latents_BSC: Tensor, requests: Sequence[Request]) -> None:
-    finite = latents_BSC.isfinite().flatten(1).all(dim=1).tolist()
-    if bad := [request.key for request, is_finite in zip(requests, finite, strict=True) if not is_finite]:
-        raise RunError(
-            f"{len(bad)} of {len(requests)} images of a batch are not finite (first: {bad[0]})",
-            "check the adapter with `ccmdist adapter verify`; lower guidance_scale, or use data.dtype=fp32",
         )
 
 

@@ -20,21 +20,26 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ccmdist.ccm.groups import ClinicalGroup
 from ccmdist.commit import commit_json, digest_of
 from ccmdist.config.data import Dtype, Prompts, Split
+from ccmdist.config.objectives import NetworkKind
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.console import log
 from ccmdist.data.cache_index import CacheEntry, find_cache, flips, indexes
 from ccmdist.data.given_prompts import prompted_group
 from ccmdist.data.manifest import MANIFEST, ShardEntry, read_manifest
+from ccmdist.data.shard_samples import ShardSamples
 from ccmdist.data.triple import MAX_KEY_LENGTH
 from ccmdist.data.writer import shards_in
 from ccmdist.errors import OF_THE_MACHINE, ConfigError, RunError, ShardError
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.network_folder import NetworkAbout
 
 CONTENT_VERSION: Final = 2
 """Raised when the same plan gives other images: another sampler, another place of the noise, other members."""
 PLAN: Final = "plan.json"
 UNTUNED: Final = "untuned"
 """Stands for the digest of an adapter where there is none."""
+NONE: Final = "none"
+"""Stands for the digest of what a network from scratch does not have."""
 MAX_BATCHES: Final = 1_000_000
 Base = Literal["bf16", "fp32", "nf4"]
 """How the base model is held: in the dtype of the run, or its blocks in 4 bits."""
@@ -90,6 +95,13 @@ class PlanSettings:
     content_version: int = CONTENT_VERSION
     prompts: Prompts = "given"
     """next_group: a control, whose prompts are those of another clinical group than the masks."""
+    network_kind: NetworkKind | None = None
+    """Of a network that was trained from scratch and draws in place of the base and its adapter."""
+    network_digest: str | None = None
+
+
+LATER: Final = {"prompts": "given", "network_kind": None, "network_digest": None}
+"""Settings that were added without another CONTENT_VERSION, and what they mean where they are not told."""
 
 
 class Plan(BaseModel):
@@ -140,6 +152,8 @@ class Plan(BaseModel):
         if settings.prompts != "given":
             group = prompted_group(request.clinical_group, settings.prompts, f"sample {request.source_key}")
             about |= {"prompts": settings.prompts, "prompted_group": group}
+        if settings.network_kind is not None:
+            about |= {"network_kind": settings.network_kind, "network_digest": settings.network_digest}
         return about
 
     def summary(self) -> dict[str, Any]:
@@ -151,9 +165,9 @@ class Plan(BaseModel):
         return {"settings": self.settings_values(), "batches": [asdict(batch) for batch in self.batches]}
 
     def settings_values(self) -> dict[str, Any]:
-        """The settings as JSON types; of prompts only a control says something, so other plans keep their digest."""
+        """The settings as JSON types; what a plan once did not know is told if it is set: others keep their digest."""
         values = asdict(self.settings)
-        return {name: value for name, value in values.items() if name != "prompts" or value != "given"}
+        return {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
 
 
 def base_of(config: SynthesizeConfig) -> Base | None:
@@ -183,15 +197,71 @@ def make_plan(
         CacheError: If no cache fits, or shards are missing in it.
         ConfigError: If the split is empty, a key would become too long, or there are too many batches.
     """
-    data = config.data
-    manifest = read_manifest(data.shards)
-    folder, cache_digest = find_cache(data, manifest.digest, encoders)
-    settings = PlanSettings(
+    manifest = read_manifest(config.data.shards)
+    folder, cache_digest = find_cache(config.data, manifest.digest, encoders)
+    settings = _settings(
+        config,
         source_set_digest=manifest.digest,
         cache_digest=cache_digest,
         base_digest=model.transformer_digest(),
         adapter_digest=adapter_digest,
         noise_schedule_digest=digest_of(model.noise_schedule()),
+        base=base,
+    )
+    shards = manifest.of_split(config.split)
+    return Plan(settings=settings, batches=_batches(config, _entries(config, folder, shards)))
+
+
+def make_network_plan(config: SynthesizeConfig, network: NetworkAbout) -> Plan:
+    """The plan of a config for a network that was trained from scratch; writes nothing and draws nothing.
+
+    SPADE has no denoise steps and no guidance, needs no cache, and no model folder.
+
+    Raises:
+        CacheError: If a network of the kind maisi is to draw, and no cache fits, or shards are missing in it.
+        ConfigError: If the split is empty, a key would become too long, or there are too many batches.
+        ShardError: If a network of the kind spade is to draw, and a tar is not the one that the manifest names.
+    """
+    manifest, data = read_manifest(config.data.shards), config.data
+    cache_digest = schedule_digest = NONE
+    if network.kind == "maisi":
+        model = ModelFolder.open(data.model)
+        folder, cache_digest = find_cache(data, manifest.digest, model.encoder_identity())
+        schedule_digest = digest_of(model.noise_schedule())
+        entries = _entries(config, folder, manifest.of_split(config.split))
+    else:
+        entries = _refuse_none(config, list(ShardSamples(data, (config.split,)).entries(config.split)))
+    settings = _settings(
+        config,
+        source_set_digest=manifest.digest,
+        cache_digest=cache_digest,
+        base_digest=network.facts.get("base_digest", NONE),
+        adapter_digest=NONE,
+        noise_schedule_digest=schedule_digest,
+        base="fp32",
+        network=network,
+    )
+    return Plan(settings=settings, batches=_batches(config, entries))
+
+
+def _settings(
+    config: SynthesizeConfig,
+    *,
+    source_set_digest: str,
+    cache_digest: str,
+    base_digest: str,
+    adapter_digest: str,
+    noise_schedule_digest: str,
+    base: Base,
+    network: NetworkAbout | None = None,
+) -> PlanSettings:
+    data, is_one_pass = config.data, network is not None and network.kind == "spade"
+    return PlanSettings(
+        source_set_digest=source_set_digest,
+        cache_digest=cache_digest,
+        base_digest=base_digest,
+        adapter_digest=adapter_digest,
+        noise_schedule_digest=noise_schedule_digest,
         base=base,
         split=config.split,
         image_size_px=data.image_size_px,
@@ -200,12 +270,13 @@ def make_plan(
         images_per_mask=config.images_per_mask,
         batch_size=config.batch_size,
         batches_per_shard=config.batches_per_shard,
-        denoise_steps=config.denoise_steps,
-        guidance_scale=config.guidance_scale,
+        denoise_steps=1 if is_one_pass else config.denoise_steps,
+        guidance_scale=1.0 if is_one_pass else config.guidance_scale,
         compile_blocks=config.compile_blocks,
         seed=config.seed,
+        network_kind=network.kind if network else None,
+        network_digest=network.digest if network else None,
     )
-    return Plan(settings=settings, batches=_batches(config, _entries(config, folder, manifest.of_split(config.split))))
 
 
 def expected_batches(config: SynthesizeConfig) -> int:
@@ -292,7 +363,10 @@ def _shown(value: Any) -> str:
 
 
 def _entries(config: SynthesizeConfig, folder: Path, shards: Sequence[ShardEntry]) -> list[CacheEntry]:
-    entries = [entry for index in indexes(folder, shards, config.data) for entry in index.entries]
+    return _refuse_none(config, [entry for index in indexes(folder, shards, config.data) for entry in index.entries])
+
+
+def _refuse_none(config: SynthesizeConfig, entries: list[CacheEntry]) -> list[CacheEntry]:
     if not entries:
         raise ConfigError(f"split: {config.data.shards} has no samples in {config.split}", "choose another split")
     if config.split == "train":

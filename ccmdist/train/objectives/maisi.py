@@ -8,7 +8,6 @@ from typing import Any, Final
 import torch
 
 from ccmdist.cluster.process_group import ProcessGroup
-from ccmdist.commit import digest_of
 from ccmdist.config.objectives import MaisiSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.shard_samples import ShardSamples
@@ -46,8 +45,7 @@ class MaisiObjective(LatentFlow):
                 "use fewer levels, or another data.image_size_px",
             )
         self.um_per_px = ShardSamples(config.data).um_per_px
-        encoders = self.folder.encoder_identity()
-        self.base_digest = digest_of([encoders["vae_config"], encoders["vae_weights"]])
+        self.base_digest = maisi.latents_digest(self.folder.encoder_identity())
 
     def build(self, zero_config: dict[str, Any]) -> torch.nn.Module:
         """The U-Net, every weight of it trained; the engine cuts it over the ranks."""

@@ -45,8 +45,8 @@ def test_requests_carry_subject_and_group(config, plan_of):
 @pytest.mark.parametrize("name", [field.name for field in fields(PlanSettings)])
 def test_the_digest_covers_every_setting(name, config, plan_of):
     plan = plan_of(config())
-    before = getattr(plan.settings, name)
-    other = {"split": "val", "dtype": "bf16", "base": "nf4"}.get(
+    before = getattr(plan.settings, name) or ""
+    other = {"split": "val", "dtype": "bf16", "base": "nf4", "seed": 1}.get(
         name, f"{before}x" if isinstance(before, str) else before + 1
     )
     changed = Plan(settings=replace(plan.settings, **{name: other}), batches=plan.batches)

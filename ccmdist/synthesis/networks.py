@@ -1,0 +1,173 @@
+"""Draw with networks that were trained from scratch: SPADE from masks, MAISI from cached latents of masks.
+
+Shape suffixes: B samples, S packed latent tokens, C channels, h w latent rows and columns, H W rows and columns.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ccmdist.ccm.groups import ClinicalGroup
+from ccmdist.cluster.device import current_device
+from ccmdist.config.data import PX_PER_TOKEN
+from ccmdist.config.objectives import SpadeSettings
+from ccmdist.config.synthesize import SynthesizeConfig
+from ccmdist.data.cache_index import CacheEntry
+from ccmdist.data.cached_samples import CachedSamples
+from ccmdist.data.given_prompts import prompted_group
+from ccmdist.data.latent_cache import LatentCache
+from ccmdist.data.manifest import read_manifest
+from ccmdist.data.shard_samples import ShardSamples
+from ccmdist.diffusion import flow
+from ccmdist.diffusion.sampler import sample
+from ccmdist.errors import ModelError
+from ccmdist.models import maisi, spade
+from ccmdist.models.encoders import LatentCodec
+from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.network_state import NetworkState
+from ccmdist.precompute.fill import DTYPES
+from ccmdist.synthesis.output import SyntheticSet, training_of
+from ccmdist.synthesis.plan import Plan, Request, make_network_plan
+from ccmdist.synthesis.sampler import Sampler, noise_of, refuse_non_finite
+
+REMEDY: Final = "train it anew with a lower optim.lr, or name an earlier checkpoint"
+TOKEN_CHANNELS: Final = 4 * maisi.LATENT_CHANNELS
+
+
+class SpadeSampler:
+    """Draws from masks and groups in one pass; reads the shards."""
+
+    def __init__(self, plan: Plan, state: NetworkState, samples: ShardSamples) -> None:
+        """Load the generator onto this process's device."""
+        assert isinstance(state.about.settings, SpadeSettings), state.about.kind
+        self.plan, self.device, self.samples = plan, current_device(), samples
+        self.noise_dim = state.about.settings.noise_dim
+        self.network = state.network(self.device)
+        self.entries = {entry.key: entry for entry in samples.entries(plan.settings.split)}
+
+    @torch.no_grad()
+    def draw(self, requests: Sequence[Request]) -> NDArray[np.uint8]:
+        """Grey images, uint8 (B, H, W).
+
+        Raises:
+            RunError: If an image is not finite; names the request.
+            ShardError: If a sample has changed since the set was opened.
+        """
+        masks = [self.samples.triple(self.entries[request.source_key]).nerve_mask for request in requests]
+        masks_BHW = torch.from_numpy(np.stack(masks)).to(self.device)
+        noise = [noise_of(self.plan.settings.seed, request, (self.noise_dim,)) for request in requests]
+        labels_BKHW = spade.label_map(masks_BHW, _groups(self.plan, requests))
+        images_B1HW = self.network(labels_BKHW, torch.stack(noise).to(self.device))
+        refuse_non_finite(images_B1HW, requests, REMEDY)
+        grey = ((images_B1HW[:, 0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return grey.cpu().numpy()
+
+
+class MaisiSampler:
+    """Draws latents by the flow, with guidance away from the null class, and decodes them; reads cache and shards."""
+
+    def __init__(
+        self, plan: Plan, state: NetworkState, samples: ShardSamples, cache: LatentCache, model: ModelFolder
+    ) -> None:
+        """Load the U-Net and the VAE onto this process's device."""
+        settings = plan.settings
+        self.plan, self.device, self.cache, self.um_per_px = plan, current_device(), cache, samples.um_per_px
+        self.network = state.network(self.device)
+        self.codec = LatentCodec.load(model, DTYPES[settings.dtype], self.device)
+        self.entries: dict[str, CacheEntry] = {entry.key: entry for entry in cache.entries(settings.split)}
+        edge, schedule = settings.image_size_px // PX_PER_TOKEN, model.noise_schedule()
+        self.num_tokens, self.latent_hw = edge**2, (2 * edge, 2 * edge)
+        self.sigmas = flow.sampling_sigmas(
+            settings.denoise_steps, flow.resolution_shift(self.num_tokens, schedule), schedule
+        )
+
+    @torch.no_grad()
+    def draw(self, requests: Sequence[Request]) -> NDArray[np.uint8]:
+        """Grey images, uint8 (B, H, W).
+
+        Raises:
+            RunError: If an image is not finite; names the request.
+            CacheError: If a cached sample is damaged.
+        """
+        seed, scale = self.plan.settings.seed, self.plan.settings.guidance_scale
+        masks = [self.cache.read(self.entries[request.source_key])["mask_latents"] for request in requests]
+        mask_BChw = torch.stack(masks).float().to(self.device)
+        um_per_px_B = torch.tensor([self.um_per_px[request.source_key] for request in requests], device=self.device)
+        class_B = maisi.classes(_groups(self.plan, requests)).to(self.device)
+        branches = [class_B, torch.full_like(class_B, maisi.NULL_CLASS)][: 2 if scale > 1 else 1]
+
+        def velocity(latents_BSC: Tensor, sigma_B: Tensor) -> tuple[Tensor, ...]:
+            noisy_BChw = flow.unpack_latents(latents_BSC, *self.latent_hw)
+            return tuple(
+                flow.pack_latents(maisi.velocity(self.network, noisy_BChw, mask_BChw, one_B, um_per_px_B, sigma_B))
+                for one_B in branches
+            )
+
+        noise = [noise_of(seed, request, (self.num_tokens, TOKEN_CHANNELS)) for request in requests]
+        latents_BSC = sample(velocity, torch.stack(noise).to(self.device), self.sigmas, scale)
+        refuse_non_finite(latents_BSC, requests, REMEDY)
+        return self.codec.decode(flow.unpack_latents(latents_BSC, *self.latent_hw))
+
+
+class NetworkDrawing:
+    """A set that a network from scratch draws."""
+
+    def __init__(self, config: SynthesizeConfig, state: NetworkState) -> None:
+        """Nothing is read yet."""
+        self.config, self.state = config, state
+
+    def begin(self) -> SyntheticSet:
+        """The set, its plan accepted.
+
+        Raises:
+            ModelError: If the network draws images of another size, or in latents of another VAE.
+            RunError: If the folder holds something else.
+        """
+        _refuse_misfit(self.config, self.state)  # before the plan is written, which would stand in the way
+        training = training_of(self.state.about.facts, read_manifest(self.config.data.shards))
+        output = SyntheticSet(self.config.out, make_network_plan(self.config, self.state.about), training)
+        output.accept()
+        return output
+
+    def open(self, plan: Plan) -> tuple[Sampler, CachedSamples]:
+        """The network, loaded, and the samples that are drawn from."""
+        data, split = self.config.data, self.config.split
+        samples = ShardSamples(data, (split,))
+        if self.state.about.kind == "spade":
+            return SpadeSampler(plan, self.state, samples), samples.entries(split)
+        model = ModelFolder.open(data.model)
+        cache = LatentCache.open(data, model.encoder_identity(), (split,))
+        return MaisiSampler(plan, self.state, samples, cache, model), cache.entries(split)
+
+
+def _groups(plan: Plan, requests: Sequence[Request]) -> list[ClinicalGroup | None]:
+    """The group that each image is drawn as: of the mask or, in a control, the next one."""
+    prompts = plan.settings.prompts
+    return [prompted_group(one.clinical_group, prompts, f"sample {one.source_key}") for one in requests]
+
+
+def _refuse_misfit(config: SynthesizeConfig, state: NetworkState) -> None:
+    """Check that a network draws images of the wanted size, in the latents of the model folder.
+
+    Raises:
+        ModelError: If it does not.
+    """
+    about, data = state.about, config.data
+    if about.image_size_px != data.image_size_px:
+        raise ModelError(
+            f"{config.network}: draws images of {about.image_size_px} px, data.image_size_px is {data.image_size_px}",
+            f"set data.image_size_px={about.image_size_px}",
+        )
+    if about.kind == "maisi":
+        trained_on = about.facts.get("base_digest", "(not known)")
+        found = maisi.latents_digest(ModelFolder.open(data.model).encoder_identity())
+        if trained_on != found:
+            raise ModelError(
+                f"{config.network}: was trained on latents of the VAE {trained_on[:12]}, {data.model} holds "
+                f"{found[:12]}",
+                "set data.model to the model whose latents it was trained on",
+            )
