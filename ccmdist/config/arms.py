@@ -38,7 +38,7 @@ class Arm:
 
 
 def expanded(arms: Sequence[str], names: Iterable[str]) -> tuple[Arm, ...]:
-    """The arms that the settings want, NAME replaced by each synthetic set.
+    """The arms that the settings want, NAME replaced by each synthetic set; real images alone come first.
 
     Args:
         arms: As the settings spell them.
@@ -55,7 +55,7 @@ def expanded(arms: Sequence[str], names: Iterable[str]) -> tuple[Arm, ...]:
         raise ValueError(f"arms: {twice[0]!r} stands there twice")
     if not any(arm.text == REAL for arm in found):
         raise ValueError("arms: 'real' is missing, with which the others are compared")
-    return tuple(found)
+    return tuple(sorted(found, key=lambda arm: arm.text != REAL))
 
 
 def _with_each(arm: str, sets: list[str]) -> list[str]:

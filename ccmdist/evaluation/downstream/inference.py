@@ -25,7 +25,7 @@ class DeLong:
 
 
 def resampled(groups: Labels, num: int, rng: Generator) -> Floats:
-    """How often each subject was drawn in each of ``num`` resamplings, (num, subjects), after one of ones.
+    """How often each subject was drawn in each resampling, (1 + ``num``, subjects); the first has each one once.
 
     Drawn with replacement within each clinical group, so that every resampling has all groups.
 

@@ -1,7 +1,8 @@
 """From the tested cells of the grid to the figures of the report.
 
 The tests of all folds are pooled, each subject being tested in one of them; a score is the mean over the seeds.
-Subjects are resampled, the same in every arm, so that arms are compared on the same people.
+Subjects and seeds are resampled, the same in every arm, so that arms are compared on the same people and from the same
+first weights. An interval by subject alone would take the luck of a training for a merit of its images.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ class Score:
 
     value: float
     interval: tuple[float, float]
-    """By subject."""
+    """By subject and seed."""
     seed_sd: float
     """Between the seeds."""
 
@@ -42,7 +43,7 @@ class Difference:
 
     value: float
     interval: tuple[float, float]
-    """By subject, the same subjects in both arms."""
+    """By subject and seed, the same in both arms."""
     p: float
     p_holm: float
     """After Holm's correction over the arms of the task."""
@@ -129,7 +130,7 @@ class DownstreamSummary:
 
 @dataclass(frozen=True)
 class _Resampled:
-    """Scores of one arm in every resampling, the first being the score itself; mean over seeds."""
+    """Scores of one arm in every resampling of subjects and seeds, the first being the score itself."""
 
     images: dict[str, Floats]
     subjects: dict[str, Floats]
@@ -165,7 +166,8 @@ def _task_summary(config: EvaluateConfig, grid: TaskGrid) -> TaskSummary:
     pool = pools[REAL]
     rng = np.random.default_rng([config.seed, len(grid.task)])
     weights = resampled(pool.subject_labels, config.num_bootstrap, rng)
-    scored = {text: _scored(grid.task, pool, weights) for text, pool in pools.items()}
+    of_seeds = resampled(np.zeros(config.downstream.num_seeds, np.int64), config.num_bootstrap, rng)
+    scored = {text: _scored(grid.task, pool, weights, of_seeds) for text, pool in pools.items()}
     arms = [_arm_result(config, grid.task, arm, results[arm.text], pools, scored) for arm in grid.arms]
     networks = config.downstream.networks
     return TaskSummary(
@@ -183,12 +185,12 @@ def _task_summary(config: EvaluateConfig, grid: TaskGrid) -> TaskSummary:
     )
 
 
-def _scored(task: Task, pool: Pooled, weights: Floats) -> _Resampled:
-    """Every score of an arm in every resampling of subjects."""
+def _scored(task: Task, pool: Pooled, weights: Floats, of_seeds: Floats) -> _Resampled:
+    """Every score of an arm in every resampling: ``weights`` (B, M) of subjects, ``of_seeds`` (B, S)."""
     of_images = weights[:, pool.subject_of_image]
     if task == "segmentation":
         by_seed = {name: np.stack([mean(of_images, values) for values in pool.values[name]]) for name in SEGMENTATION}
-        return _Resampled(_means(by_seed), {}, _spreads(by_seed))
+        return _Resampled(_means(by_seed, of_seeds), {}, _spreads(by_seed))
     images = {
         name: np.stack([score(of_images, pool.labels, probabilities) for probabilities in pool.probabilities])
         for name, score in DIAGNOSIS.items()
@@ -197,11 +199,12 @@ def _scored(task: Task, pool: Pooled, weights: Floats) -> _Resampled:
         name: np.stack([score(weights, pool.subject_labels, probabilities) for probabilities in pool.of_subjects])
         for name, score in DIAGNOSIS.items()
     }
-    return _Resampled(_means(images), _means(subjects), _spreads(images), _spreads(subjects))
+    return _Resampled(_means(images, of_seeds), _means(subjects, of_seeds), _spreads(images), _spreads(subjects))
 
 
-def _means(by_seed: Mapping[str, Floats]) -> dict[str, Floats]:
-    return {name: values.mean(0) for name, values in by_seed.items()}
+def _means(by_seed: Mapping[str, Floats], of_seeds: Floats) -> dict[str, Floats]:
+    """Mean over the seeds as often as they were drawn; values (S, B) -> (B,)."""
+    return {name: (values * of_seeds.T).sum(0) / of_seeds.sum(1) for name, values in by_seed.items()}
 
 
 def _spreads(by_seed: Mapping[str, Floats]) -> dict[str, float]:

@@ -50,7 +50,8 @@ def colour(index: int) -> str:
 
 
 def plots(comparison: Comparison) -> dict[str, bytes]:
-    """All plots by name: equivalence, subjects, adherence, noise, distances."""
+    """All plots by name: equivalence, subjects, adherence, noise, distances, and those of the downstream tasks."""
+    from ccmdist.evaluation.report.plots_downstream import downstream_plots
     from ccmdist.evaluation.report.plots_fidelity import distances_plot, noise_plot
 
     draw: dict[str, Callable[[Comparison], Figure]] = {
@@ -59,6 +60,7 @@ def plots(comparison: Comparison) -> dict[str, bytes]:
         "adherence": adherence_plot,
         "noise": noise_plot,
         "distances": distances_plot,
+        **downstream_plots(comparison),
     }
     return {name: _png(function, comparison) for name, function in draw.items()}
 

@@ -22,6 +22,7 @@ from ccmdist.evaluation.report.fidelity_tables import distance_groups, paired_li
 from ccmdist.evaluation.report.formatting import FILTERS
 from ccmdist.evaluation.report.pictures import LINE_COLOURS, REACH_PX, data_url, picture_grids
 from ccmdist.evaluation.report.plots import colour, plots
+from ccmdist.evaluation.report.plots_downstream import LABELS as DOWNSTREAM_LABELS
 from ccmdist.evaluation.report.provenance import versions
 
 REPORT_JSON: Final = "report.json"
@@ -115,6 +116,7 @@ def html(values: dict[str, Any], comparison: Comparison) -> str:
         colours={one.name: colour(index) for index, one in enumerate(comparison.sets)},
         quantities=QUANTITIES,
         appearance_labels=APPEARANCE,
+        downstream_labels=DOWNSTREAM_LABELS,
         paired_lines=paired_lines(values["synthetic"]),
         distance_groups=distance_groups(values["synthetic"]),
         all_subjects=ALL_SUBJECTS,
