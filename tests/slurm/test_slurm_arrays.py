@@ -2,14 +2,16 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from tests.distributed.small_world import data_overrides
+from tests.distributed.small_world import IMAGE_SIZE_PX, data_overrides
 from tests.slurm.small_cluster import ROOT, task_pid
+from tests.unit.jobs.small_run import make_run
 
 pytestmark = pytest.mark.slurm
 
@@ -94,6 +96,23 @@ def test_an_array_measures_and_a_job_that_depends_on_it_reports(cluster, project
     assert not (place / "report" / "report.json").exists()
     cluster.wait_for(report, "COMPLETED")
     assert json.loads((place / "report" / "report.json").read_text())["synthetic"].keys() == {"wdlora"}
+
+
+def test_an_array_of_low_priority_chooses_a_checkpoint_and_one_that_is_stopped_comes_back(
+    cluster, project, world, place
+):
+    runs = [make_run(place / name, world, {1: 0.1, 2: 0.2, 3: 0.3}, size_px=IMAGE_SIZE_PX) for name in ("run", "alone")]
+    words = ["configs/select/tiny.yaml", "images_per_mask=8", "batch_size=4", "denoise_steps=16", "guidance_scale=1"]
+    job = project.sbatch("--array=0-1", "slurm/select.sh", *words, f"run={runs[0]}")
+    assert "Nice=1000" in cluster.run("scontrol", "show", "job", f"{job}_0")
+    project.wait_for_line(f"{job}_1", DRAWN)
+    cluster.run("scancel", "--signal=USR2", f"{job}_1")
+    cluster.wait_until_back(f"{job}_1", 0)
+    cluster.wait_for(job, "COMPLETED")
+    assert re.search(r"select: stopped with \d of 3 checkpoints drawn and measured", project.log(f"{job}_1"))
+    ccmdist("select", *words, f"run={runs[1]}")
+    found, expected = ((run / "best.json", run / "selection" / "selection.json") for run in runs)
+    assert [path.read_bytes() for path in found] == [path.read_bytes() for path in expected]
 
 
 def test_what_waits_for_a_job_that_was_refused_is_cancelled(cluster, project, world, place):

@@ -19,10 +19,10 @@ from tests.unit.train.one_rank import OneRank
 SIZE_PX = 96
 
 
-def data_overrides(sources):
+def data_overrides(sources, size_px=SIZE_PX):
     """The section `data` of the sources."""
     named = [f"data.{name}={sources}/{name}" for name in ("shards", "model", "cache")]
-    return [*named, f"data.image_size_px={SIZE_PX}", "data.dtype=fp32"]
+    return [*named, f"data.image_size_px={size_px}", "data.dtype=fp32"]
 
 
 def make_sources(folder):
@@ -33,10 +33,10 @@ def make_sources(folder):
     fill_cache(load(PrecomputeConfig, [], [*data_overrides(folder), "splits=[val]"]), 0, 1)
 
 
-def make_run(folder, sources, damage_of_step, keep=9):
+def make_run(folder, sources, damage_of_step, keep=9, size_px=SIZE_PX):
     """A run folder with a checkpoint for each step, whose adapter moves the weights by this much of their own size."""
     settings = LoRASettings(lora_rank=2)
-    overrides = [f"run={folder}", *data_overrides(sources), "adapter.kind=lora", "adapter.lora_rank=2"]
+    overrides = [f"run={folder}", *data_overrides(sources, size_px), "adapter.kind=lora", "adapter.lora_rank=2"]
     config = load(TrainConfig, [], [*overrides, f"checkpoint.keep={keep}"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"digest": digest(config), "settings": resolved(config)}))
