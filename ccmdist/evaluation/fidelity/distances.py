@@ -103,7 +103,7 @@ class Distance:
         if (
             self.metric not in METRICS
             or not self.extractor
-            or len(self.extractor_sha256) != 64
+            or len(self.extractor_sha256 or "") != 64
             or not all(isinstance(num, int) and num > 0 for num in counts)
             or not all(isinstance(number, float) and np.isfinite(number) for number in context)
         ):
