@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import fft
+from scipy import fft, ndimage
 from scipy.ndimage import affine_transform, gaussian_filter, uniform_filter
 
 from ccmdist.data.views import FLIPS
@@ -171,6 +171,20 @@ def aligned(one: Looked, other: Looked, index: int, flip: str, turn_deg: float) 
     down, right = (int(at) - reach for at in np.unravel_index(int(near.argmax()), near.shape))
     ncc = overlap_ncc(turned, other.detail, down, right)
     return Match(index, ncc, flip, turn_deg, (down / len(turned), right / len(turned)))
+
+
+def moved(image: NDArray[np.uint8], flip: str, turn_deg: float, shift: tuple[float, float]) -> NDArray[np.uint8]:
+    """A frame of any size, laid over another one as a :class:`Match` says; black where it shows nothing.
+
+    Args:
+        image: 8-bit grey, (H, W).
+        flip: As in the match, like all that follows.
+        turn_deg: Likewise.
+        shift: Likewise, as fractions of the edge.
+    """
+    turned = _turned(_flipped(image.astype(np.float32), flip), turn_deg)
+    by = [fraction * edge for fraction, edge in zip(shift, image.shape, strict=True)]
+    return np.clip(ndimage.shift(turned, by, order=1), 0, 255).round().astype(np.uint8)
 
 
 def overlap_ncc(detail: Detail, other: Detail, down: int, right: int) -> float:

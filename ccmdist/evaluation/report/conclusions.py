@@ -6,12 +6,14 @@ from ccmdist.evaluation.biomarkers.equivalence import ALL_SUBJECTS
 from ccmdist.evaluation.comparison import Comparison, SetReport
 from ccmdist.evaluation.report.conclusions_downstream import downstream_sentences
 from ccmdist.evaluation.report.conclusions_fidelity import fidelity_limits, fidelity_sentences
+from ccmdist.evaluation.report.conclusions_gate import gate_limits, gate_sentences
 
 
 def may_be_concluded(comparison: Comparison) -> list[str]:
     """One sentence for each set on its biomarkers and on where its nerves lie, and one for each downstream task."""
     sentences = [sentence for one in comparison.sets for sentence in (_equivalence(comparison, one), _adherence(one))]
-    return [*sentences, *fidelity_sentences(comparison), *downstream_sentences(comparison)]
+    sentences += [*fidelity_sentences(comparison), *downstream_sentences(comparison)]
+    return [*sentences, *gate_sentences(comparison)]
 
 
 def _equivalence(comparison: Comparison, one: SetReport) -> str:
@@ -67,7 +69,7 @@ def may_not_be_concluded(comparison: Comparison) -> list[str]:
         f"Biomarkers are ACCMetrics-style values of one automatic segmenter ({SEGMENTER_VERSION}), applied to all "
         "images alike. They are not ACCMetrics values and not those of an expert; its own error is the first table.",
         *fidelity_limits(comparison),
-        "Nothing here tests whether images copy training frames. This report is no permission to release the images.",
+        *gate_limits(comparison),
     ]
     if comparison.downstream is None:
         sentences.append("Nothing here tests whether the images help a diagnosis or a segmentation.")

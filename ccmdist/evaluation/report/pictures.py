@@ -46,7 +46,7 @@ def _rows(
         for name, drawn in columns.items():
             triple = drawn.get(key)
             pictures.append((name, _png(triple.image) if triple else ""))
-            pictures.append((f"nerves of {name}", _jpeg(overlay(triple)) if triple else ""))
+            pictures.append((f"nerves of {name}", jpeg(overlay(triple)) if triple else ""))
         yield {"key": key, "clinical_group": group or UNLABELLED, "pictures": pictures}
 
 
@@ -109,7 +109,8 @@ def _png(pixels: NDArray[Any]) -> str:
     return data_url(buffer.getvalue())
 
 
-def _jpeg(pixels: NDArray[np.uint8]) -> str:
+def jpeg(pixels: NDArray[np.uint8]) -> str:
+    """A picture with soft edges, grey (H, W) or RGB (H, W, 3), as data URL."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=90, subsampling=0)
     return data_url(buffer.getvalue(), "jpeg")

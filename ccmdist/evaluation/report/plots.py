@@ -53,6 +53,7 @@ def plots(comparison: Comparison) -> dict[str, bytes]:
     """All plots by name: equivalence, subjects, adherence, noise, distances, and those of the downstream tasks."""
     from ccmdist.evaluation.report.plots_downstream import downstream_plots
     from ccmdist.evaluation.report.plots_fidelity import distances_plot, noise_plot
+    from ccmdist.evaluation.report.plots_gate import gate_plots
 
     draw: dict[str, Callable[[Comparison], Figure]] = {
         "equivalence": equivalence_plot,
@@ -61,6 +62,7 @@ def plots(comparison: Comparison) -> dict[str, bytes]:
         "noise": noise_plot,
         "distances": distances_plot,
         **downstream_plots(comparison),
+        **gate_plots(comparison),
     }
     return {name: _png(function, comparison) for name, function in draw.items()}
 

@@ -18,6 +18,7 @@ from ccmdist.evaluation.comparison import Comparison, SetReport
 from ccmdist.evaluation.fidelity.appearance import APPEARANCE
 from ccmdist.evaluation.measures import CHAIN_CODE, FOUND
 from ccmdist.evaluation.report.conclusions import may_be_concluded, may_not_be_concluded
+from ccmdist.evaluation.report.contact_sheet import contact_sheets
 from ccmdist.evaluation.report.fidelity_tables import distance_groups, paired_lines
 from ccmdist.evaluation.report.formatting import FILTERS
 from ccmdist.evaluation.report.pictures import LINE_COLOURS, REACH_PX, data_url, picture_grids
@@ -113,6 +114,7 @@ def html(values: dict[str, Any], comparison: Comparison) -> str:
         grids=picture_grids(comparison),
         line_colours={name: f"rgb{rgb}" for name, rgb in LINE_COLOURS.items()},
         line_reach_px=REACH_PX,
+        sheets=contact_sheets(comparison),
         colours={one.name: colour(index) for index, one in enumerate(comparison.sets)},
         quantities=QUANTITIES,
         appearance_labels=APPEARANCE,

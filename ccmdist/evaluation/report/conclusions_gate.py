@@ -1,0 +1,30 @@
+"""Sentences on the gate: what its verdict says of a set, and what it does not say."""
+
+from ccmdist.evaluation.comparison import Comparison, SetReport
+
+
+def gate_sentences(comparison: Comparison) -> list[str]:
+    """One for each set that was judged."""
+    return [_sentence(one) for one in comparison.sets if one.gate is not None]
+
+
+def _sentence(one: SetReport) -> str:
+    assert one.gate is not None, "it was judged"
+    if not one.gate.passed:
+        return f"{one.name} is withheld by the gate, and `ccmdist release` refuses it: {'; '.join(one.gate.reasons)}."
+    assert one.gate.figures is not None, "what was not searched does not pass"
+    return (
+        f"{one.name} passed the gate: none of its {one.gate.figures.synthetic.num_images} images is a copy of one of "
+        f"{one.gate.figures.num_training_images} training frames, and no more of them come near to one than held-out "
+        "frames do."
+    )
+
+
+def gate_limits(comparison: Comparison) -> list[str]:
+    """What passing, or no gate at all, does not mean."""
+    if all(one.gate is None for one in comparison.sets):
+        return ["Nothing here tests whether images copy training frames, so no set of this report can be released."]
+    return [
+        "Passing the gate means that no whole frame was found to be copied. It does not rule out copies of small "
+        "parts, says nothing on attacks that it does not make, and does not replace the consent of the people shown."
+    ]
