@@ -108,9 +108,8 @@ class _Run:
         self.seed, self.device = seed, device
         self.chain = transforms(settings.size_px) if is_augmented else None
         self.loss = losses(task)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.network = built(task, settings).to(device)
+        torch.manual_seed(seed)
+        self.network = built(task, settings).to(device)
 
     def learn(self, lr: float) -> tuple[Curve, dict[str, Tensor], int]:
         """Losses over the steps, the state with the lowest validation loss, and its step."""
@@ -214,7 +213,8 @@ def _reproducible(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(1)
     torch.backends.cudnn.deterministic = True
     try:
-        yield
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
     finally:
         torch.set_num_threads(num_threads)
         torch.backends.cudnn.deterministic = was
