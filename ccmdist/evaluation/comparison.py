@@ -59,6 +59,11 @@ class SetReport:
         """As the settings call it."""
         return self.images.name
 
+    @property
+    def label(self) -> str:
+        """The name, and what it is if it is a control."""
+        return f"{self.name} (wrong prompt)" if self.control else self.name
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -137,7 +142,8 @@ def compare(config: EvaluateConfig) -> Comparison:
     refuse_without_masks(table, "real")
     extractions = extraction.extractions(sets)
     reports = [_set_report(sets, one.images, extractions, table, one.table) for one in synthetic]
-    control = controls({one.name: one.origins for one in reports})
+    tables = {one.name: one.table for one in reports}
+    control = controls({one.name: one.origins for one in reports}, tables, config.minimum.agreement_images)
     reports = [replace(one, control=control.get(one.name)) for one in reports]
     return Comparison(
         config=config,

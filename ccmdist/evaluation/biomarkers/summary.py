@@ -13,6 +13,7 @@ from ccmdist.evaluation.biomarkers.equivalence import LeftOut
 from ccmdist.evaluation.measures import FOUND, GIVEN
 
 MIN_PAIRS: Final = 3
+MIN_SUBJECTS: Final = 2
 PIXEL_TOLERANCE: Final = 0.01
 """Within which pixels of two sets are of one size, as a fraction: a twentieth of the smallest default margin."""
 
@@ -113,10 +114,11 @@ def _limits(table: pd.DataFrame, name: str, min_images: int) -> BlandAltman | st
     num_subjects = pairs["subject"].nunique()
     if len(pairs) < min_images:
         return (
-            f"{len(pairs)} images have a value of their nerves and one of their mask, at least {min_images} are needed"
+            f"{len(pairs)} of {len(table)} images have a value of their nerves and one of their mask, at least "
+            f"{min_images} are needed"
         )
-    if num_subjects < 2:
-        return "all images are of one subject, at least 2 are needed"
+    if num_subjects < MIN_SUBJECTS:
+        return f"all images are of one subject, at least {MIN_SUBJECTS} are needed"
     return limits_of_agreement(pairs[FOUND + name].to_numpy(), pairs[GIVEN + name].to_numpy(), num_subjects)
 
 
@@ -172,21 +174,46 @@ class Control:
     """As the settings that drew it call them: next_group, the prompt of the next clinical group than the mask's."""
     of: str | None
     """Name of the set that was drawn alike but with the given prompts; None if it is not compared here."""
+    prompt_effect: dict[str, BlandAltman | None]
+    """Of each biomarker: found in that set minus found in the control, from the same mask and noise, image by image.
+    None for too few pairs."""
 
 
-def controls(origins: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Control]:
-    """Which of the sets are controls.
+def controls(
+    origins: Mapping[str, Sequence[Mapping[str, Any]]], tables: Mapping[str, pd.DataFrame], min_images: int
+) -> dict[str, Control]:
+    """Which of the sets are controls, and what the prompt does.
 
     Args:
         origins: Of each set by its name, the distinct origins that its images tell.
+        tables: Of each set, a row per image.
+        min_images: Pairs below which differences are left out.
     """
     as_given = {name: _but_for_prompts(told) for name, told in origins.items() if not _prompts(told)}
     found = {}
     for name, told in origins.items():
         if prompts := _prompts(told):
             alike = [other for other, its in as_given.items() if its == _but_for_prompts(told)]
-            found[name] = Control(prompts, alike[0] if alike else None)
+            found[name] = Control(
+                prompts,
+                of=alike[0] if alike else None,
+                prompt_effect=_prompt_effect(tables[alike[0]], tables[name], min_images) if alike else {},
+            )
     return found
+
+
+def _prompt_effect(given: pd.DataFrame, control: pd.DataFrame, min_images: int) -> dict[str, BlandAltman | None]:
+    pairs = given.merge(control, on=["key", "subject"], suffixes=("", "_control"))
+    effects: dict[str, BlandAltman | None] = {}
+    for name in QUANTITIES:
+        both = pairs[["subject", FOUND + name, f"{FOUND}{name}_control"]].dropna()
+        num_subjects = both["subject"].nunique()
+        if len(both) < min_images or num_subjects < MIN_SUBJECTS:
+            effects[name] = None
+        else:
+            given_values, control_values = both[FOUND + name].to_numpy(), both[f"{FOUND}{name}_control"].to_numpy()
+            effects[name] = limits_of_agreement(given_values, control_values, num_subjects)
+    return effects
 
 
 def _prompts(origins: Sequence[Mapping[str, Any]]) -> str:

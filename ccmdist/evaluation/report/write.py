@@ -17,6 +17,7 @@ from ccmdist.evaluation.biomarkers.equivalence import ALL_SUBJECTS
 from ccmdist.evaluation.comparison import Comparison, SetReport
 from ccmdist.evaluation.fidelity.appearance import APPEARANCE
 from ccmdist.evaluation.measures import CHAIN_CODE, FOUND
+from ccmdist.evaluation.report.biomarker_tables import beside_their_controls, side_by_side
 from ccmdist.evaluation.report.conclusions import may_be_concluded, may_not_be_concluded
 from ccmdist.evaluation.report.contact_sheet import contact_sheets
 from ccmdist.evaluation.report.fidelity_tables import distance_groups, paired_lines
@@ -79,6 +80,7 @@ def _set_values(one: SetReport) -> dict[str, Any]:
         "counts": one.counts,
         "origins": one.origins,
         "shares_subjects": one.shares_subjects,
+        "control": asdict(one.control) if one.control else None,
         "adherence": asdict(one.adherence),
         "equivalence": [asdict(row) for row in one.equivalence],
         "fidelity": asdict(one.fidelity),
@@ -124,17 +126,6 @@ def html(values: dict[str, Any], comparison: Comparison) -> str:
         all_subjects=ALL_SUBJECTS,
         groups=[ALL_SUBJECTS, *CLINICAL_GROUPS],
         level=round(100 - 200 * comparison.config.alpha),
-        equivalence=_side_by_side(values["synthetic"]),
+        equivalence=side_by_side(values["synthetic"]),
+        beside_their_controls=beside_their_controls(values["synthetic"]),
     )
-
-
-def _side_by_side(sets: dict[str, Any]) -> list[dict[str, Any]]:
-    """The equivalence rows of all sets, one line per clinical group and biomarker; a set that lacks it has None."""
-    lines: dict[tuple[str, str], dict[str, Any]] = {}
-    for place, one in enumerate(sets.values()):
-        for row in one["equivalence"]:
-            name = (row["clinical_group"], row["biomarker"])
-            shared = {key: row[key] for key in ("clinical_group", "biomarker", "real_mean", "margin")}
-            lines.setdefault(name, {"rows": [None] * len(sets), **shared})["rows"][place] = row
-    order = list(QUANTITIES)
-    return sorted(lines.values(), key=lambda line: order.index(line["biomarker"]))
