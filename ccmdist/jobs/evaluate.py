@@ -55,12 +55,14 @@ def run(config_path: str) -> None:
     comparison = compare(config)
     path = write_report(comparison)
     _print_summary(comparison)
+    _print_verdicts(comparison)
     sys.stdout.write(f"report: {path}\n")
 
 
 def describe(config: EvaluateConfig) -> str:
     """What the command would compare."""
     from ccmdist.evaluation.downstream.grid import describe as describe_grid
+    from ccmdist.evaluation.fidelity.extractors import chosen
     from ccmdist.evaluation.sets import open_sets, real_set, synthetic_sets
 
     lines = []
@@ -72,6 +74,8 @@ def describe(config: EvaluateConfig) -> str:
         told = ", ".join(f"{group} {num}" for group, num in sorted(counts.items()))
         where = f"{one.name}: {one.folder}, split {one.split}"
         lines.append(f"{where}, {counts.total()} images of {num_subjects} subjects ({told})")
+    # Weights that are not where the settings say are told before anything is queued.
+    lines += [f"extractor {one.name}, {one.dim} features" for one in chosen(config.extractors)]
     if config.downstream is not None:
         lines += describe_grid(open_sets(config), config.downstream)
     return "\n".join(lines)
@@ -130,6 +134,14 @@ def _print_summary(comparison: "Comparison") -> None:
             f"between halves of the subjects at n = {shown.num_in_half}, as the real floor",
             soft_wrap=True,
         )
+
+
+def _print_verdicts(comparison: "Comparison") -> None:
+    """The gate's verdict on each set, with its reasons."""
+    for one in comparison.sets:
+        if one.gate is not None:
+            reasons = "".join(f"\n  {reason}" for reason in one.gate.reasons)
+            sys.stdout.write(f"gate: {one.name} {'passes' if one.gate.passed else 'is withheld'}{reasons}\n")
 
 
 def _fidelity(found: "FidelityReport") -> list[str]:
