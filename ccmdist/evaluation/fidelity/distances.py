@@ -42,7 +42,7 @@ METRICS: Final[dict[str, Metric]] = {
     "recall": Metric("recall", higher_is_better=True),
     "density": Metric("density", higher_is_better=True),
     "coverage": Metric("coverage", higher_is_better=True),
-    "spectrum": Metric("power spectrum, log10 power"),
+    "spectrum": Metric("power spectrum"),
     "grain_acf": Metric("grain autocorrelation"),
 }
 

@@ -15,8 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ccmdist.ccm.skeleton import Floats
-from ccmdist.cluster.device import take_device
-from ccmdist.cluster.ranks import ranks_from_environment
+from ccmdist.cluster.device import current_device
 from ccmdist.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class Inception:
                 f"extractors.inception: torch-fidelity cannot be imported here ({error})",
                 'install the extra: pip install "ccmdist[fidelity]", where torchvision exists for this torch',
             ) from error
-        self._device = take_device(ranks_from_environment())
+        self._device = current_device()
         try:
             # torch-fidelity unpickles whatever it is given, so it is given only what was read as tensors and no more.
             held = io.BytesIO()
@@ -74,7 +73,7 @@ class VisionTransformer:
             EvaluationError: If weights do not fit the config. Those that are missing transformers would draw at random.
         """
         self._preprocessing, self._is_clip = preprocessing, setting.endswith("clip")
-        self._device = take_device(ranks_from_environment())
+        self._device = current_device()
         model, loading = _loaded(folder, dim, self._is_clip)
         for problem in ("missing_keys", "mismatched_keys"):
             if loading[problem]:
@@ -135,12 +134,18 @@ def _loaded(folder: Path, dim: int, is_clip: bool) -> tuple[Any, dict[str, Any]]
     if is_clip:
         # The image side alone does not always repeat what the whole model says.
         config.projection_dim = dim
-    return kind.from_pretrained(
-        str(folder),
-        config=config,
-        dtype=torch.float32,
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
+    verbosity = logging.get_verbosity()
+    # The side of texts of a whole CLIP is left out, which transformers would list weight by weight.
+    logging.set_verbosity_error()
+    try:
+        return kind.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    finally:
+        logging.set_verbosity(verbosity)

@@ -25,6 +25,7 @@ from ccmdist.evaluation.report.conclusions import may_be_concluded, may_not_be_c
 from ccmdist.evaluation.report.fidelity_tables import distance_groups, paired_lines
 from ccmdist.evaluation.report.write import report_values, write_report
 from ccmdist.evaluation.sets import open_sets
+from ccmdist.jobs import evaluate
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 TEXT = {"vocab_size": 50, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -128,7 +129,10 @@ def test_missing_weights_are_told_before_anything_is_measured(world, tmp_path):
     config = config_of(world, tmp_path / "out", f"extractors.clip={tmp_path}/absent")
     with pytest.raises(EvaluationError, match=r"extractors.clip: .*absent holds no config.json .*; place there"):
         extraction.units(open_sets(config))
+    with pytest.raises(EvaluationError, match=r"extractors.clip: .*absent holds no config.json .*; place there"):
+        evaluate.describe(config)
     assert not (tmp_path / "out").exists()
+    assert "extractor clip-image-embedding-6, 6 features" in evaluate.describe(config_of(world, tmp_path / "out"))
 
 
 def test_a_shard_that_cannot_be_read_is_named(world, tmp_path):
@@ -204,7 +208,7 @@ def test_no_distance_is_on_the_page_without_n_extractor_hash_and_floor(page, com
         assert re.search(r"sha256 <code>[0-9a-f]{16}</code>, \d+ numbers per image", heading)
         for line in lines:
             cells = re.findall(r"<td[^>]*>(.*?)</td>", line, re.DOTALL)
-            _, _, _, counts, between, floor, in_half = cells
+            _, _, counts, _, in_half, between, floor = cells
             assert counts == "18 / 18"
             assert re.match(r"[\u22120-9]", between)
             assert re.match(r"[\u22120-9]", floor)
