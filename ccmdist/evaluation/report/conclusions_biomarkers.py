@@ -43,13 +43,15 @@ def _equivalence(comparison: Comparison, one: SetReport) -> str:
 
 
 def _power(rows: list[Equivalence]) -> str:
-    weak = [row for row in rows if row.verdict == "inconclusive" and row.power < LOW_POWER]
+    inconclusive = [row for row in rows if row.verdict == "inconclusive"]
+    weak = [row for row in inconclusive if row.power < LOW_POWER]
     if not weak:
         return ""
-    needed = max(row.subjects_needed for row in weak)
+    names = _listed([QUANTITIES[row.biomarker].label for row in weak])
+    which = "all of these" if len(weak) == len(inconclusive) else names
     return (
-        f" Of the inconclusive ones, {_listed([QUANTITIES[row.biomarker].label for row in weak])} had a power below "
-        f"{LOW_POWER:g}: a set without any difference would have failed too. They need up to {needed} subjects per set."
+        f" With so few subjects, the verdict on {which} would more likely than not be inconclusive without any "
+        f"difference too; they need up to {max(row.subjects_needed for row in weak)} subjects per set."
     )
 
 
