@@ -187,10 +187,10 @@ def evaluate(arguments: Arguments = None, dry_run: DryRun = False) -> None:
 def select(arguments: Arguments = None, dry_run: DryRun = False) -> None:
     """Draw held-out masks with every checkpoint of a run, and point at the best: RUN/best.json.
 
-    Afterwards `ccmdist synthesize ... adapter=RUN/best.json` and `ccmdist adapter export RUN/best.json ...` use that
-    one; RUN alone still means the newest. Metrics: cnfl_agreement, cnfl_bias, cnfl_equivalence, cldice. A run keeps the
-    newest three checkpoints: train with checkpoint.keep=20 to have more to choose from. Nothing is deleted, and
-    retention never removes the chosen one.
+    Afterwards `ccmdist synthesize ... adapter=RUN/best.json` (network= for a baseline) and `ccmdist adapter export
+    RUN/best.json ...` use that one; RUN alone still means the newest. Metrics: cnfl_agreement, cnfl_bias,
+    cnfl_equivalence, cldice. A run keeps the newest three checkpoints: train with checkpoint.keep=20 to have more to
+    choose from. Nothing is deleted, and retention never removes the chosen one.
     """
     _stage(SelectConfig, "select", arguments, dry_run)
 

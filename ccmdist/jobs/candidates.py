@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from ccmdist.cluster.run_directory import RunDirectory, committed_paths
 from ccmdist.config.data import DataSettings
@@ -12,6 +12,7 @@ from ccmdist.config.loading import resolved, validate
 from ccmdist.config.select import SelectConfig
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.config.train import TrainConfig
+from ccmdist.console import log
 from ccmdist.data.cache_index import flips
 from ccmdist.data.manifest import MANIFEST, SPLITS, Manifest, ShardEntry, read_manifest
 from ccmdist.errors import ConfigError, EvaluationError
@@ -53,6 +54,11 @@ class Candidates:
     checkpoints: tuple[Path, ...]
 
     @property
+    def weights(self) -> Literal["adapter", "network"]:
+        """What the checkpoints hold, as the settings of synthesis call it."""
+        return "adapter" if self.trained.objective.kind == "edit" else "network"
+
+    @property
     def num_images(self) -> int:
         """That each checkpoint draws."""
         num_views = 1 + len(flips(self.data)) if self.config.split == "train" else 1
@@ -82,7 +88,7 @@ class Candidates:
             # Else cards of two kinds would draw sets of two kinds, which cannot be compared.
             begun = {read_plan(out).settings.base for out in map(self.out, self.checkpoints) if (out / PLAN).exists()}
             values["base"] = next(iter(begun & {"bf16", "nf4"}), "auto") if len(begun) == 1 else "auto"
-        values |= {"out": self.out(checkpoint), "adapter": checkpoint, "split": self.config.split}
+        values |= {"out": self.out(checkpoint), self.weights: checkpoint, "split": self.config.split}
         return validate(SynthesizeConfig, values | {"data": resolved(self.data)}, f"what {checkpoint} is to draw")
 
     def is_drawn(self, checkpoint: Path) -> bool:
@@ -121,6 +127,8 @@ def open_candidates(config: SelectConfig) -> Candidates:
         raise EvaluationError(
             f"run: {config.run} has no checkpoint yet", "let it train until it has saved one; see `ccmdist status`"
         )
+    if config.split == "test":
+        log.warning("split=test: what is reported of the chosen checkpoint on the test split will be too good")
     data = config.data or trained.data
     candidates = Candidates(config, trained, data, read_manifest(data.shards), checkpoints)
     _refuse_few(candidates)
@@ -129,19 +137,13 @@ def open_candidates(config: SelectConfig) -> Candidates:
 
 def _trained(run: RunDirectory) -> TrainConfig:
     try:
-        trained = validate(TrainConfig, json.loads(run.config.read_text())["settings"], str(run.config))
+        return validate(TrainConfig, json.loads(run.config.read_text())["settings"], str(run.config))
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         problem = error.strerror if isinstance(error, OSError) else error
         raise EvaluationError(
             f"run: {run.path} is not the folder of a training run ({run.config.name}: {problem})",
             "name the `run` of `ccmdist train`, such as runs/tiny",
         ) from None
-    if trained.objective.kind != "edit":
-        raise EvaluationError(
-            f"run: {run.path} trains {trained.objective.kind}, expected an adapter (objective edit)",
-            "compare its checkpoints by drawing with each, and `ccmdist evaluate`",
-        )
-    return trained
 
 
 def _refuse_few(candidates: Candidates) -> None:

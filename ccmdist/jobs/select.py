@@ -34,7 +34,7 @@ from ccmdist.errors import CheckpointError, EvaluationError, Preempted
 from ccmdist.jobs.candidates import Candidates, open_candidates
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.synthesis.claims import order_of_help, share
-from ccmdist.synthesis.plan import NF4, PLAN, Plan, make_plan, read_plan, refuse_other_set
+from ccmdist.synthesis.plan import NF4, PLAN, expected_batches, make_plan, read_plan, refuse_other_set
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,10 +116,12 @@ def _draw_and_measure(
 ) -> None:
     from ccmdist.evaluation import work
     from ccmdist.jobs.adapter import find
+    from ccmdist.jobs.network import find_network
     from ccmdist.synthesis.generate import synthesize
 
     drawing = candidates.drawing(checkpoint)
-    if synthesize(drawing, find(checkpoint), worker_index, num_workers, should_stop):
+    weights = find(checkpoint) if candidates.weights == "adapter" else find_network(checkpoint)
+    if synthesize(drawing, weights, worker_index, num_workers, should_stop):
         work.do_share(candidates.units(checkpoint), 0, 1, should_stop)
 
 
@@ -155,7 +157,7 @@ def conclude(candidates: Candidates) -> None:
     value, num_images = best.value(config.metric), best.adherence.num_images
     name = f"{CHECKPOINTS}/step-{step:08d}"
     pointer = BestCheckpoint(step, name, config.metric, value, num_images, best.num_subjects).commit(config.run)
-    sys.stdout.write(f"best: step {step}, {config.metric} {value:.4g}; use it as adapter={pointer}\n")
+    sys.stdout.write(f"best: step {step}, {config.metric} {value:.4g}; use it as {candidates.weights}={pointer}\n")
 
 
 def _table(candidates: Candidates, checkpoint: Path | None) -> "pd.DataFrame":
@@ -188,7 +190,7 @@ def _values(
         "masks": candidates.manifest.digest,
         "real": figure_values(real),
         "checkpoints": [
-            {"step": step, "set": sets[step].digest, "adapter": sets[step].about["adapter_digest"]}
+            {"step": step, "set": sets[step].digest, "weights": sets[step].about[f"{candidates.weights}_digest"]}
             | figure_values(figures)
             for step, figures in found.items()
         ],
@@ -229,7 +231,7 @@ def describe(config: SelectConfig) -> str:
     from ccmdist.evaluation.selection import DEFINITIONS
 
     candidates = open_candidates(config)
-    plan = _refuse_others(candidates)
+    num_batches = _num_batches(candidates)
     steps = ", ".join(str(step_of(one)) for one in candidates.checkpoints)
     num, num_done = len(candidates.checkpoints), sum(map(candidates.is_measured, candidates.checkpoints))
     keep = candidates.trained.checkpoint.keep
@@ -237,7 +239,7 @@ def describe(config: SelectConfig) -> str:
         f"{config.run}: {_told(num, 'checkpoint')} (step {steps}); the run keeps its newest {keep} and the chosen one; "
         "checkpoint.keep=20 keeps more\n"
         f"{config.folder}: each draws {candidates.num_images} images for masks of {candidates.num_subjects} subjects "
-        f"({config.split} of {candidates.data.shards}) in {_told(len(plan.batches), 'batch')}; "
+        f"({config.split} of {candidates.data.shards}) in {_told(num_batches, 'batch')}; "
         f"{num_done} of {num} are drawn and measured\n"
         f"{config.run / BEST}: by {config.metric}, {DEFINITIONS[config.metric]}"
     )
@@ -249,9 +251,11 @@ def _told(number: int, what: str) -> str:
     return f"{number} {what}{'es' if what.endswith('h') else 's'}"
 
 
-def _refuse_others(candidates: Candidates) -> Plan:
-    """The plan of the first set, after a check that the sets that are begun have the same but for their adapters."""
+def _num_batches(candidates: Candidates) -> int:
+    """That each draws, after a check that the sets that are begun have one plan but for their adapters."""
     first = candidates.drawing(candidates.checkpoints[0])
+    if candidates.weights == "network":
+        return expected_batches(first)  # the plan of a network takes its weights, and so torch
     model = ModelFolder.open(first.data.model)
     plan = make_plan(first, model, model.encoder_identity(), "(not read)", first.base if first.base != "auto" else NF4)
     for out in map(candidates.out, candidates.checkpoints):
@@ -260,7 +264,7 @@ def _refuse_others(candidates: Candidates) -> Plan:
             base = begun.base if first.base == "auto" else plan.settings.base
             settings = replace(plan.settings, adapter_digest=begun.adapter_digest, base=base)
             refuse_other_set(out, plan.model_copy(update={"settings": settings}))
-    return plan
+    return len(plan.batches)
 
 
 def open_units(config: SelectConfig) -> int:

@@ -11,9 +11,11 @@ from ccmdist.data.phantom_shards import write_phantom_set
 from ccmdist.jobs.adapter_check import linear_shapes
 from ccmdist.models.make import make_model
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.network_state import make_network
 from ccmdist.precompute.fill import fill_cache
 from ccmdist.train.checkpoint import CheckpointStore
 from ccmdist.train.engine import LocalParameter
+from ccmdist.train.objectives.spade import GENERATOR_SET
 from tests.unit.train.one_rank import OneRank
 
 SIZE_PX = 96
@@ -60,3 +62,21 @@ def add_checkpoint(folder, sources, settings, step, damage, keep=9):
     facts = {"samples_seen": step, "config_digest": "c", "data_digest": "d", "has_average": False}
     store = CheckpointStore(folder / "checkpoints", OneRank(), keep, attempt=0)
     assert store.save(step, parameters, facts | {"base_digest": model.transformer_digest()}) == ""
+
+
+def make_network_run(folder, sources, steps):
+    """A run that trains a SPADE network, with a checkpoint of random weights for each step."""
+    spade = {"kind": "spade", "channels": [16, 16], "norm_channels": 8, "noise_dim": 8}
+    spade |= {"discriminator_channels": 8, "discriminator_layers": 1}
+    config = load(TrainConfig, [], [f"run={folder}", *data_overrides(sources), f"objective={json.dumps(spade)}"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"digest": digest(config), "settings": resolved(config)}))
+    for step in steps:
+        parameters = {
+            f"{GENERATOR_SET}.{name}": LocalParameter(tuple(tensor.shape), 0, {"weight": tensor.flatten().clone()})
+            for name, tensor in make_network(config.objective, SIZE_PX, step).state_dict().items()
+        }
+        facts = {"samples_seen": step, "config_digest": "c", "data_digest": "d", "base_digest": "b"}
+        store = CheckpointStore(folder / "checkpoints", OneRank(), 9, attempt=0)
+        assert store.save(step, parameters, facts | {"has_average": False}) == ""
+    return folder

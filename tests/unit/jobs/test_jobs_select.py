@@ -18,10 +18,11 @@ from ccmdist.data.reader import read_split
 from ccmdist.errors import CheckpointError, EvaluationError, Preempted, RunError, ShardError
 from ccmdist.jobs import adapter, select
 from ccmdist.jobs.candidates import open_candidates
+from ccmdist.jobs.network import find_network
 from ccmdist.synthesis import generate
 from ccmdist.synthesis.output import SyntheticSet
 from ccmdist.synthesis.plan import read_plan
-from tests.unit.jobs.small_run import SIZE_PX, add_checkpoint, make_run, make_sources
+from tests.unit.jobs.small_run import SIZE_PX, add_checkpoint, make_network_run, make_run, make_sources
 from tests.unit.jobs.test_jobs_units import counts
 
 NUM_STEPS = ["denoise_steps=2", "guidance_scale=1", "batch_size=4"]
@@ -90,34 +91,35 @@ def sampler(sources, monkeypatch):
     return Sampler
 
 
-@pytest.mark.parametrize("metric", ["cnfl_agreement", "cnfl_bias", "cnfl_equivalence", "cldice"])
-def test_the_checkpoint_that_draws_best_is_pointed_at_though_later_ones_are_damaged(run, sampler, metric, monkeypatch):
-    config = config_of(run, f"metric={metric}")
-    assert chosen(config, monkeypatch) == 20
-    assert adapter.find(run / BEST).facts["step"] == "20"
-    pointer = json.loads((run / BEST).read_text())
-    assert (pointer["checkpoint"], pointer["metric"]) == ("checkpoints/step-00000020", metric)
-    assert (pointer["num_images"], pointer["num_subjects"]) == (6, 3)
-    told = json.loads((run / "selection" / "selection.json").read_text())
-    assert told["best_step"] == 20
-    assert [one["step"] for one in told["checkpoints"]] == list(STEPS)
-    figures = {"cnfl_agreement": ("agreement", "cnfl"), "cnfl_bias": ("bias", "cnfl")}.get(metric, (metric,))
-    value = told["checkpoints"][1]
-    for name in figures:
-        value = value[name]
-    assert pointer["value"] == value
+def test_the_checkpoint_that_draws_best_is_pointed_at_though_later_ones_are_damaged(run, sampler, monkeypatch):
+    for metric, names in (
+        ("cnfl_agreement", ("agreement", "cnfl")),
+        ("cnfl_bias", ("bias", "cnfl")),
+        ("cnfl_equivalence", ("cnfl_equivalence",)),
+        ("cldice", ("cldice",)),
+    ):
+        (run / BEST).unlink(missing_ok=True)
+        assert chosen(config_of(run, f"metric={metric}"), monkeypatch) == 20, metric
+        assert adapter.find(run / BEST).facts["step"] == "20"
+        pointer = json.loads((run / BEST).read_text())
+        assert (pointer["checkpoint"], pointer["metric"]) == ("checkpoints/step-00000020", metric)
+        assert (pointer["num_images"], pointer["num_subjects"]) == (6, 3)
+        told = json.loads((run / "selection" / "selection.json").read_text())
+        assert told["best_step"] == 20
+        assert [one["step"] for one in told["checkpoints"]] == list(STEPS)
+        value = told["checkpoints"][1]
+        for name in names:
+            value = value[name]
+        assert pointer["value"] == value
     # What the segmenter reaches on the frames themselves stands beside it.
     assert told["real"]["num_images"] == 6
     assert told["real"]["cldice"] > 0.7
+    assert len(sampler.drawn) == 3 * 2, "another metric needs no new images"
 
 
-def test_another_metric_needs_no_new_images(run, sampler, monkeypatch, capsys):
+def test_of_equal_checkpoints_the_earliest_is_chosen(run, sampler, monkeypatch, capsys):
     sampler.noise_of_step = {10: 0.02, 20: 0.02, 30: 0.5}
-    assert chosen(config_of(run), monkeypatch) == 10, "the earliest of equal ones"
-    num_drawn = len(sampler.drawn)
-    chosen(config_of(run, "metric=cldice"), monkeypatch)
-    assert read_best(run / BEST).metric == "cldice"
-    assert len(sampler.drawn) == num_drawn == 3 * 2
+    assert chosen(config_of(run), monkeypatch) == 10
     assert re.search(r"│ +10 │ 6 │ .* best │", capsys.readouterr().out)
 
 
@@ -289,14 +291,6 @@ def test_what_cannot_be_chosen_from_is_refused_before_anything_is_drawn(run, sou
     ]
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "config.json").write_text('{"settings": {"out": "x"}}')
-    baseline = make_run(tmp_path / "spade", sources, {})
-    values = {
-        "run": str(baseline),
-        "data": resolved(open_candidates(config_of(run)).data),
-        "objective": {"kind": "spade"},
-    }
-    (baseline / "config.json").write_text(json.dumps({"settings": values}))
-    cases.append((config_of(baseline), "spade trains spade, expected an adapter .objective edit.; compare"))
     cases.append((config_of(tmp_path / "set"), "set is not the folder of a training run .*run: is required"))
     for config, message in cases:
         for act in (lambda config=config: select.describe(config), lambda config=config: chosen(config, monkeypatch)):
@@ -313,6 +307,27 @@ def test_a_checkpoint_that_is_gone_is_not_taken_for_another(run, sampler, monkey
     shutil.rmtree(run / "checkpoints" / "step-00000020")
     with pytest.raises(CheckpointError, match=r"points at .*step-00000020, which is not there; choose anew"):
         adapter.find(run / BEST)
+
+
+def test_a_baseline_is_chosen_from_as_an_adapter_is(sources, tmp_path, monkeypatch, capsys):
+    """With the networks themselves, which need neither cache nor model."""
+    run = make_network_run(tmp_path / "spade", sources, (1, 2))
+    config = config_of(run)
+    assert "each draws 6 images for masks of 3 subjects" in select.describe(config)
+    step = chosen(config, monkeypatch)
+    assert find_network(run / BEST).about.facts["step"] == str(step)
+    assert f"use it as network={run}/best.json" in capsys.readouterr().out
+    weights = [one["weights"] for one in json.loads((run / "selection" / "selection.json").read_text())["checkpoints"]]
+    assert len(set(weights)) == 2
+    assert find_network(run / BEST).about.digest == weights[step - 1]
+
+
+def test_the_test_split_can_be_chosen_on_and_is_warned_of(run, sampler, caplog, capsys):
+    with pytest.raises(EvaluationError, match="has no samples in test"):
+        open_candidates(config_of(run, "split=test"))
+    assert "split=test: what is reported of the chosen checkpoint on the test split will be too good" in (
+        caplog.text + capsys.readouterr().err
+    )
 
 
 def test_a_claimed_batch_is_left_to_who_has_it(run, sampler, monkeypatch):
