@@ -34,6 +34,8 @@ ORIGIN: Final = (
     "guidance_scale",
     "seed",
     "source_set_digest",
+    "network_kind",
+    "network_digest",
     "prompts",
 )
 """What of a provenance tells how a whole set was made; column ``origin`` holds it as JSON."""

@@ -64,7 +64,7 @@ def show(arguments: Sequence[str], asked: dict[str, Any], as_json: bool, is_scal
     if (kind := config.objective.kind) != "edit":
         raise ConfigError(
             f"objective.kind: {kind} is not planned for, only adapters on Qwen-Image-Edit are",
-            "a network from scratch fits any GPU: start it, and read images/s and memory in its first lines",
+            "start it for some steps: its log tells images/s, and TensorBoard memory",
         )
     wish = Asked(**{name: value for name, value in asked.items() if value is not None})
     base = base_of(config)

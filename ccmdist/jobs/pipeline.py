@@ -7,14 +7,15 @@ number of workers does what is left.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from ccmdist.cluster.run_directory import RunDirectory
 from ccmdist.config.data import DataSettings
-from ccmdist.config.loading import load_for_slurm
+from ccmdist.config.loading import load_for_slurm, resolved, validate
 from ccmdist.config.settings import Settings
 from ccmdist.config.slurm import SlurmSettings
 from ccmdist.config.stages import CHAIN, STAGES
+from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.errors import ConfigError
 from ccmdist.jobs.launching import Request, evaluate_jobs, precompute_jobs, synthesize_jobs, train_jobs
 
@@ -37,7 +38,7 @@ def pipeline_jobs(arguments: Sequence[str]) -> list[Request]:
     loaded = {stage: load_for_slurm(STAGES[stage], *words[stage]) for stage in CHAIN}
     configs: dict[str, Any] = {stage: config for stage, (config, _) in loaded.items()}
     slurm: dict[str, SlurmSettings] = {stage: section for stage, (_, section) in loaded.items()}
-    configs["synthesize"] = _with_adapter(configs)
+    configs["synthesize"] = _with_trained(configs)
     _refuse_gaps(configs)
     return [
         *precompute_jobs(configs["precompute"], slurm["precompute"]),
@@ -68,12 +69,14 @@ def _by_stage(arguments: Sequence[str]) -> dict[str, tuple[list[Path], list[str]
     return {stage: (files[stage], shared[stage] + own[stage]) for stage in CHAIN}
 
 
-def _with_adapter(configs: dict[str, Any]) -> Settings:
-    """The settings of synthesis, with the run that is trained before it as its adapter unless another one is named."""
-    synthesize: Settings = configs["synthesize"]
-    if configs["synthesize"].adapter is None:
-        return synthesize.model_copy(update={"adapter": RunDirectory(configs["train"].run).adapter})
-    return synthesize
+def _with_trained(configs: dict[str, Any]) -> Settings:
+    """The settings of synthesis, with what is trained before it as its adapter or network unless another is named."""
+    synthesize, run = configs["synthesize"], RunDirectory(configs["train"].run)
+    if synthesize.adapter is not None or synthesize.network is not None:
+        return cast(Settings, synthesize)
+    is_adapter = configs["train"].objective.kind == "edit"
+    trained = {"adapter": str(run.adapter)} if is_adapter else {"network": str(run.network)}
+    return validate(SynthesizeConfig, resolved(synthesize) | trained, source="the command line")
 
 
 def _refuse_gaps(configs: dict[str, Any]) -> None:

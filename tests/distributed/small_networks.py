@@ -1,0 +1,67 @@
+"""Settings of the baselines in the small world, and what the ranks of their tests run."""
+
+from itertools import islice
+
+import torch
+
+from tests.distributed.small_engine import built, slices
+
+OF_NETWORKS = ["adapter=null", "base=null", "optim.lr=2e-3", "optim.ema_decay=0.9"]
+SETTINGS_OF = {
+    "spade": [
+        *OF_NETWORKS,
+        "objective={kind: spade, channels: [16, 16], norm_channels: 8, noise_dim: 8, discriminator_channels: 8, "
+        "discriminator_layers: 1}",
+        "validation.sigmas=[0.1,0.3,0.5,0.7,0.9]",  # as they are where nobody sets them
+    ],
+    "maisi": [
+        *OF_NETWORKS,
+        "objective={kind: maisi, channels: [32, 32], num_res_blocks: 1, num_attention_levels: 1, null_fraction: 0.3}",
+    ],
+}
+
+
+def turns(group, world):
+    """For two steps of SPADE: the state before and after, how often each set was updated, and the norms told."""
+    config, objective, engine = built(group, world, *SETTINGS_OF["spade"], "micro_batch_size=2")
+    batches, told = iter(objective.batches(0)), [(slices(engine), engine.adam_steps(), 0.0)]
+    for step in range(3):
+        engine.begin_step(objective.sets_of_step(step), 1e-2)
+        norm = 0.0
+        for batch in islice(batches, config.global_batch_size // config.micro_batch_size // group.ranks.world_size):
+            engine.backward(objective.loss(engine.module, batch))
+            norm = engine.step()
+        engine.update_average()
+        told.append((slices(engine), engine.adam_steps(), norm))
+    return told
+
+
+def norm_of_second_step(group, world):
+    """Norm of the gradient of the generator in the second step as the engine tells it, and as autograd has it."""
+    config, objective, engine = built(group, world, *SETTINGS_OF["spade"], "micro_batch_size=4")
+    batches = iter(objective.batches(0))
+    for step in range(2):
+        engine.begin_step(objective.sets_of_step(step), 1e-2)
+        batch = next(batches)
+        weights = {name: local.values["weight"].clone() for name, local in engine.local.items()}
+        engine.backward(objective.loss(engine.module, batch))
+        told = engine.step()
+    _, plain, _ = _unpartitioned(config, group)
+    plain.model.load_state_dict(
+        {name: weights[name].view(parameter.shape) for name, parameter in plain.model.named_parameters()}
+    )
+    plain.loss(plain.model, batch).backward()
+    grads = {name: parameter.grad for name, parameter in plain.model.named_parameters()}
+    norms = {
+        part: torch.cat([grad.flatten() for name, grad in grads.items() if name.startswith(part)]).norm()
+        for part in ("generator", "discriminator")
+    }
+    return told, float(norms["generator"]), float(norms["discriminator"])
+
+
+def _unpartitioned(config, group):
+    from ccmdist.train.objectives.choice import objective_of
+
+    objective = objective_of(config, group)
+    objective.build({})
+    return config, objective, None

@@ -1,0 +1,80 @@
+"""What is learnt is chosen by a tag; what would be ignored is refused, and settings of an adapter stay as they were."""
+
+from pathlib import Path
+
+import pytest
+
+from ccmdist.config.loading import digest, load, resolved, validate
+from ccmdist.config.train import OF_EDIT, TrainConfig
+from ccmdist.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[3] / "configs" / "train"
+NEEDED = ["run=r", "data.shards=s", "data.model=m"]
+
+
+def config(*overrides, files=()):
+    return load(TrainConfig, [CONFIGS / f"{name}.yaml" for name in files], overrides)
+
+
+def test_settings_of_an_adapter_are_written_as_before_there_were_other_objectives():
+    assert config(*NEEDED).objective.kind == "edit"
+    assert "objective" not in resolved(config(*NEEDED))
+    assert digest(config(files=["tiny"])) == "3cc5c1bdcde77c993e1b2512970968c56623f0c6640b4c066f9f248475c50813"
+
+
+@pytest.mark.parametrize("kind", ["spade", "maisi"])
+@pytest.mark.parametrize("before", [["wdlora"], ["tiny"]])
+def test_a_baseline_follows_the_settings_of_the_adapter_and_is_read_back_as_it_was_written(kind, before):
+    found = config(files=[*before, kind])
+    assert found.objective.kind == kind
+    assert not set(OF_EDIT) & resolved(found).keys()
+    assert validate(TrainConfig, resolved(found), "a run") == found
+    assert digest(found) != digest(
+        config("objective.feature_matching=3" if kind == "spade" else "seed=1", files=[*before, kind])
+    )
+
+
+@pytest.mark.parametrize("kind", ["spade", "maisi"])
+def test_a_small_baseline_has_the_data_of_the_small_adapter(kind):
+    assert config(files=["tiny", kind, f"tiny_{kind}"]).data == config(files=["tiny"]).data
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (
+            ["objective.kind=spade", "adapter.lora_rank=8"],
+            "adapter: objective.kind spade has no frozen model; leave out",
+        ),
+        (
+            ["objective.kind=maisi", "base=fp32", "tabulate_modulation=false"],
+            "base, tabulate_modulation: objective.kind",
+        ),
+        (
+            ["objective.kind=maisi", "sharding=replicated"],
+            "sharding: replicated, but objective.kind maisi has no frozen",
+        ),
+        (["objective.kind=spade", "validation.sigmas=[0.5]"], "objective.kind spade has no noise levels; leave out"),
+        (["objective.kind=spade", "sigma_sampling=uniform"], "objective.kind spade has no noise levels; leave out"),
+        (["objective.kind=spade", "data.image_size_px=336"], "data.image_size_px 336 is not 32 times 2 or more"),
+        (
+            ["objective.kind=spade", "data.image_size_px=64", "objective.discriminator_layers=3"],
+            "the last discriminator has 6 layers, which need images of 256 px (data.image_size_px 64)",
+        ),
+        (["objective.kind=maisi", "objective.channels=[48]"], "channels: 48 is not a multiple of 32"),
+        (["objective.kind=maisi", "objective.channels=[64,96]"], None),
+        (
+            ["objective.kind=maisi", "objective.head_channels=48"],
+            "head_channels: 256 channels do not divide into heads",
+        ),
+        (["objective.kind=maisi", "objective.noise_dim=3"], "objective.maisi.noise_dim: no such field"),
+        (["objective.kind=gan"], "objective.kind: must be one of 'edit', 'spade', 'maisi'"),
+    ],
+)
+def test_what_does_not_apply_or_fit_is_refused_in_a_sentence(overrides, problem):
+    if problem is None:
+        assert config(*NEEDED, *overrides)
+        return
+    with pytest.raises(ConfigError) as refusal:
+        config(*NEEDED, *overrides)
+    assert problem in str(refusal.value)
