@@ -1,6 +1,6 @@
 """What can be learnt, and the settings of each: a tagged union whose tag, `kind`, is also the name of a baseline."""
 
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -40,8 +40,11 @@ class MaisiSettings(Settings):
 
     kind: Literal["maisi"] = "maisi"
     channels: tuple[int, ...] = Field((64, 128, 256, 512), min_length=1, max_length=6)
-    """Of the levels of the U-Net, each half as large as the one before; multiples of 32."""
+    """Of the levels of the U-Net, each half as large as the one before."""
     num_res_blocks: int = Field(2, ge=1)
+    norm_groups: int = Field(32, ge=1)
+    """Channels are normed in so many groups, of two or more: noise level, clinical group and size of a pixel are added
+    to channels as constants, which a norm over a single channel would take away again."""
     num_attention_levels: int = Field(2, ge=0)
     """The deepest levels attend."""
     head_channels: int = Field(32, ge=1)
@@ -50,15 +53,12 @@ class MaisiSettings(Settings):
 
     @model_validator(mode="after")
     def _channels_fit_norms_and_heads(self) -> Self:
-        if bad := [count for count in self.channels if count % NORM_GROUPS]:
-            raise ValueError(f"channels: {bad[0]} is not a multiple of {NORM_GROUPS}, the groups of its norms")
+        if bad := [count for count in self.channels if count % self.norm_groups or count == self.norm_groups]:
+            raise ValueError(f"norm_groups: {bad[0]} channels do not make {self.norm_groups} groups of two or more")
         attending = self.channels[-max(self.num_attention_levels, 1) :]  # the middle block always attends
         if bad := [count for count in attending if count % self.head_channels]:
             raise ValueError(f"head_channels: {bad[0]} channels do not divide into heads of {self.head_channels}")
         return self
-
-
-NORM_GROUPS: Final = 32
 
 
 def _kind(values: Any) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ccmdist.ccm.groups import CLINICAL_GROUPS, ClinicalGroup
 from ccmdist.commit import digest_of
-from ccmdist.config.objectives import NORM_GROUPS, MaisiSettings
+from ccmdist.config.objectives import MaisiSettings
 
 LATENT_CHANNELS: Final = 16
 NULL_CLASS: Final = len(CLINICAL_GROUPS)
@@ -46,7 +46,7 @@ def make_maisi(settings: MaisiSettings, seed: int) -> nn.Module:
             num_res_blocks=settings.num_res_blocks,
             attention_levels=attends,
             num_head_channels=settings.head_channels,
-            norm_num_groups=NORM_GROUPS,
+            norm_num_groups=settings.norm_groups,
             num_class_embeds=len(CLINICAL_GROUPS) + 1,
             include_spacing_input=True,
             include_fc=True,

@@ -16,7 +16,8 @@ SETTINGS_OF = {
     ],
     "maisi": [
         *OF_NETWORKS,
-        "objective={kind: maisi, channels: [32, 32], num_res_blocks: 1, num_attention_levels: 1, null_fraction: 0.3}",
+        "objective={kind: maisi, channels: [32, 32], norm_groups: 8, num_res_blocks: 1, num_attention_levels: 1, "
+        "null_fraction: 0.3}",
     ],
 }
 

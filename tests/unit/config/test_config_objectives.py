@@ -61,7 +61,11 @@ def test_a_small_baseline_has_the_data_of_the_small_adapter(kind):
             ["objective.kind=spade", "data.image_size_px=64", "objective.discriminator_layers=3"],
             "the last discriminator has 6 layers, which need images of 256 px (data.image_size_px 64)",
         ),
-        (["objective.kind=maisi", "objective.channels=[48]"], "channels: 48 is not a multiple of 32"),
+        (
+            ["objective.kind=maisi", "objective.channels=[48]"],
+            "norm_groups: 48 channels do not make 32 groups of two or more",
+        ),
+        (["objective.kind=maisi", "objective.channels=[32]"], "norm_groups: 32 channels do not make 32 groups of two"),
         (["objective.kind=maisi", "objective.channels=[64,96]"], None),
         (
             ["objective.kind=maisi", "objective.head_channels=48"],

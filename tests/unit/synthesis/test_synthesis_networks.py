@@ -21,7 +21,7 @@ SETTINGS = {
     "spade": SpadeSettings(
         channels=(16, 16), norm_channels=8, noise_dim=8, discriminator_channels=8, discriminator_layers=1
     ),
-    "maisi": MaisiSettings(channels=(32, 32), num_res_blocks=1, num_attention_levels=1),
+    "maisi": MaisiSettings(channels=(32, 32), norm_groups=8, num_res_blocks=1, num_attention_levels=1),
 }
 
 
