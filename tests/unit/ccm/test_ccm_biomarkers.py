@@ -165,9 +165,14 @@ def test_tortuosity_is_zero_for_a_line_and_that_of_a_sine_for_a_sine():
     assert tortuosity_coefficient(sine[::-1]) == pytest.approx(tortuosity_coefficient(sine), rel=0.01)
 
 
-def test_a_piece_inside_a_crossing_belongs_to_both_nerves():
-    flat = stroke((0, 100), (299, 200)) | stroke((0, 200), (299, 100))
-    assert length_px(flat) == pytest.approx(2 * np.hypot(300, 100 * 300 / 299), rel=0.01)
+@pytest.mark.parametrize("half_px", [40, 60, 100])
+def test_a_piece_inside_a_crossing_belongs_to_both_nerves(half_px):
+    flat = stroke((0, 150 - half_px), (299, 150 + half_px)) | stroke((0, 150 + half_px), (299, 150 - half_px))
+    graph = nerve_graph(flat)
+    (inner,) = (branch for branch in graph.branches if branch.nodes[0] == branch.nodes[1])
+    assert inner.num_nerves == 2
+    assert graph.length_px == pytest.approx(sum(branch.length_px for branch in graph.branches) + inner.length_px)
+    assert graph.length_px == pytest.approx(2 * np.hypot(300, 2 * half_px * 300 / 299), rel=0.006)
 
 
 def test_a_spur_is_pruned_and_a_branch_is_not():
