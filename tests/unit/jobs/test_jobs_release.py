@@ -12,7 +12,7 @@ import pytest
 
 from ccmdist.cli import exit_code
 from ccmdist.commit import commit_json
-from ccmdist.data.manifest import read_manifest
+from ccmdist.data.manifest import commit_manifest, read_manifest
 from ccmdist.data.reader import read_split, verify_set
 from ccmdist.errors import EXIT_REFUSED, RunError, ShardError
 from ccmdist.jobs.release import CARD_JSON, CARD_TEXT, release
@@ -30,7 +30,8 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("release")
     manifest = real_set(root / "real", 20, SIZE_PX, 0)
     strangers = [drawn(one, f"{one.key}-0000") for one in (stranger(5, number, SIZE_PX) for number in range(24))]
-    write_synthetic(root / "clean", strangers, manifest)
+    clean = write_synthetic(root / "clean", strangers, manifest)
+    commit_manifest(root / "clean", "synthetic", clean.shards, clean.about | {"note": "Mrs Private", "seed": 3})
     copy = copies(training_frames(root / "real")[:1], "verbatim", 6, SIZE_PX)
     write_synthetic(root / "copied", [*copy.values(), *strangers], manifest)
     sets = {name: root / name for name in ("clean", "copied")}
@@ -54,6 +55,7 @@ def test_a_set_that_passed_is_written_with_its_card(world, tmp_path, capsys):
     assert card["gate"]["passed"]
     assert card["gate"]["num_copies"] == 0
     assert card["licence"] == "CC-BY-NC-4.0"
+    assert card["made_by"]["seed"] == 3
     assert card["made_by"]["training"]["num_subjects"] == len(_training_subjects(world))
     text = (out / CARD_TEXT).read_text()
     for heading in ("## Origin", "## The gate", "## Intended use", "## Not for", "## Known limits", "## Licence"):

@@ -47,8 +47,8 @@ def test_frames_of_one_subject_that_are_all_alike_do_not_count_twice():
     alarms = []
     for _ in range(200):
         held_out, synthetic = (np.repeat(rng.normal(size=size), 8) for size in (25, 12))
-        alarms.append(share_test(table(held_out, 8), table(synthetic, 8), 0.01).p < 0.05)
-    assert np.mean(alarms) <= 0.05 + 3 * np.sqrt(0.05 / 200)
+        alarms.append(share_test(table(held_out, 8), table(synthetic, 8), 0.01).p < 0.01)
+    assert np.mean(alarms) <= 0.01 + 3 * np.sqrt(0.01 / 200)
 
 
 def test_a_set_that_lies_nearer_as_a_whole_is_found():
@@ -80,7 +80,7 @@ def test_the_copy_limit_stays_within_its_bounds_whatever_the_held_out_frames_are
 
 def test_the_copy_limit_rises_with_the_spread_and_with_the_number_of_images():
     rng = np.random.default_rng(3)
-    wide, narrow = table(rng.normal(0.2, 0.06, 60)), table(rng.normal(0.15, 0.03, 60))
+    wide, narrow = table(rng.normal(0.24, 0.072, 200)), table(rng.normal(0.15, 0.03, 60))
     assert copy_limit(narrow, 100, 0.001) == LOWEST_COPY_LIMIT
     assert LOWEST_COPY_LIMIT < copy_limit(wide, 100, 0.001) < copy_limit(wide, 100_000, 0.001) < HIGHEST_COPY_LIMIT
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import rotate
 
 from ccmdist.ccm.phantom import make_nerves, make_phantom
 from ccmdist.ccm.phantom_defaults import GROUP_DEFAULTS
@@ -53,6 +54,14 @@ def test_a_copy_finds_its_original_whatever_was_done_to_it(disguise, gallery):
         match = search(copy, gallery)
         assert match.index == number
         assert match.ncc > 0.62
+
+
+@pytest.mark.parametrize("deg", [-7.0, -2.4, 1.2, 2.6, 6.0])
+def test_a_turn_of_any_few_degrees_is_undone(deg, gallery):
+    turned = rotate(frame(8) * 1.0, deg, reshape=False, order=1, mode="reflect")
+    match = search(np.clip(turned, 0, 255).round().astype(np.uint8), gallery)
+    assert match.index == 8
+    assert match.ncc > 0.9
 
 
 def test_frames_of_others_stay_far_below_every_copy(gallery):
