@@ -48,6 +48,15 @@ def test_images_are_drawn_with_the_adapter_that_is_trained_before_unless_another
     assert pipeline_jobs([*CHAIN, "synthesize.adapter=mine"])[2].config.adapter == Path("mine")
 
 
+def test_images_are_drawn_with_the_network_that_is_trained_before_unless_another_is_named(chain):
+    words = [*CHAIN, "train.objective.kind=maisi"]
+    found = pipeline_jobs(words)[2].config
+    assert (found.network, found.adapter) == (Path("runs/a/network"), None)
+    assert pipeline_jobs([*words, "synthesize.network=mine"])[2].config.network == Path("mine")
+    with pytest.raises(ConfigError, match="base: network draws without a base model"):
+        pipeline_jobs([*words, "synthesize.base=nf4"])
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
