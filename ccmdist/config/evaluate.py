@@ -1,15 +1,18 @@
 """Settings of the evaluation: what is compared with what, with which margins, and from how many images on."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ccmdist.config.arms import Arm, expanded
 from ccmdist.config.data import Split
 from ccmdist.config.settings import Settings, free
 
+SET_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}"
+"""Of a synthetic set in tables and arms."""
 DEFAULT_MARGINS = {
     "cnfd": 0.10,
     "cnbd": 0.20,
@@ -154,6 +157,16 @@ class DownstreamSettings(Settings):
         names = self.folds[0].synthetic if self.folds else [*compared]
         return expanded(self.arms, names)
 
+    def num_cells(self, compared: Iterable[str]) -> int:
+        """Trainings of the whole grid, if no task and no arm of it has to be left out; argument as of arms_with."""
+        num_folds = len(self.folds) or self.num_folds
+        return len(self.tasks) * num_folds * self.num_seeds * len(self.arms_with(compared))
+
+    @property
+    def folders(self) -> list[Path]:
+        """Of the sets that it alone reads."""
+        return [*self.synthetic.values(), *(folder for fold in self.folds for folder in fold.synthetic.values())]
+
 
 class MemorisationSettings(Settings):
     """The gate: is any image a copy of a training image."""
@@ -189,6 +202,26 @@ class EvaluateConfig(Settings):
     memorisation: MemorisationSettings | None = MemorisationSettings()
     """None: no gate; the sets cannot be released then."""
     seed: int = Field(0, ge=0)
+
+    @field_validator("synthetic", mode="before")
+    @classmethod
+    def _sets_have_plain_names(cls, value: Any) -> Any:
+        if isinstance(value, str | Path):
+            raise ValueError(f"is a mapping of names to folders; write synthetic.NAME={value}")
+        for name in value if isinstance(value, dict) else ():
+            if not re.fullmatch(SET_NAME, str(name)):
+                raise ValueError(f"{name!r} is no name for a set, expected letters, digits, _ and -")
+        return value
+
+    @model_validator(mode="after")
+    def _report_lies_beside_the_sets(self) -> Self:
+        for name, folder in {
+            "real": self.real,
+            **{f"synthetic.{name}": one for name, one in self.synthetic.items()},
+        }.items():
+            if self.out.absolute() == folder.absolute():
+                raise ValueError(f"out: {self.out} is the folder of {name}; the report needs one of its own")
+        return self
 
     @model_validator(mode="after")
     def _margins_are_known_and_positive(self) -> Self:

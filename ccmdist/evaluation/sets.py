@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from math import isclose
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +17,8 @@ from ccmdist.data.triple import Triple
 from ccmdist.data.views import FLIPS, resized_image, resized_mask
 from ccmdist.errors import EvaluationError
 
+PIXEL_TOLERANCE: Final = 0.01
+"""Within which pixels of two sets are of one size, as a fraction: a third of the smallest default margin."""
 PROVENANCE: Final = (
     "source_key",
     "source_set_digest",
@@ -91,10 +94,25 @@ def open_sets(config: EvaluateConfig) -> OpenedSets:
     """The sets of an evaluation; reads manifests and one image of each set.
 
     Raises:
-        EvaluationError: If the sets cannot be compared: wrong kind, empty split, different sizes.
+        EvaluationError: If the sets cannot be compared: wrong kind, empty split, different sizes or pixels.
     """
     real, synthetic = real_set(config), synthetic_sets(config)
-    return OpenedSets(config, real, tuple(synthetic), common_shape(synthetic))
+    shape = common_shape(synthetic)
+    _refuse_other_pixels(synthetic, SourceFrames(real, shape))
+    return OpenedSets(config, real, tuple(synthetic), shape)
+
+
+def _refuse_other_pixels(synthetic: list[ImageSet], sources: "SourceFrames") -> None:
+    """Look at the first image of each set, so that an array does not measure for an hour what cannot be compared."""
+    for one in synthetic:
+        triple = next(read_shard(one.folder, one.shards[0]))
+        source = sources.of(triple)
+        if source is not None and not isclose(triple.meta.um_per_px, source.meta.um_per_px, rel_tol=PIXEL_TOLERANCE):
+            raise EvaluationError(
+                f"synthetic.{one.name}: sample {triple.key} has {triple.meta.um_per_px:.4f} um per px, "
+                f"the real frame of its mask {source.meta.um_per_px:.4f} at this size",
+                "compare it with the set whose masks it was drawn from, or correct um_per_px and pack that set again",
+            )
 
 
 def real_set(config: EvaluateConfig) -> ImageSet:
@@ -116,7 +134,7 @@ def synthetic_sets(config: EvaluateConfig) -> list[ImageSet]:
     """What is compared with the reference.
 
     Raises:
-        EvaluationError: If one is missing, is not synthetic, or has no images in the split.
+        EvaluationError: If one is missing, is not synthetic, has no images in the split, or is named twice.
     """
     found = []
     for name, folder in config.synthetic.items():
@@ -127,6 +145,13 @@ def synthetic_sets(config: EvaluateConfig) -> list[ImageSet]:
                 "name the out folder of `ccmdist synthesize`; real frames and phantoms belong in `real`",
             )
         found.append(replace(one, name=name))
+    names: dict[str, str] = {}
+    for one in found:
+        if (other := names.setdefault(one.manifest.digest, one.name)) != one.name:
+            raise EvaluationError(
+                f"synthetic.{other} and synthetic.{one.name} hold the same images",
+                "name each set once; a set drawn anew with another seed is another set",
+            )
     return found
 
 

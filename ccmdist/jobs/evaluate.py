@@ -61,12 +61,14 @@ def run(config_path: str) -> None:
 
 def describe(config: EvaluateConfig) -> str:
     """What the command would compare."""
+    from ccmdist.evaluation.comparison import units
     from ccmdist.evaluation.downstream.grid import describe as describe_grid
     from ccmdist.evaluation.fidelity.extractors import chosen
-    from ccmdist.evaluation.sets import open_sets, real_set, synthetic_sets
+    from ccmdist.evaluation.sets import open_sets
+    from ccmdist.evaluation.work import open_units as open_ones
 
-    lines = []
-    for one in [real_set(config), *synthetic_sets(config)]:
+    sets, lines = open_sets(config), list[str]()
+    for one in [sets.real, *sets.synthetic]:
         counts: Counter[str] = Counter()
         for entry in one.shards:
             counts.update(entry.group_counts)
@@ -77,15 +79,17 @@ def describe(config: EvaluateConfig) -> str:
     # Weights that are not where the settings say are told before anything is queued.
     lines += [f"extractor {one.name}, {one.dim} features" for one in chosen(config.extractors)]
     if config.downstream is not None:
-        lines += describe_grid(open_sets(config), config.downstream)
+        lines += describe_grid(sets, config.downstream)
+    every = units(config)
+    lines.append(f"{len(open_ones(every))} of {len(every)} units of work are open; then the report in {config.out}")
     return "\n".join(lines)
 
 
 def open_units(config: EvaluateConfig) -> int:
-    """Shards that are not measured yet: no more workers than that have something to do.
+    """Shards that are not measured and trainings that are not done yet: so many workers have something to do.
 
     A synthetic set that is not complete has as many as its plan says, or, without a plan, is taken to have as many
-    as the real one: workers share whatever there is.
+    as the real one; and no training is left out then. Workers share whatever there is.
 
     Raises:
         CcmdistError: If the real set is not there, or the sets cannot be compared.
@@ -94,10 +98,13 @@ def open_units(config: EvaluateConfig) -> int:
     from ccmdist.evaluation.sets import real_set
     from ccmdist.evaluation.work import open_units as open_ones
 
-    if all((folder / MANIFEST).is_file() for folder in config.synthetic.values()):
+    grid = config.downstream
+    folders = [*config.synthetic.values(), *(grid.folders if grid else [])]
+    if all((folder / MANIFEST).is_file() for folder in folders):
         return len(open_ones(units(config)))
     num_real = len(real_set(config).shards)
-    return num_real + sum(_expected_shards(config, folder, num_real) for folder in config.synthetic.values())
+    num_shards = num_real + sum(_expected_shards(config, folder, num_real) for folder in config.synthetic.values())
+    return num_shards + (grid.num_cells(config.synthetic) if grid else 0)
 
 
 def _expected_shards(config: EvaluateConfig, folder: Path, otherwise: int) -> int:

@@ -11,11 +11,10 @@ from ccmdist.errors import EvaluationError
 from ccmdist.evaluation.biomarkers.agreement import BlandAltman, absolute_agreement, limits_of_agreement
 from ccmdist.evaluation.biomarkers.equivalence import LeftOut
 from ccmdist.evaluation.measures import FOUND, GIVEN
+from ccmdist.evaluation.sets import PIXEL_TOLERANCE
 
 MIN_PAIRS: Final = 3
 MIN_SUBJECTS: Final = 2
-PIXEL_TOLERANCE: Final = 0.01
-"""Within which pixels of two sets are of one size, as a fraction: a twentieth of the smallest default margin."""
 
 
 @dataclass(frozen=True)
