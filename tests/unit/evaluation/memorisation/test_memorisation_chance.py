@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 from ccmdist.evaluation.memorisation.chance import (
     HIGHEST_COPY_LIMIT,
@@ -79,8 +80,8 @@ def test_the_copy_limit_stays_within_its_bounds_whatever_the_held_out_frames_are
 
 
 def test_the_copy_limit_rises_with_the_spread_and_with_the_number_of_images():
-    rng = np.random.default_rng(3)
-    wide, narrow = table(rng.normal(0.24, 0.072, 200)), table(rng.normal(0.15, 0.03, 60))
+    quantiles = norm.ppf(np.linspace(0.002, 0.998, 200))
+    wide, narrow = table(np.tanh(0.25 + 0.074 * quantiles)), table(np.tanh(0.15 + 0.03 * quantiles))
     assert copy_limit(narrow, 100, 0.001) == LOWEST_COPY_LIMIT
     assert LOWEST_COPY_LIMIT < copy_limit(wide, 100, 0.001) < copy_limit(wide, 100_000, 0.001) < HIGHEST_COPY_LIMIT
 
