@@ -41,18 +41,15 @@ class Inception:
                 f"extractors.inception: torch-fidelity cannot be imported here ({error})",
                 'install the extra: pip install "ccmdist[fidelity]", where torchvision exists for this torch',
             ) from error
-        self._device = current_device()
+        # torch-fidelity unpickles whatever it is given, so it is given only what was read as tensors and no more.
+        held = io.BytesIO()
+        torch.save(tensors_of_pickle(weights), held)
+        held.seek(0)
         try:
-            # torch-fidelity unpickles whatever it is given, so it is given only what was read as tensors and no more.
-            held = io.BytesIO()
-            torch.save(torch.load(weights, map_location="cpu", weights_only=True), held)
-            held.seek(0)
             network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=held)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError, ValueError) as error:
-            raise EvaluationError(
-                f"extractors.inception: {weights} does not hold the weights of torch-fidelity's Inception",
-                f"copy the published file again ({str(error).splitlines()[0]})",
-            ) from error
+        except RuntimeError as error:
+            raise _not_inception(weights, error) from error
+        self._device = current_device()
         self._network = network.to(self._device)
 
     @torch.inference_mode()
@@ -61,6 +58,28 @@ class Inception:
         images = torch.from_numpy(np.ascontiguousarray(images_BHW))[:, None].expand(-1, 3, -1, -1)
         (found,) = self._network(images.to(self._device))
         return np.asarray(found.float().cpu().numpy())
+
+
+def tensors_of_pickle(weights: Path) -> dict[str, Tensor]:
+    """What a file of torch.save holds, if that is named tensors and nothing else; no code of it runs.
+
+    Raises:
+        EvaluationError: If it holds anything else.
+    """
+    try:
+        found = torch.load(weights, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise _not_inception(weights, error) from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise _not_inception(weights, "it holds other things than tensors")
+    return found
+
+
+def _not_inception(weights: Path, why: object) -> EvaluationError:
+    return EvaluationError(
+        f"extractors.inception: {weights} does not hold the weights of torch-fidelity's Inception",
+        f"copy the published file again ({str(why).splitlines()[0]})",
+    )
 
 
 class VisionTransformer:

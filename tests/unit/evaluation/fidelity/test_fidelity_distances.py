@@ -173,8 +173,8 @@ def test_the_interval_of_a_kernel_distance_spreads_as_the_distance_itself_over_s
 
     def sampled(shift):
         # Frames of one subject resemble each other: an interval over frames would be far too narrow.
-        values = np.repeat(rng.normal(shift, 1, size=(24, 4)), 3, axis=0) + rng.normal(0, 0.3, (72, 4))
-        return Features(values, np.repeat([f"s{index:02d}" for index in range(24)], 3))
+        values = np.repeat(rng.normal(shift, 1, size=(16, 4)), 6, axis=0) + rng.normal(0, 0.3, (96, 4))
+        return Features(values, np.repeat([f"s{index:02d}" for index in range(16)], 6))
 
     def spread_and_told(shift):
         found = [one_distance(sampled(0), sampled(shift), KERNEL) for _ in range(40)]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from ccmdist.evaluation.fidelity.extractors import (
     WeightFree,
     chosen,
 )
+from ccmdist.evaluation.fidelity.networks import tensors_of_pickle
 
 SMALL = {
     "hidden_size": 16,
@@ -240,9 +242,7 @@ def inception_module():
     return pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", exc_type=ImportError)
 
 
-def test_inception_gives_what_torch_fidelity_gives_and_unpickles_tensors_alone(
-    inception_module, images, tmp_path, monkeypatch
-):
+def test_inception_gives_what_torch_fidelity_gives(inception_module, images, tmp_path, monkeypatch):
     torch.manual_seed(3)
     kind, weights = inception_module.FeatureExtractorInceptionV3, tmp_path / "inception.pth"
     with monkeypatch.context() as patch:
@@ -252,7 +252,27 @@ def test_inception_gives_what_torch_fidelity_gives_and_unpickles_tensors_alone(
     torch.save(network.state_dict(), weights)
     (wanted,) = network(torch.from_numpy(images)[:, None].repeat(1, 3, 1, 1))
     np.testing.assert_allclose(Inception(weights).features(images), wanted.numpy(), rtol=1e-5, atol=1e-6)
-
-    torch.save({"weights": print}, weights)
+    torch.save({"fc.weight": torch.zeros(2)}, weights)
     with pytest.raises(EvaluationError, match="does not hold the weights of torch-fidelity's Inception; copy"):
         Inception(weights).features(images)
+
+
+class Trap:
+    """Runs code of its own when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("content", ["trap", "text", "cut"])
+def test_a_weights_file_that_holds_more_than_tensors_is_refused_and_runs_nothing(content, tmp_path):
+    weights, sprung = tmp_path / "inception.pth", tmp_path / "sprung"
+    torch.save({"trap": Trap(sprung)} if content == "trap" else {"weights": "text"}, weights)
+    if content == "cut":
+        weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(EvaluationError, match=r"inception.pth does not hold the weights of torch-fidelity's Inception"):
+        tensors_of_pickle(weights)
+    assert not sprung.exists()
