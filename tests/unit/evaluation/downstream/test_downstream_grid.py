@@ -20,6 +20,7 @@ from ccmdist.evaluation.downstream.summary import summary_of
 from ccmdist.evaluation.report.write import write_report
 from ccmdist.evaluation.sets import open_sets
 from ccmdist.evaluation.work import do_share, open_units
+from ccmdist.jobs import evaluate
 
 ARMS = "downstream.arms=[real,augmented,'phantom:0.5','NAME:0.5','NAME:1',only NAME,'shuffled NAME:1']"
 
@@ -180,3 +181,14 @@ def test_the_report_tells_what_the_grid_found(world, tmp_path):
     assert "Phantoms of different groups differ by construction" in page
     assert 'id="downstream-diagnosis"' in page
     assert any(sentence.startswith("Diagnosis, macro-AUC against") for sentence in report["may_be_concluded"])
+
+
+def test_before_the_sets_are_there_the_whole_grid_is_counted(world, tmp_path):
+    words = ("downstream.arms=[real,'NAME:1']",)
+    num_shards = len(read_manifest(world / "real").of_split("test"))
+    given = config_of(world / "real", {"x": tmp_path / "x"}, tmp_path / "out", *words)
+    assert evaluate.open_units(given) == 2 * num_shards + 2 * 2 * 2 * 2
+    apart = config_of(
+        world / "real", {"x": world / "x"}, tmp_path / "out", *words, f"downstream.synthetic.x={tmp_path}"
+    )
+    assert evaluate.open_units(apart) > 2 * 2 * 2 * 2
