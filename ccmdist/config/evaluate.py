@@ -172,11 +172,13 @@ class MemorisationSettings(Settings):
     """The gate: is any image a copy of a training image."""
 
     false_alarm_rate: float = Field(0.01, gt=0, lt=0.5)
-    """Share of independent images that come nearer to training than the threshold by chance."""
+    """Share of independent images that come nearer to training than the threshold by chance; with few held-out
+    subjects, one in their number plus one."""
     alpha: float = Field(0.001, gt=0, lt=0.5)
-    """Of the test whether more images than that do."""
+    """Of the test whether more images than that do, and of calling any independent image of a set a copy."""
     allow_training_masks: bool = False
-    """Let images pass that were drawn from the nerve masks of training subjects, which are personal themselves."""
+    """Let images pass that were drawn from the nerve masks of training subjects, which are personal themselves. All
+    frames are then compared without their nerves, as those agree by design."""
 
 
 class EvaluateConfig(Settings):
