@@ -44,7 +44,7 @@ class MaisiObjective(LatentFlow):
                 f"{len(self.settings.channels) - 1} times, which {factor} does not divide",
                 "use fewer levels, or another data.image_size_px",
             )
-        self.um_per_px = ShardSamples(config.data).um_per_px
+        self.um_per_px = ShardSamples(config.data, ("train", "val")).um_per_px
         self.base_digest = maisi.latents_digest(self.folder.encoder_identity())
 
     def build(self, zero_config: dict[str, Any]) -> torch.nn.Module:

@@ -78,7 +78,7 @@ class SpadeObjective:
         """
         assert isinstance(config.objective, SpadeSettings), config.objective
         self.config, self.group, self.settings = config, group, config.objective
-        self.samples = ShardSamples(config.data)
+        self.samples = ShardSamples(config.data, ("train", "val"))
         self.source = PixelSource(self.samples)
         self.entries = self.samples.entries("train")
         self.order = Order(self.entries, config.seed, config.micro_batch_size, config.balance, config.shuffle_window)
