@@ -27,9 +27,9 @@ def read(phantoms):
     return [biomarkers(nerves.nerve_mask, UM_PER_PX) for nerves in phantoms]
 
 
-@pytest.mark.parametrize("ends_join", [False, True], ids=["lines", "lines-with-their-width"])
-def test_biomarkers_of_exact_masks_are_those_of_the_lines(phantoms, read, ends_join):
-    truths = [truth_of(nerves, 384, UM_PER_PX, ends_join) for nerves in phantoms]
+@pytest.mark.parametrize("of", ["lines", "widths"])
+def test_biomarkers_of_exact_masks_are_those_of_the_lines(phantoms, read, of):
+    truths = [truth_of(nerves, 384, UM_PER_PX, of) for nerves in phantoms]
 
     def pairs(name):
         return np.array([[getattr(one, name) for one in values] for values in (truths, read)])
@@ -47,10 +47,21 @@ def test_the_chain_code_reads_the_same_phantoms_longer(read):
     assert 1.03 < ratio < 1.08
 
 
-def test_the_judge_counts_what_is_drawn_by_hand():
-    """Two lines that cross, a branch on one of them and a loose fibre: known numbers, in a frame of 100 um."""
-    paths = [[(50, -5), (50, 105)], [(-5, 50), (105, 50)], [(50, 20), (70, 40)], [(80, 60), (95, 80)]]
+def judged(paths, of):
+    """Paths in a frame of 100 um, each 2 um wide."""
     fibres = [SimpleNamespace(path_um=np.array(path, float), fwhm_um=2.0) for path in paths]
-    truth = truth_of(SimpleNamespace(fibres=fibres), 100, 1.0, False)
+    return truth_of(SimpleNamespace(fibres=fibres), 100, 1.0, of)
+
+
+@pytest.mark.parametrize("of", ["lines", "widths"])
+def test_the_judge_counts_what_is_drawn_by_hand(of):
+    """Two lines that cross, a branch on one of them and a loose fibre."""
+    truth = judged([[(50, -5), (50, 105)], [(-5, 50), (105, 50)], [(50, 20), (70, 40)], [(80, 60), (95, 80)]], of)
     assert [truth.cnfd, truth.cnbd, truth.ctbd] == pytest.approx([200, 200, 200])
     assert truth.cnfl == pytest.approx((200 + np.hypot(20, 20) + 25) / 1000 / 0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize(("of", "num"), [("lines", 0), ("widths", 1)])
+def test_fibres_that_touch_without_crossing_meet_where_width_counts(of, num):
+    truth = judged([[(50, -5), (50, 105)], [(90, 20), (51.5, 50), (90, 80)]], of)
+    assert [truth.cnbd, truth.ctbd] == pytest.approx([100 * num, 100 * num])

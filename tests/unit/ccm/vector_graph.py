@@ -9,12 +9,12 @@ from itertools import combinations, pairwise
 import networkx as nx
 import numpy as np
 import shapely
-from shapely import LineString, Point
+from shapely import LineString
 
 GRID_UM = 0.01
 """Lines are snapped to this grid, so that a branch that starts on its trunk has a node there."""
-ONE_NODE_UM = 1.0
-"""Nodes that lie closer together along a line, about a pixel, are one."""
+ONE_NODE_UM = {"lines": 1.0, "widths": 4.5}
+"""Nodes that lie closer together along a line are one: about a pixel, or about the width of a nerve."""
 BORDER_BAND, MIN_SPAN = 0.05, 0.5
 
 
@@ -28,17 +28,18 @@ class Truth:
     ctbd: float
 
 
-def truth_of(nerves, size_px, um_per_px, ends_join):
+def truth_of(nerves, size_px, um_per_px, of):
     """The biomarkers of a phantom's fibres.
 
-    ends_join: whether an end that lies against another fibre, each as wide as it is drawn, joins that fibre.
+    of: lines, which meet where they cross or begin on each other; or widths, which also meet where two fibres, each as
+        wide as it is drawn, touch each other.
     """
     edge_um = size_px * um_per_px
     lines, half_um = _clipped(nerves.fibres, edge_um, um_per_px)
-    joints = list(_joints(lines, half_um)) if ends_join else []
+    joints = list(_contacts(lines, half_um)) if of == "widths" else []
     pieces = shapely.unary_union(np.array(lines + joints, dtype=object), grid_size=GRID_UM)
     pieces = shapely.get_parts(shapely.line_merge(pieces))
-    graph = _graph(pieces)
+    graph = _graph(pieces, ONE_NODE_UM[of])
     mains = _main_nerves(graph, edge_um)
     branch_points = {node for node in graph if graph.degree(node) >= 3}
     area_mm2 = (edge_um / 1000) ** 2
@@ -61,16 +62,16 @@ def _clipped(fibres, edge_um, um_per_px):
     return lines, half_um
 
 
-def _joints(lines, half_um):
-    for one, line in enumerate(lines):
-        for end in (Point(line.coords[0]), Point(line.coords[-1])):
-            gaps = [(lines[other].distance(end), other) for other in range(len(lines)) if other != one]
-            gap, other = min(gaps, default=(np.inf, -1))
-            if 0 < gap <= half_um[one] + half_um[other]:
-                yield shapely.shortest_line(end, lines[other])
+def _contacts(lines, half_um):
+    """For each run over which two fibres touch without crossing, the shortest line between their middles."""
+    for one, other in combinations(range(len(lines)), 2):
+        near = shapely.buffer(lines[other], half_um[one] + half_um[other])
+        for run in shapely.get_parts(lines[one].intersection(near)):
+            if run.distance(lines[other]) > GRID_UM:
+                yield shapely.shortest_line(run, lines[other])
 
 
-def _graph(pieces):
+def _graph(pieces, one_node_um):
     """Pieces between nodes; nodes of degree 3 and more that lie close together are one."""
     raw = nx.MultiGraph()
     for piece in pieces:
@@ -78,14 +79,14 @@ def _graph(pieces):
     near = nx.Graph()
     near.add_nodes_from(raw)
     for first, second, length in raw.edges(data="length"):
-        if length <= ONE_NODE_UM and min(raw.degree(first), raw.degree(second)) >= 3:
+        if length <= one_node_um and min(raw.degree(first), raw.degree(second)) >= 3:
             near.add_edge(first, second)
     name = {place: number for number, places in enumerate(nx.connected_components(near)) for place in places}
     graph = nx.MultiGraph()
     for place, number in name.items():
         graph.add_node(number, place=np.array(place))
     for first, second, length in raw.edges(data="length"):
-        if name[first] != name[second] or length > 3 * ONE_NODE_UM:
+        if name[first] != name[second] or length > 3 * one_node_um:
             graph.add_edge(name[first], name[second], length=length)
     return graph
 
