@@ -39,7 +39,7 @@ class Branch:
     """Smoothed points (K, 2) as (row, column), from the first node to the second; a dead end lies where the nerve
     ends, see :func:`~ccmdist.ccm.nerve_paths.ended`."""
     chain_code_px: float
-    """Length counted as 1 per straight and sqrt(2) per diagonal step: 4.5 % long on average over angles."""
+    """Length counted as 1 per straight and sqrt(2) per diagonal step: 5.5 % long on average over angles."""
     num_nerves: int = 1
     """2 for the short piece inside a crossing, which belongs to both of the nerves that cross."""
 
