@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # sbatch --array=0-3 slurm/evaluate.sh configs/evaluate/tiny.yaml     each task measures its share
+# sbatch --gpus-per-node=1 --array=0-15 slurm/evaluate.sh FILE...     the same where networks are trained (downstream)
 # sbatch slurm/evaluate.sh configs/evaluate/tiny.yaml                 measures what is left, compares, and reports
 #SBATCH --job-name=ccmdist-evaluate
 #SBATCH --array=0

@@ -129,3 +129,15 @@ def test_augmentation_is_a_function_of_its_seed_and_moves_image_and_mask_alike()
     bright = [image[mask].mean() - image[~mask].mean() for image, mask in zip(first, moved, strict=True)]
     assert min(bright) > 30
     assert first.max() < 400
+
+
+def test_a_network_that_gets_worse_is_tested_as_it_was_before():
+    training, validation, test = (stripes(num, seed) for seed, num in enumerate((12, 6, 6)))
+    misled = Examples(training.images, training.masks, (training.labels + 1) % 3)
+    found = train_and_test("diagnosis", SETTINGS, misled, validation, test, 1, CPU)
+    losses = found.curves[0].validation
+    assert losses[0] < losses[1] < losses[2]
+    assert found.step == 10
+    short = SETTINGS.model_copy(update={"num_steps": 10})
+    alone = train_and_test("diagnosis", short, misled, validation, test, 1, CPU)
+    assert np.array_equal(found.probabilities, alone.probabilities)
