@@ -22,6 +22,7 @@ from ccmdist.evaluation.report.conclusions import may_be_concluded, may_not_be_c
 from ccmdist.evaluation.report.contact_sheet import contact_sheets
 from ccmdist.evaluation.report.fidelity_tables import distance_groups, paired_lines
 from ccmdist.evaluation.report.formatting import FILTERS
+from ccmdist.evaluation.report.glance import glance
 from ccmdist.evaluation.report.pictures import LINE_COLOURS, REACH_PX, data_url, picture_grids
 from ccmdist.evaluation.report.plots import colour, plots
 from ccmdist.evaluation.report.plots_downstream import LABELS as DOWNSTREAM_LABELS
@@ -113,6 +114,7 @@ def html(values: dict[str, Any], comparison: Comparison) -> str:
     return environment.get_template("page.html.j2").render(
         report=values,
         plots={name: data_url(png) for name, png in plots(comparison).items()},
+        glance=glance(values),
         grids=picture_grids(comparison),
         line_colours={name: f"rgb{rgb}" for name, rgb in LINE_COLOURS.items()},
         line_reach_px=REACH_PX,
