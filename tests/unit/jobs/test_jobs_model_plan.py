@@ -186,3 +186,10 @@ def test_a_dry_run_of_training_tells_the_memory_of_each_mode(world, capsys):
     }.items():
         assert exit_code(["train", *arguments, mode, "--dry-run"]) == 0
         assert re.search(expected, capsys.readouterr().out), mode
+
+
+def test_a_network_from_scratch_is_not_planned_for_and_the_command_says_so(capsys):
+    problem = told(capsys, str(ROOT / "configs/train/spade.yaml"), code=78)
+    assert problem.startswith(
+        "ccmdist: objective.kind: spade is not planned for, only adapters on Qwen-Image-Edit are; "
+    )

@@ -6,11 +6,15 @@ import sys
 import pytest
 
 from ccmdist.cli import exit_code
+from ccmdist.config.data import PhantomShardsConfig
+from ccmdist.data.phantom_shards import write_phantom_set
 
 WITHOUT_LIBRARY = """
 import sys
 sys.modules["bitsandbytes"] = None
 from ccmdist.cli import exit_code
+from ccmdist.config.data import PhantomShardsConfig
+from ccmdist.data.phantom_shards import write_phantom_set
 sys.exit(exit_code(sys.argv[1:]))
 """
 TOLD = 'needs bitsandbytes, which is not installed; run `pip install "ccmdist[quant]"`, or set base=int8 or bf16'
@@ -36,3 +40,13 @@ def test_a_run_tells_it_before_it_looks_for_the_model(arguments):
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 78
     assert f"base: nf4 {TOLD}" in ended.stderr
+
+
+def test_a_dry_run_of_spade_tells_of_pixels_and_needs_neither_model_nor_cache(tmp_path, capsys):
+    frames = {"subjects_per_group": 2, "frames_per_subject": 1, "val_fraction": 0, "test_fraction": 0}
+    write_phantom_set(PhantomShardsConfig(out=tmp_path / "shards", size_px=64, **frames))
+    folders = [f"data.shards={tmp_path}/shards", "data.model=nowhere", "data.cache=nowhere"]
+    spade = ["objective={kind: spade, channels: [8, 8]}", "data.image_size_px=64", "global_batch_size=2"]
+    assert exit_code(["train", f"run={tmp_path}/run", *folders, *spade, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "model: spade from scratch, on pixels\nsamples: 6 (Control 2, T1DPN 2, T1NoDPN 2)\nbatches: 1000" in told
