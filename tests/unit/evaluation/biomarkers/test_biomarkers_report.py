@@ -150,15 +150,29 @@ def test_controls_follow_what_they_control_in_any_order():
     assert list(beside_their_controls(sets)) == ["b", "c", "a", "e", "d"]
 
 
-def test_pixels_of_another_size_are_refused(sets, tmp_path):
-    real = list(read_split(sets / "real", "test"))
+def foreign(triple):
+    return replace(triple, key=f"f-{triple.key}", meta=replace(triple.meta, subject=f"f-{triple.meta.subject}"))
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (
+            lambda triple: triple,
+            r"the real frame of its mask 1\.0417 at this size; compare it with the set whose masks",
+        ),
+        (
+            foreign,
+            r"expected 1\.0417 as the real frames at this size have: their biomarkers are on another scale; compare",
+        ),
+    ],
+    ids=["of a real mask", "of a foreign mask"],
+)
+def test_pixels_of_another_size_are_refused(source, told, sets, tmp_path):
+    real = [source(triple) for triple in read_split(sets / "real", "test")]
     other = (drawn(t, t.image, about(t), um_per_px=0.5) for t in real[:3])
     write_set(tmp_path / "other", "synthetic", other, 16)
-    with pytest.raises(
-        EvaluationError,
-        match=r"synthetic\.other: sample .*-0000 has 0\.5000 um per px, expected 1\.0417 as the real frames at this "
-        r"size have: their biomarkers are on another scale; compare it with the set whose masks it was drawn from",
-    ):
+    with pytest.raises(EvaluationError, match=r"synthetic\.other: sample .*-0000 has 0\.5000 um per px, " + told):
         compare(config_of(sets, tmp_path / "out", **{"synthetic.other": tmp_path / "other"}))
 
 
