@@ -62,7 +62,6 @@ def run(config_path: str) -> None:
 def describe(config: EvaluateConfig) -> str:
     """What the command would compare."""
     from ccmdist.evaluation.comparison import units
-    from ccmdist.evaluation.downstream.grid import describe as describe_grid
     from ccmdist.evaluation.fidelity.extractors import chosen
     from ccmdist.evaluation.sets import open_sets
     from ccmdist.evaluation.work import open_units as open_ones
@@ -79,6 +78,8 @@ def describe(config: EvaluateConfig) -> str:
     # Weights that are not where the settings say are told before anything is queued.
     lines += [f"extractor {one.name}, {one.dim} features" for one in chosen(config.extractors)]
     if config.downstream is not None:
+        from ccmdist.evaluation.downstream.grid import describe as describe_grid
+
         lines += describe_grid(sets, config.downstream)
     every = units(config)
     lines.append(f"{len(open_ones(every))} of {len(every)} units of work are open; then the report in {config.out}")
