@@ -20,6 +20,7 @@ CONFIG = Path("configs/train/tiny.yaml")
 IMAGE_SIZE_PX = 128
 NUM_STEPS = 120
 PREEMPTED_AT_STEP = 50
+NUM_WORKERS = 2
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class Command:
         words: What follows ``ccmdist``.
         done: A path that exists when it has nothing left to do, where the command does not find that out itself.
         fault: A drill that the command suffers; it then has to end with exit code 75.
+        num_workers: Processes that share its work, as the tasks of an array do.
     """
 
     words: tuple[str, ...]
     done: Path | None = None
     fault: str = ""
+    num_workers: int = 1
 
 
 def chain(out: Path) -> list[Command]:
@@ -56,24 +59,31 @@ def chain(out: Path) -> list[Command]:
     train = ("train", str(CONFIG), f"run={run}", *data, f"num_steps={NUM_STEPS}", "processes=2")
     synthesize = ("synthesize", "configs/synthesize/tiny.yaml", *data)
     tuned, untuned = out / "synthetic" / "wdlora", out / "synthetic" / "untuned"
+    # Of training subjects' masks: for training others with, not for release.
+    for_training = out / "synthetic" / "wdlora-for-training"
+    evaluate = (
+        "evaluate",
+        "configs/evaluate/tiny.yaml",
+        f"real={shards}",
+        f"synthetic.wdlora={tuned}",
+        f"synthetic.untuned={untuned}",
+        f"downstream.synthetic.wdlora={for_training}",
+        "downstream.arms=[real,wdlora:0.5]",
+        f"out={out / 'report'}",
+    )
     return [
         Command(("shards", "phantom", f"out={shards}", f"size_px={IMAGE_SIZE_PX}", "subjects_per_group=40")),
         Command(("model", "make", "--size", "tiny", "--fitted", "--out", str(model)), done=model / "model_index.json"),
         Command(("precompute", "configs/precompute/tiny.yaml", *data)),
         Command(train, done=run / "outcome.json", fault=f"sigusr2@step:rank=1,step={PREEMPTED_AT_STEP}"),
         Command(train),
-        Command((*synthesize, f"adapter={run / 'adapter'}", f"out={tuned}")),
-        Command((*synthesize, f"out={untuned}")),
+        Command((*synthesize, f"adapter={run / 'adapter'}", f"out={tuned}"), num_workers=NUM_WORKERS),
+        Command((*synthesize, f"out={untuned}"), num_workers=NUM_WORKERS),
         Command(
-            (
-                "evaluate",
-                "configs/evaluate/tiny.yaml",
-                f"real={shards}",
-                f"synthetic.wdlora={tuned}",
-                f"synthetic.untuned={untuned}",
-                f"out={out / 'report'}",
-            )
+            (*synthesize, f"adapter={run / 'adapter'}", "split=train", f"out={for_training}"), num_workers=NUM_WORKERS
         ),
+        Command(evaluate, num_workers=NUM_WORKERS),
+        Command(evaluate),
         Command(("adapter", "verify", str(run / "adapter"), "--model", str(model))),
     ]
 
@@ -111,10 +121,19 @@ def execute(command: Command, console: Console) -> None:
 
 
 def _exit_code(command: Command) -> int:
+    """Of the command; of several workers the first that is not zero."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     if command.fault:
         environment[VARIABLE] = command.fault
-    return subprocess.run([sys.executable, "-m", "ccmdist", *command.words], env=environment, check=False).returncode
+    words = [sys.executable, "-m", "ccmdist", *command.words]
+    if command.num_workers == 1:
+        return subprocess.run(words, env=environment, check=False).returncode
+    environment["WORLD_SIZE"] = str(command.num_workers)
+    workers = [
+        subprocess.Popen(words, env=environment | {"RANK": str(index), "LOCAL_RANK": str(index)})
+        for index in range(command.num_workers)
+    ]
+    return next(filter(None, [worker.wait() for worker in workers]), EXIT_DONE)
 
 
 def summarise(out: Path, console: Console) -> None:

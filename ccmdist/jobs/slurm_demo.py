@@ -32,6 +32,7 @@ SHAPES: Final = {
     "synthesize": ("--array=0-3",),
     "evaluate": (),
 }
+"""Of each stage's job; what the local demo gives to several workers is an array here too."""
 COMMITTED_BEFORE_PREEMPTION: Final = 40
 """Steps of training; a preemption before the first checkpoint would show less."""
 SECONDS_BETWEEN_LINES: Final = 10.0
@@ -116,7 +117,8 @@ class Demo:
             stage, arguments = command.words[0], command.words[1:]
             after = (f"--dependency=afterok:{submitted[-1].job}", "--kill-on-invalid-dep=yes") if submitted else ()
             # One core per task: the nodes of the sandbox share those of this machine.
-            words = ("sbatch", *SHAPES[stage], "--cpus-per-task=1", *after, f"slurm/{stage}.sh", *arguments)
+            shape = SHAPES[stage] or (f"--array=0-{command.num_workers - 1}",) * (command.num_workers > 1)
+            words = ("sbatch", *shape, "--cpus-per-task=1", *after, f"slurm/{stage}.sh", *arguments)
             self.say(f"$ {shlex.join(words)}")
             submitted.append(Submitted(stage, self.slurm("sbatch", "--parsable", *words[1:]), command))
         return submitted
