@@ -20,10 +20,16 @@ from ccmdist.errors import CcmdistError, ConfigError, ModelError, Preempted
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "deepspeed", "diffusers", "transformers", "peft", "accelerate", "datasets")
-WITHOUT_TORCH = (
-    f"import sys\nfor name in {HEAVY!r}:\n    sys.modules[name] = None\n"
-    "from ccmdist.cli import exit_code\nsys.exit(exit_code(sys.argv[1:]))"
-)
+WITHOUT_TORCH = f"""
+import sys
+class Refusing:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in {HEAVY!r}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Refusing())
+from ccmdist.cli import exit_code
+sys.exit(exit_code(sys.argv[1:]))
+"""
 
 
 def commands(group=None, words=()):

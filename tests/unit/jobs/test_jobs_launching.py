@@ -234,7 +234,7 @@ def test_a_dry_run_of_a_launcher_needs_neither_slurm_nor_torch(tmp_path):
     drawn = tmp_path / "drawn"
     shutil.copytree(ROOT / "shards" / "demo", drawn)
     commit_manifest(drawn, "synthetic", read_manifest(drawn).shards)
-    words = ["out=report", f"real={ROOT}/shards/demo", "synthetic.demo=drawn", "slurm.qos=long"]
+    words = ["out=report", f"real={ROOT}/shards/demo", "synthetic.demo=drawn", "memorisation=null", "slurm.qos=long"]
     done = launch("evaluate.py", *words, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("real: ")

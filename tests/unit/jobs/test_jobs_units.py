@@ -68,8 +68,10 @@ def test_every_stage_counts_what_is_left_at_any_time(folder):
     (folder / "drawn" / "test-000000.tar").write_bytes((folder / "other" / "test-000000.tar").read_bytes())
     assert counts(synthesize) == [3]
 
+    # Complete: each of 2 real and 3 synthetic shards is measured, its features are read; copies are looked for in
+    # 3 synthetic and all 6 real ones, and duplicates within the set.
     complete = [*evaluate[:-1], f"synthetic.a={folder}/other"]
-    assert counts([*synthesize, f"out={folder}/other"], complete) == [0, 5]
+    assert counts([*synthesize, f"out={folder}/other"], complete) == [0, 2 * (2 + 3) + (3 + 6) + 1]
     assert exit_code(complete) == 0
     assert counts(complete) == [0]
 
@@ -86,7 +88,7 @@ def test_what_is_not_there_cannot_be_counted(tmp_path):
         synthesize: ("synthesize", [*none, f"out={tmp_path}/out"], ShardError),
         evaluate: (
             "evaluate",
-            [*sets, f"out={tmp_path}"],
+            [*sets, f"out={tmp_path}/report"],
             EvaluationError,
         ),
     }
