@@ -238,7 +238,7 @@ def test_a_dry_run_of_a_launcher_needs_neither_slurm_nor_torch(tmp_path):
     done = launch("evaluate.py", *words, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("real: ")
-    assert "4 array tasks of 1 node x 1 process; 4 units of work open" in done.stdout
+    assert "8 array tasks of 1 node x 1 process; 8 units of work open" in done.stdout
     assert done.stdout.count("#SBATCH --qos=long\n") == 2
     assert done.stdout.endswith("dry run: nothing was done\n")
     done = launch("evaluate.py", *words, cwd=tmp_path)
