@@ -19,7 +19,7 @@ from measure.rows import ROOT, Row, finish
 
 from ccmdist.ccm.segmenter import segment
 from ccmdist.data.reader import read_split
-from ccmdist.evaluation.biomarkers.adherence import centreline_dice
+from ccmdist.evaluation.overlap import centreline_dice
 
 MARGINS = {"spade": 0.25, "maisi": 0.15}
 """By how much clDice has to exceed that of the network after its first updates."""

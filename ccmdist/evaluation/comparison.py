@@ -11,7 +11,7 @@ from ccmdist.ccm.biomarkers import BIOMARKERS_VERSION
 from ccmdist.ccm.groups import UNLABELLED
 from ccmdist.ccm.segmenter import SEGMENTER_VERSION
 from ccmdist.config.evaluate import EvaluateConfig
-from ccmdist.evaluation.biomarkers.equivalence import Equivalence, LeftOut, equivalence_of_set
+from ccmdist.evaluation.biomarkers.equivalence import Equivalence, equivalence_of_set
 from ccmdist.evaluation.biomarkers.summary import (
     Adherence,
     Control,
@@ -20,11 +20,13 @@ from ccmdist.evaluation.biomarkers.summary import (
     refuse_other_pixels,
     refuse_without_masks,
 )
+from ccmdist.evaluation.columns import FOUND
 from ccmdist.evaluation.downstream import grid
 from ccmdist.evaluation.downstream.summary import DownstreamSummary, summary_of
 from ccmdist.evaluation.fidelity import extraction
 from ccmdist.evaluation.fidelity.summary import FidelityReport, fidelity_of
-from ccmdist.evaluation.measures import FOUND, MeasureUnit, Measuring
+from ccmdist.evaluation.left_out import LeftOut
+from ccmdist.evaluation.measures import MeasureUnit, Measuring
 from ccmdist.evaluation.memorisation import search
 from ccmdist.evaluation.memorisation.gate import GateVerdict, verdict_of
 from ccmdist.evaluation.sets import ImageSet, OpenedSets, SourceFrames, open_sets

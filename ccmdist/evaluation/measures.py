@@ -17,10 +17,11 @@ from ccmdist.ccm.skeleton import Bools
 from ccmdist.commit import commit_bytes, digest_of
 from ccmdist.data.manifest import ShardEntry
 from ccmdist.data.triple import Triple
-from ccmdist.evaluation.biomarkers.adherence import centreline_dice, dice, offset_px
 from ccmdist.evaluation.biomarkers.chance import Nerves, with_other_masks
+from ccmdist.evaluation.columns import CHAIN_CODE, FOUND, GIVEN
 from ccmdist.evaluation.fidelity.appearance import appearance
 from ccmdist.evaluation.fidelity.paired import blurred, similarity, without_similarity
+from ccmdist.evaluation.overlap import centreline_dice, dice, offset_px
 from ccmdist.evaluation.sets import ImageSet, SourceFrames
 
 MEASURES_VERSION: Final = 3
@@ -39,9 +40,6 @@ ORIGIN: Final = (
     "prompts",
 )
 """What of a provenance tells how a whole set was made; column ``origin`` holds it as JSON."""
-FOUND, GIVEN = "found_", "given_"
-"""Prefixes of biomarkers: of the nerves that the segmenter found in the image, and of the mask that came with it."""
-CHAIN_CODE: Final = "cnfl_chain_code"
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import pandas as pd
 from scipy import stats
 
 from ccmdist.config.select import Metric
-from ccmdist.evaluation.comparison import Adherence, adherence_of
-from ccmdist.evaluation.measures import FOUND
+from ccmdist.evaluation.biomarkers.summary import Adherence, adherence_of
+from ccmdist.evaluation.columns import FOUND
 
 LENGTH: Final = "cnfl"
 DEFINITIONS: Final[dict[Metric, str]] = {

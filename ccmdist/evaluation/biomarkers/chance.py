@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccmdist.ccm.skeleton import Bools
-from ccmdist.evaluation.biomarkers.adherence import centreline_dice, dice
+from ccmdist.evaluation.overlap import centreline_dice, dice
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from ccmdist.ccm.biomarkers import QUANTITIES
 from ccmdist.ccm.groups import CLINICAL_GROUPS
 from ccmdist.ccm.skeleton import Floats
 from ccmdist.evaluation.biomarkers.power import subjects_needed, tost_power
+from ccmdist.evaluation.left_out import LeftOut
+from ccmdist.evaluation.statistics import holm, interval, subject_means
 
 Verdict = Literal["equivalent", "equivalent, but different", "different", "inconclusive"]
 ALL_SUBJECTS: Final = "all"
@@ -63,20 +65,6 @@ class Equivalence:
     """By the tests that take the sets as independent, after Holm's correction."""
     equivalent_when_paired: bool | None
     """By the paired test, after Holm's correction."""
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A figure that is not given, and why."""
-
-    what: str
-    reason: str
-
-
-def subject_means(table: pd.DataFrame, column: str) -> pd.Series:
-    """Mean over the frames of each subject, by subject; subjects without any value are left out."""
-    means: pd.Series = table.groupby("subject", sort=True)[column].mean().dropna()
-    return means
 
 
 def equivalence_of_set(
@@ -230,25 +218,13 @@ def bootstrap_interval(
     draws = [
         values[rng.integers(0, len(values), (num_bootstrap, len(values)))].mean(axis=1) for values in (synthetic, real)
     ]
-    return _percentiles(draws[0] - draws[1], level)
+    return interval(draws[0] - draws[1], level)
 
 
 def paired_interval(differences: Floats, level: float, num_bootstrap: int, rng: Generator) -> tuple[float, float]:
     """Percentile interval of the mean difference within subjects, resampling subjects."""
     num = len(differences)
-    return _percentiles(differences[rng.integers(0, num, (num_bootstrap, num))].mean(axis=1), level)
-
-
-def _percentiles(means: Floats, level: float) -> tuple[float, float]:
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def holm(p_values: list[float]) -> list[float]:
-    """The p values after Holm's step-down correction, in the order given."""
-    from statsmodels.stats.multitest import multipletests
-
-    return [float(p) for p in multipletests(p_values, method="holm")[1]] if p_values else []
+    return interval(differences[rng.integers(0, num, (num_bootstrap, num))].mean(axis=1), level)
 
 
 def _corrected(rows: list[Equivalence], alpha: float) -> list[Equivalence]:

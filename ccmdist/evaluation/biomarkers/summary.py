@@ -9,9 +9,10 @@ import pandas as pd
 from ccmdist.ccm.biomarkers import QUANTITIES
 from ccmdist.errors import EvaluationError
 from ccmdist.evaluation.biomarkers.agreement import BlandAltman, absolute_agreement, limits_of_agreement
-from ccmdist.evaluation.biomarkers.equivalence import LeftOut
-from ccmdist.evaluation.measures import FOUND, GIVEN
+from ccmdist.evaluation.columns import FOUND, GIVEN
+from ccmdist.evaluation.left_out import LeftOut
 from ccmdist.evaluation.sets import PIXEL_TOLERANCE
+from ccmdist.evaluation.statistics import interval
 
 MIN_PAIRS: Final = 3
 MIN_SUBJECTS: Final = 2
@@ -72,8 +73,8 @@ def adherence_of(table: pd.DataFrame, min_images: int = MIN_PAIRS) -> Adherence:
         num_without_nerves=int((table[f"{GIVEN}cnfa"] == 0).sum()),
         dice=float(table["dice"].mean()),
         cldice=float(table["cldice"].mean()),
-        dice_range=_range(table["dice"]),
-        cldice_range=_range(table["cldice"]),
+        dice_range=interval(table["dice"], 0.9),
+        cldice_range=interval(table["cldice"], 0.9),
         offset_px=float(table["offset_px"].median()),
         agreement={name: _agreement(table, table, name, min_images) for name in QUANTITIES},
         bias={name: _fraction(means[FOUND][FOUND + name], means[GIVEN][GIVEN + name]) for name in QUANTITIES},
@@ -123,11 +124,6 @@ def _limits(table: pd.DataFrame, name: str, min_images: int) -> BlandAltman | st
 
 def _fraction(found: float, given: float) -> float:
     return float(found / given - 1) if given else float("nan")
-
-
-def _range(values: pd.Series) -> tuple[float, float]:
-    low, high = values.quantile([0.05, 0.95])
-    return float(low), float(high)
 
 
 def refuse_other_pixels(real: pd.DataFrame, synthetic: pd.DataFrame, name: str) -> None:

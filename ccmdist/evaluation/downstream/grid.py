@@ -12,10 +12,10 @@ from ccmdist.ccm.groups import CLINICAL_GROUPS, ClinicalGroup
 from ccmdist.config.arms import Arm
 from ccmdist.config.evaluate import DownstreamSettings, Task
 from ccmdist.data.reader import read_shard
-from ccmdist.evaluation.biomarkers.equivalence import LeftOut
 from ccmdist.evaluation.downstream.cells import CELLS_FOLDER, Cell
 from ccmdist.evaluation.downstream.choice import chosen, usable
 from ccmdist.evaluation.downstream.folds import Fold, Source, folds_of
+from ccmdist.evaluation.left_out import LeftOut
 from ccmdist.evaluation.sets import OpenedSets
 from ccmdist.evaluation.work import Unit
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.random import Generator
 from scipy.stats import norm, rankdata
 
-from ccmdist.ccm.skeleton import Bools
-from ccmdist.evaluation.downstream.scores import Floats, Labels
+from ccmdist.ccm.skeleton import Bools, Floats
+from ccmdist.evaluation.downstream.scores import Labels
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,6 @@ def resampled(groups: Labels, num: int, rng: Generator) -> Floats:
         members = np.flatnonzero(groups == group)
         weights[1:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), num)
     return weights
-
-
-def interval(values: Floats, level: float) -> tuple[float, float]:
-    """Percentile interval of resampled values; those that are not defined do not count."""
-    known = values[np.isfinite(values)]
-    if not len(known):
-        return float("nan"), float("nan")
-    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def resampled_p(differences: Floats) -> float:

@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 
 from ccmdist.ccm.groups import CLINICAL_GROUPS, UNLABELLED
+from ccmdist.ccm.skeleton import Floats
 from ccmdist.config.evaluate import Task
 from ccmdist.evaluation.downstream.cells import PROBABILITIES, CellResult
-from ccmdist.evaluation.downstream.scores import SEGMENTATION, Floats, Labels
+from ccmdist.evaluation.downstream.scores import SEGMENTATION, Labels
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ccmdist.ccm.skeleton import Bools
-from ccmdist.evaluation.biomarkers.adherence import centreline_dice, dice
+from ccmdist.ccm.skeleton import Bools, Floats
+from ccmdist.evaluation.overlap import centreline_dice, dice
 
-Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
 NUM_BINS: Final = 10
 """Of the calibration error: bins of equal width over the probability of the predicted class."""

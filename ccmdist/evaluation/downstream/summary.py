@@ -12,15 +12,17 @@ from typing import Any, Final
 import numpy as np
 
 from ccmdist.ccm.groups import CLINICAL_GROUPS
+from ccmdist.ccm.skeleton import Floats
 from ccmdist.config.arms import REAL, Arm
 from ccmdist.config.evaluate import EvaluateConfig, Task
-from ccmdist.evaluation.biomarkers.equivalence import LeftOut, holm
 from ccmdist.evaluation.downstream.cells import CellResult
 from ccmdist.evaluation.downstream.grid import TaskGrid, planned
-from ccmdist.evaluation.downstream.inference import delong, interval, mcnemar, resampled, resampled_p
+from ccmdist.evaluation.downstream.inference import delong, mcnemar, resampled, resampled_p
 from ccmdist.evaluation.downstream.pooled import Pooled, pooled
-from ccmdist.evaluation.downstream.scores import DIAGNOSIS, SEGMENTATION, Floats, mean
+from ccmdist.evaluation.downstream.scores import DIAGNOSIS, SEGMENTATION, mean
+from ccmdist.evaluation.left_out import LeftOut
 from ccmdist.evaluation.sets import OpenedSets
+from ccmdist.evaluation.statistics import holm, interval
 
 PRIMARY: Final[dict[Task, str]] = {"diagnosis": "macro_auc", "segmentation": "dice"}
 """The score by which arms are compared."""

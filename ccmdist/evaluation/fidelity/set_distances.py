@@ -10,11 +10,12 @@ from numpy.random import Generator
 from ccmdist.ccm.skeleton import Bools, Floats
 from ccmdist.config.evaluate import MinimumCounts
 from ccmdist.errors import EvaluationError
-from ccmdist.evaluation.biomarkers.equivalence import LeftOut
 from ccmdist.evaluation.fidelity.distances import FEWEST_SUBJECTS, Distance, Features, Split, label_of, splits
 from ccmdist.evaluation.fidelity.frechet import IMAGES_PER_FEATURE, frechet_at_infinity, frechet_distance
 from ccmdist.evaluation.fidelity.kernels import cmmd, kernel_distance
 from ccmdist.evaluation.fidelity.neighbours import FEWEST_IMAGES, Neighbourhoods, neighbourhoods
+from ccmdist.evaluation.left_out import LeftOut
+from ccmdist.evaluation.statistics import interval
 
 NUM_SUBSETS: Final = 100
 """Halves of the subjects of both sets for the interval of an unbiased distance."""
@@ -132,9 +133,9 @@ def _of_family(real: Features, synthetic: Features, extractor: Extractor, family
             value=values[place],
             interval=intervals[place],
             of_halves=float(of_halves[:, place].mean()),
-            of_halves_range=_range(of_halves[:, place]),
+            of_halves_range=interval(of_halves[:, place], 0.9),
             floor=float(floors[:, place].mean()),
-            floor_range=_range(floors[:, place]),
+            floor_range=interval(floors[:, place], 0.9),
             num_real=len(real),
             num_synthetic=len(synthetic),
             num_in_half=_mean_count(halves),
@@ -149,11 +150,6 @@ def _of_family(real: Features, synthetic: Features, extractor: Extractor, family
 
 def _mean_count(halves: Sequence[Split]) -> int:
     return round(float(np.mean([len(half.first) for half in halves])))
-
-
-def _range(values: Floats) -> tuple[float, float]:
-    low, high = np.percentile(values, [5, 95])
-    return float(low), float(high)
 
 
 def _intervals(
@@ -173,7 +169,7 @@ def _intervals(
         if min(map(len, subsets)) >= family.fewest_in_half:
             drawn.append(family.of(subsets[0], subsets[1], rng))
     around = np.array(drawn) - np.mean(drawn, axis=0) + np.array(values)
-    return [_range(column) for column in around.T]
+    return [interval(column, 0.9) for column in around.T]
 
 
 def _of_half_the_subjects(one: Features, rng: Generator) -> Bools:

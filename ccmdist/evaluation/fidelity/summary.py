@@ -9,7 +9,6 @@ import pandas as pd
 
 from ccmdist.commit import digest_of
 from ccmdist.config.evaluate import EvaluateConfig
-from ccmdist.evaluation.biomarkers.equivalence import LeftOut, subject_means
 from ccmdist.evaluation.fidelity.appearance import (
     APPEARANCE,
     GRAIN_COLUMNS,
@@ -29,6 +28,8 @@ from ccmdist.evaluation.fidelity.set_distances import (
     Family,
     distances_between,
 )
+from ccmdist.evaluation.left_out import LeftOut
+from ccmdist.evaluation.statistics import interval, subject_means
 
 
 @dataclass(frozen=True)
@@ -195,9 +196,8 @@ def _too_few_pairs(num: int, of: int, needed: int) -> str:
 
 
 def _measure(name: str, label: str, values: pd.Series, of_blur: pd.Series) -> PairedMeasure:
-    low, high = values.quantile([0.05, 0.95])
     return PairedMeasure(
-        name, label, float(values.mean()), (float(low), float(high)), float(of_blur.mean()), len(values), len(of_blur)
+        name, label, float(values.mean()), interval(values, 0.9), float(of_blur.mean()), len(values), len(of_blur)
     )
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from ccmdist.ccm.groups import UNLABELLED
+from ccmdist.evaluation.statistics import interval
 
 Floats = NDArray[np.floating[Any]]
 
@@ -57,11 +58,9 @@ def authentic(distances: Floats, spacings: Floats) -> NDArray[np.bool_]:
 
 def rank_z(first: Floats, second: Floats) -> float:
     """The Mann-Whitney statistic in units of its SD: negative if ``first`` tends to be smaller."""
-    num_first, num_second = len(first), len(second)
-    ranks = rankdata(np.concatenate([first, second]))
-    u = ranks[:num_first].sum() - num_first * (num_first + 1) / 2
-    spread = np.sqrt(num_first * num_second * (num_first + num_second + 1) / 12)
-    return float((u - num_first * num_second / 2) / spread)
+    num_pairs = len(first) * len(second)
+    spread = np.sqrt(num_pairs * (len(first) + len(second) + 1) / 12)
+    return float((area(first, second) - 0.5) * num_pairs / spread)
 
 
 def copying_statistic(
@@ -103,8 +102,7 @@ def membership(likeness: pd.DataFrame, num_bootstrap: int, rng: Generator) -> Me
     draws = []
     for _ in range(num_bootstrap):
         draws.append(area(rng.choice(training, len(training)), rng.choice(held_out, len(held_out))))
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Membership(area(training, held_out), (float(low), float(high)), len(training), len(held_out))
+    return Membership(area(training, held_out), interval(draws, 0.95), len(training), len(held_out))
 
 
 def area(members: Floats, others: Floats) -> float:

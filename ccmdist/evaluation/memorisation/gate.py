@@ -9,7 +9,7 @@ import pandas as pd
 
 from ccmdist.commit import digest_of
 from ccmdist.config.evaluate import EvaluateConfig
-from ccmdist.evaluation.biomarkers.equivalence import LeftOut
+from ccmdist.evaluation.left_out import LeftOut
 from ccmdist.evaluation.memorisation.chance import HIGHEST_COPY_LIMIT, ShareTest, copy_limit, share_test
 from ccmdist.evaluation.memorisation.figures import (
     DuplicateRate,

@@ -10,10 +10,11 @@ from ccmdist.ccm.biomarkers import QUANTITIES, Quantity
 from ccmdist.ccm.groups import CLINICAL_GROUPS
 from ccmdist.ccm.skeleton import Floats
 from ccmdist.evaluation.biomarkers.agreement import BlandAltman
-from ccmdist.evaluation.biomarkers.equivalence import ALL_SUBJECTS, subject_means
+from ccmdist.evaluation.biomarkers.equivalence import ALL_SUBJECTS
+from ccmdist.evaluation.columns import FOUND, GIVEN
 from ccmdist.evaluation.comparison import Comparison, SetReport
-from ccmdist.evaluation.measures import FOUND, GIVEN
 from ccmdist.evaluation.report.plots import BAND, INK, REAL_COLOUR, colour, figure_of, legend
+from ccmdist.evaluation.statistics import subject_means
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

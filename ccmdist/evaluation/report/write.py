@@ -14,9 +14,9 @@ from ccmdist.ccm.groups import CLINICAL_GROUPS
 from ccmdist.commit import commit_json, commit_text
 from ccmdist.config.loading import digest, resolved
 from ccmdist.evaluation.biomarkers.equivalence import ALL_SUBJECTS
+from ccmdist.evaluation.columns import CHAIN_CODE, FOUND
 from ccmdist.evaluation.comparison import Comparison, SetReport
 from ccmdist.evaluation.fidelity.appearance import APPEARANCE
-from ccmdist.evaluation.measures import CHAIN_CODE, FOUND
 from ccmdist.evaluation.report.biomarker_tables import beside_their_controls, side_by_side
 from ccmdist.evaluation.report.conclusions import may_be_concluded, may_not_be_concluded
 from ccmdist.evaluation.report.contact_sheet import contact_sheets

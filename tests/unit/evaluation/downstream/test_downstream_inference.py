@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 
-from ccmdist.evaluation.downstream.inference import delong, interval, mcnemar, resampled, resampled_p
+from ccmdist.evaluation.downstream.inference import delong, mcnemar, resampled, resampled_p
+from ccmdist.evaluation.statistics import interval
 
 
 def naive_delong(is_positive, first, second):

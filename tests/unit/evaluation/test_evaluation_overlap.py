@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ccmdist.ccm.phantom import make_nerves
-from ccmdist.evaluation.biomarkers.adherence import centreline_dice, dice, offset_px
+from ccmdist.evaluation.overlap import centreline_dice, dice, offset_px
 
 NOTHING = np.zeros((64, 64), bool)
 
