@@ -11,6 +11,7 @@ from typing import Final, Literal
 import numpy as np
 import pandas as pd
 from numpy.random import Generator
+from scipy.stats import norm, t
 
 from ccmdist.ccm.biomarkers import QUANTITIES
 from ccmdist.ccm.groups import CLINICAL_GROUPS
@@ -42,8 +43,8 @@ class Equivalence:
     difference: float
     """Synthetic minus real."""
     interval: tuple[float, float]
-    """Of the difference, at level 1 - 2 alpha: equivalent at alpha means that it lies within the margin. Bootstrap of
-    the subjects of either set."""
+    """Of the difference, at level 1 - 2 alpha: about where it lies within the margin, the test finds equivalence at
+    alpha. Bootstrap of the subjects of either set."""
     paired_interval: tuple[float, float] | None
     """The same with each subject drawn into both sets at once. None if the sets have different subjects."""
     margin: float
@@ -206,25 +207,48 @@ def paired_tost(differences: Floats, margin: float) -> float:
 def bootstrap_interval(
     synthetic: Floats, real: Floats, level: float, num_bootstrap: int, rng: Generator
 ) -> tuple[float, float]:
-    """Percentile interval of the difference of means, resampling subjects, with all their frames, of either set.
+    """Interval of the difference of means, resampling subjects, with all their frames, of either set.
+
+    The percentiles are those of :func:`_level_of_few`, for Welch's degrees of freedom.
 
     Args:
-        synthetic: Means of subjects.
+        synthetic: Means of subjects, at least two.
         real: Likewise.
         level: Such as 0.9.
         num_bootstrap: Resamplings.
         rng: Draws them.
     """
-    draws = [
-        values[rng.integers(0, len(values), (num_bootstrap, len(values)))].mean(axis=1) for values in (synthetic, real)
-    ]
-    return interval(draws[0] - draws[1], level)
+    parts = [float(values.var(ddof=1)) / len(values) for values in (synthetic, real)]
+    weights = sum(part**2 / (len(values) - 1) for part, values in zip(parts, (synthetic, real), strict=True))
+    freedom = sum(parts) ** 2 / weights if weights else np.inf
+    draws = [_resampled_means(values, num_bootstrap, rng) for values in (synthetic, real)]
+    return interval(draws[0] - draws[1], _level_of_few(level, freedom))
 
 
 def paired_interval(differences: Floats, level: float, num_bootstrap: int, rng: Generator) -> tuple[float, float]:
-    """Percentile interval of the mean difference within subjects, resampling subjects."""
-    num = len(differences)
-    return interval(differences[rng.integers(0, num, (num_bootstrap, num))].mean(axis=1), level)
+    """Interval of the mean difference within subjects, at least two, resampling subjects; likewise."""
+    means = _resampled_means(differences, num_bootstrap, rng)
+    return interval(means, _level_of_few(level, len(differences) - 1))
+
+
+def _resampled_means(values: Floats, num_bootstrap: int, rng: Generator) -> Floats:
+    """Means of resamplings, (num_bootstrap,)."""
+    num = len(values)
+    means = values[rng.integers(0, num, (num_bootstrap, num))].mean(axis=1)
+    # Left to themselves they have (n - 1) / n of the variance that means of such samples have.
+    return np.asarray(values.mean() + (means - values.mean()) * np.sqrt(num / (num - 1)))
+
+
+def _level_of_few(level: float, freedom: float) -> float:
+    """Level at which percentiles of resampled means lie as far out as those of Student's t.
+
+    Plain percentiles of six subjects per set cover 82 % where 90 % are meant, and of three 73 %: they would lie within
+    a margin where the test at the same level does not find equivalence.
+
+    Source:
+        Hesterberg, The American Statistician 69:371 (2015), expanded percentile intervals.
+    """
+    return float(2 * norm.cdf(t.ppf((1 + level) / 2, freedom)) - 1)
 
 
 def _corrected(rows: list[Equivalence], alpha: float) -> list[Equivalence]:
