@@ -95,6 +95,10 @@ class Manifest(BaseModel):
         """The shards of one split, in order."""
         return tuple(shard for shard in self.shards if shard.split == split)
 
+    def subjects_of(self, split: Split) -> frozenset[str]:
+        """Whose samples one split holds."""
+        return frozenset(subject for shard in self.of_split(split) for subject in shard.subjects)
+
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of the set in ``folder``.

@@ -45,6 +45,11 @@ class ImageSet:
         """Of the split; at least one."""
         return self.manifest.of_split(self.split)
 
+    @property
+    def subjects(self) -> frozenset[str]:
+        """Whose images they are; of synthetic ones, whose masks."""
+        return self.manifest.subjects_of(self.split)
+
     def triples(self, entry: ShardEntry, shape: tuple[int, int]) -> Iterator[Triple]:
         """The samples of one shard at the size that all sets are compared at.
 

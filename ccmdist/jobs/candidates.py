@@ -67,7 +67,7 @@ class Candidates:
     @cached_property
     def num_subjects(self) -> int:
         """Whose masks those are."""
-        return len({subject for entry in self._shards for subject in entry.subjects})
+        return len(self.manifest.subjects_of(self.config.split))
 
     @property
     def _shards(self) -> tuple[ShardEntry, ...]:

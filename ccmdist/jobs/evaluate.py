@@ -71,10 +71,9 @@ def describe(config: EvaluateConfig) -> str:
         counts: Counter[str] = Counter()
         for entry in one.shards:
             counts.update(entry.group_counts)
-        num_subjects = len({subject for entry in one.shards for subject in entry.subjects})
         told = ", ".join(f"{group} {num}" for group, num in sorted(counts.items()))
         where = f"{one.name}: {one.folder}, split {one.split}"
-        lines.append(f"{where}, {counts.total()} images of {num_subjects} subjects ({told})")
+        lines.append(f"{where}, {counts.total()} images of {len(one.subjects)} subjects ({told})")
     # Weights that are not where the settings say are told before anything is queued.
     lines += [f"extractor {one.name}, {one.dim} features" for one in chosen(config.extractors)]
     if config.downstream is not None:

@@ -22,6 +22,7 @@ from ccmdist.data.given_prompts import prompted_group
 from ccmdist.data.latent_cache import LatentCache
 from ccmdist.data.manifest import read_manifest
 from ccmdist.data.shard_samples import ShardSamples
+from ccmdist.data.trained_on import training_of
 from ccmdist.diffusion import flow
 from ccmdist.diffusion.sampler import sample
 from ccmdist.errors import ModelError
@@ -30,7 +31,7 @@ from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.network_state import NetworkState
 from ccmdist.precompute.fill import DTYPES
-from ccmdist.synthesis.output import SyntheticSet, training_of
+from ccmdist.synthesis.output import SyntheticSet
 from ccmdist.synthesis.plan import Plan, Request, make_network_plan
 from ccmdist.synthesis.sampler import Sampler, noise_of, refuse_non_finite
 

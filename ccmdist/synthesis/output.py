@@ -15,43 +15,25 @@ makes the manifest. Two who do so at once write the same bytes.
 import contextlib
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ccmdist.ccm.groups import UNLABELLED
 from ccmdist.commit import left_overs, sha256_of_file
-from ccmdist.data.cache_index import UNKNOWN
 from ccmdist.data.given_prompts import given_prompt
-from ccmdist.data.manifest import MANIFEST, Manifest, ShardEntry, commit_manifest, read_manifest
+from ccmdist.data.manifest import MANIFEST, ShardEntry, commit_manifest, read_manifest
 from ccmdist.data.reader import read_shard
+from ccmdist.data.trained_on import TRAINING, Training
 from ccmdist.data.triple import Triple, prompt_for
 from ccmdist.data.writer import write_shard
 from ccmdist.errors import ShardError
 from ccmdist.synthesis.claims import claimed, order_of_help, share
-from ccmdist.synthesis.plan import UNTUNED, Plan, Request, accept_plan, mask_sha256
+from ccmdist.synthesis.plan import Plan, Request, accept_plan, mask_sha256
 
 BATCHES: Final = "batches"
 CLAIMS: Final = "claims"
-
-Training = str | dict[str, Any]
-"""Of a generator: "untuned", or the digest of the set, the split and the subjects that it was trained on."""
-
-
-def training_of(facts: Mapping[str, str] | None, source: Manifest) -> Training:
-    """Whom a generator has seen in training, for the manifest of what it draws: nobody of them is to be tested.
-
-    Args:
-        facts: Of the adapter or network, "training_set_digest" and "training_split" among them; None if it is untuned.
-        source: Manifest of the set whose masks are drawn from. The subjects are None if it was trained on another one.
-    """
-    if facts is None:
-        return UNTUNED
-    set_digest, split = facts.get("training_set_digest", UNKNOWN), facts.get("training_split", "train")
-    shards = [shard for shard in source.shards if shard.split == split]
-    subjects = sorted({subject for shard in shards for subject in shard.subjects})
-    return {"set_digest": set_digest, "split": split, "subjects": subjects if set_digest == source.digest else None}
 
 
 class SyntheticSet:
@@ -60,7 +42,8 @@ class SyntheticSet:
     Args:
         folder: Of the set.
         plan: Of the set.
-        training: Whom its generator has seen, as :func:`training_of` tells it; needed by whoever finishes the set.
+        training: Whom its generator has seen, as :mod:`~ccmdist.data.trained_on` tells it; needed by whoever finishes
+            the set.
     """
 
     def __init__(self, folder: Path, plan: Plan, training: Training | None = None) -> None:
@@ -155,7 +138,7 @@ class SyntheticSet:
         return self._entry(self.folder / self._name(shard), requests)
 
     def _commit_manifest(self) -> None:
-        about = {"plan_digest": self.plan.digest, **self.plan.settings_values(), "training": self.training}
+        about = {"plan_digest": self.plan.digest, **self.plan.settings_values(), TRAINING: self.training}
         try:
             commit_manifest(self.folder, "synthetic", map(self.shard_entry, range(self.plan.num_shards)), about)
         except FileNotFoundError:

@@ -5,7 +5,7 @@ on whom its generator was trained; a set that does not say is refused.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,11 +18,10 @@ from ccmdist.config.evaluate import DownstreamSettings, FoldSets
 from ccmdist.data.manifest import MANIFEST, Manifest, read_manifest
 from ccmdist.data.reader import read_metas
 from ccmdist.data.splits import Subject, fold_splits
+from ccmdist.data.trained_on import subjects_trained_on
 from ccmdist.errors import EvaluationError
 from ccmdist.evaluation.sets import OpenedSets
 
-UNTUNED: Final = "untuned"
-"""What a set says whose generator was trained on none of our subjects."""
 NUM_REMEMBERED: Final = 64
 """Sets whose samples are listed once per process."""
 
@@ -50,10 +49,6 @@ class Source:
     def samples(self) -> tuple[Sample, ...]:
         """All of them, shard by shard; read off the headers and fields of the tars."""
         return _samples(self.folder, self.manifest.digest)
-
-    def subjects_of(self, split: Split) -> frozenset[str]:
-        """The subjects of one of its own splits."""
-        return frozenset(subject for shard in self.manifest.of_split(split) for subject in shard.subjects)
 
 
 @dataclass(frozen=True)
@@ -88,38 +83,27 @@ def folds_of(sets: OpenedSets, settings: DownstreamSettings) -> list[Fold]:
             subject that a fold tests.
     """
     folds = _given(settings) if settings.folds else _made(sets, settings)
-    known = {fold.real.manifest.digest: fold.real.subjects_of("train") for fold in folds}
-    known |= {sets.real.manifest.digest: _source("real", sets.real.folder).subjects_of("train")}
+    known = [sets.real.manifest, *(fold.real.manifest for fold in folds)]
     for fold in folds:
         for source in fold.synthetic.values():
-            _refuse_seen(fold, source, training_subjects(source, known))
+            _refuse_seen(fold, source, _seen(source, known))
     return folds
 
 
-def training_subjects(source: Source, known: Mapping[str, frozenset[str]]) -> frozenset[str]:
-    """The subjects on whom the generator of a set was trained; none if it is untuned.
-
-    Args:
-        source: A synthetic set.
-        known: Digest of a real set -> the subjects of its train split.
+def _seen(source: Source, known: Sequence[Manifest]) -> frozenset[str]:
+    """The subjects on whom the generator of a set was trained.
 
     Raises:
         EvaluationError: If the set does not say.
     """
-    training = source.manifest.about.get("training")
-    if training == UNTUNED:
-        return frozenset()
-    told = training if isinstance(training, dict) else {}
-    subjects = told.get("subjects")
-    if isinstance(subjects, list):
-        return frozenset(map(str, subjects))
-    if told.get("split") == "train" and told.get("set_digest") in known:
-        return known[told["set_digest"]]
-    raise EvaluationError(
-        f"synthetic.{source.name}: {source.folder} does not say on which subjects its generator was trained, "
-        "so it may have seen those who are tested",
-        "draw it anew with `ccmdist synthesize`, from the shards that the generator was trained on",
-    )
+    seen = subjects_trained_on(source.manifest, known)
+    if seen is None:
+        raise EvaluationError(
+            f"synthetic.{source.name}: {source.folder} does not say on which subjects its generator was trained, "
+            "so it may have seen those who are tested",
+            "draw it anew with `ccmdist synthesize`, from the shards that the generator was trained on",
+        )
+    return seen
 
 
 def _made(sets: OpenedSets, settings: DownstreamSettings) -> list[Fold]:
@@ -128,8 +112,7 @@ def _made(sets: OpenedSets, settings: DownstreamSettings) -> list[Fold]:
     folders = {one.name: one.folder for one in sets.synthetic} | settings.synthetic
     wanted = {arm.name for arm in settings.arms_with(folders)}
     synthetic = {name: _synthetic(name, folder) for name, folder in folders.items() if name in wanted}
-    known = {real.manifest.digest: real.subjects_of("train")}
-    seen = frozenset[str]().union(*(training_subjects(source, known) for source in synthetic.values()))
+    seen = frozenset[str]().union(*(_seen(source, [real.manifest]) for source in synthetic.values()))
     groups = {sample.subject: sample.clinical_group for sample in real.samples}
     counts = Counter(sample.subject for sample in real.samples)
     subjects = {name: Subject(group, counts[name]) for name, group in groups.items()}

@@ -9,6 +9,7 @@ import pandas as pd
 
 from ccmdist.commit import digest_of
 from ccmdist.config.evaluate import EvaluateConfig
+from ccmdist.data.trained_on import subjects_trained_on
 from ccmdist.evaluation.left_out import LeftOut
 from ccmdist.evaluation.memorisation.chance import HIGHEST_COPY_LIMIT, ShareTest, copy_limit, share_test
 from ccmdist.evaluation.memorisation.figures import (
@@ -29,7 +30,6 @@ BIN_EDGES: Final = tuple(round(-0.1 + 0.02 * step, 2) for step in range(56))
 """Of the histograms of NCC."""
 C_T_LIMIT: Final = -3.0
 """Below it C_T is a concern: three SD."""
-UNTUNED: Final = "untuned"
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def verdict_of(sets: OpenedSets, one: ImageSet) -> GateVerdict | None:
     figures, concerns, num_masks = None, [], 0
     if searching is not None and searching.held_out:
         rows = [row for entry in one.shards for row in searching.neighbours(one, entry)]
-        trained = (trained_on(sets, one) or frozenset()) | _subjects(searching.training)
+        trained = (_trained_on(sets, one) or frozenset()) | searching.training.subjects
         num_masks = sum(row.has_training_mask or row.subject in trained for row in rows)
         reasons += _training_masks(num_masks, len(rows), sets.config)
         figures = _figures(sets, one, searching, rows)
@@ -122,23 +122,8 @@ def verdict_of(sets: OpenedSets, one: ImageSet) -> GateVerdict | None:
     )
 
 
-def trained_on(sets: OpenedSets, one: ImageSet) -> frozenset[str] | None:
-    """The subjects that the generator of a set was trained on; none for an untuned one, None if it cannot be told."""
-    training = one.manifest.about.get("training")
-    if training == UNTUNED:
-        return frozenset()
-    if not isinstance(training, dict):
-        return None
-    if training.get("subjects") is not None:
-        return frozenset(training["subjects"])
-    if training.get("set_digest") != sets.real.manifest.digest:
-        return None
-    shards = sets.real.manifest.of_split(training["split"])
-    return frozenset(subject for shard in shards for subject in shard.subjects)
-
-
-def _subjects(images: ImageSet) -> frozenset[str]:
-    return frozenset(subject for entry in images.shards for subject in entry.subjects)
+def _trained_on(sets: OpenedSets, one: ImageSet) -> frozenset[str] | None:
+    return subjects_trained_on(one.manifest, [sets.real.manifest])
 
 
 def _cannot_be_judged(sets: OpenedSets, one: ImageSet, searching: Searching | None) -> Iterator[str]:
@@ -155,11 +140,11 @@ def _cannot_be_judged(sets: OpenedSets, one: ImageSet, searching: Searching | No
             f"it cannot be judged: {num_held_out} real images of subjects outside of training, at least {minimum} "
             "are needed to know how near images come by chance"
         )
-    trained = trained_on(sets, one)
+    trained = _trained_on(sets, one)
     if trained is None:
         yield "it cannot be judged: it does not say on which subjects its generator was trained"
         return
-    if missing := trained - _subjects(searching.training):
+    if missing := trained - searching.training.subjects:
         yield (
             f"it cannot be judged: its generator was trained on {len(missing)} subjects that are not in the train "
             "split of the real set"
@@ -188,7 +173,7 @@ def _figures(sets: OpenedSets, one: ImageSet, searching: Searching, rows: list[N
         synthetic=_nearness(synthetic),
         held_out=_nearness(held_out),
         num_training_images=len(spacing),
-        num_training_subjects=len(_subjects(searching.training)),
+        num_training_subjects=len(searching.training.subjects),
         copy_limit=limit,
         share=share_test(held_out, synthetic, config.memorisation.false_alarm_rate),
         copies=tuple(row for row in ordered if row.ncc >= limit),
@@ -291,5 +276,5 @@ def _concerns(figures: GateFigures, num_masks: int) -> Iterator[str]:
 
 def _people(sets: OpenedSets, one: ImageSet) -> Iterator[str]:
     real = frozenset(subject for entry in sets.real.manifest.shards for subject in entry.subjects)
-    if sets.real.manifest.kind == "real" and (num := len(_subjects(one) & real)):
+    if sets.real.manifest.kind == "real" and (num := len(one.subjects & real)):
         yield f"the nerve masks are those of {num} people of the real set, and a nerve map is personal"

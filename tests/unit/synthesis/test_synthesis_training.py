@@ -2,8 +2,8 @@
 
 from ccmdist.data.cache_index import find_cache, source_set_digest
 from ccmdist.data.manifest import read_manifest
+from ccmdist.data.trained_on import subjects_trained_on, training_of
 from ccmdist.models.model_folder import ModelFolder
-from ccmdist.synthesis.output import training_of
 
 
 def test_a_run_knows_the_set_that_its_cache_was_made_of(sources, config, tmp_path):
@@ -29,3 +29,18 @@ def test_a_generator_that_was_trained_elsewhere_or_does_not_say_where_has_no_kno
     elsewhere = training_of({"training_set_digest": "d" * 64, "training_split": "train"}, source)
     assert elsewhere == {"set_digest": "d" * 64, "split": "train", "subjects": None}
     assert training_of({}, source) == {"set_digest": "unknown", "split": "train", "subjects": None}
+
+
+def test_who_was_trained_on_is_read_from_the_manifest_of_what_was_drawn(sources, drawn):
+    untuned, source = read_manifest(drawn), read_manifest(sources / "shards")
+
+    def said(training):
+        return subjects_trained_on(untuned.model_copy(update={"about": {"training": training}}), [source])
+
+    of_source = {"set_digest": source.digest, "split": "train"}
+    assert subjects_trained_on(untuned, []) == frozenset()
+    assert said(training_of({"training_set_digest": source.digest}, source)) == {"s5", "s6"}
+    assert said({**of_source, "subjects": ["p1"]}) == {"p1"}, "what is said outweighs what could be looked up"
+    assert said({**of_source, "subjects": None}) == {"s5", "s6"}
+    for nothing in (None, "adapter", {}, {"set_digest": source.digest}, {**of_source, "set_digest": "d" * 64}):
+        assert said(nothing) is None, nothing

@@ -1,0 +1,45 @@
+"""Whom a generator has seen in training, as the manifest of what it draws tells it: written and read here alone."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from ccmdist.data.cache_index import UNKNOWN
+from ccmdist.data.manifest import Manifest
+
+UNTUNED: Final = "untuned"
+"""Of a generator that was trained on none of our subjects."""
+TRAINING: Final = "training"
+"""Where a manifest tells it, among the settings that made the set."""
+Training = str | dict[str, Any]
+"""Of a generator: "untuned", or the digest of the set, the split and the subjects that it was trained on."""
+
+
+def training_of(facts: Mapping[str, str] | None, source: Manifest) -> Training:
+    """Whom a generator has seen in training, for the manifest of what it draws: nobody of them is to be tested.
+
+    Args:
+        facts: Of the adapter or network, "training_set_digest" and "training_split" among them; None if it is untuned.
+        source: Manifest of the set whose masks are drawn from. The subjects are None if it was trained on another one.
+    """
+    if facts is None:
+        return UNTUNED
+    set_digest, split = facts.get("training_set_digest", UNKNOWN), facts.get("training_split", "train")
+    subjects = sorted({subject for shard in source.shards if shard.split == split for subject in shard.subjects})
+    return {"set_digest": set_digest, "split": split, "subjects": subjects if set_digest == source.digest else None}
+
+
+def subjects_trained_on(drawn: Manifest, known: Iterable[Manifest]) -> frozenset[str] | None:
+    """The subjects that the generator of a set was trained on; none for an untuned one, None if it cannot be told.
+
+    Args:
+        drawn: Manifest of the set.
+        known: Of real sets, one of which may be the one that it was trained on.
+    """
+    training = drawn.about.get(TRAINING)
+    if training == UNTUNED:
+        return frozenset()
+    told = training if isinstance(training, dict) else {}
+    if isinstance(subjects := told.get("subjects"), list):
+        return frozenset(map(str, subjects))
+    source = next((one for one in known if one.digest == told.get("set_digest")), None)
+    return source.subjects_of(told["split"]) if source and "split" in told else None
