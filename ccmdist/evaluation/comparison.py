@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,9 +30,8 @@ from ccmdist.evaluation.measures import MeasureUnit, Measuring
 from ccmdist.evaluation.memorisation import search
 from ccmdist.evaluation.memorisation.gate import GateVerdict, verdict_of
 from ccmdist.evaluation.sets import ImageSet, OpenedSets, SourceFrames, open_sets
+from ccmdist.evaluation.stored import MEASURES
 from ccmdist.evaluation.work import Unit
-
-MEASURES_FOLDER: Final = "features"
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Side:
 
 def sides(sets: OpenedSets) -> list[Side]:
     """The real set, then the synthetic ones; measures nothing."""
-    folder = sets.config.out / MEASURES_FOLDER
+    folder = sets.config.out / MEASURES
     sources = SourceFrames(sets.real, sets.shape)
     measured = [Side(one, Measuring(folder, sets.shape, sources)) for one in sets.synthetic]
     return [Side(sets.real, Measuring(folder, sets.shape)), *measured]

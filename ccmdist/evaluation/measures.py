@@ -8,13 +8,11 @@ from typing import Final
 
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from ccmdist.ccm.biomarkers import BIOMARKERS_VERSION, QUANTITIES, biomarkers
 from ccmdist.ccm.segmenter import SEGMENTER_VERSION, segment
 from ccmdist.ccm.skeleton import Bools
-from ccmdist.commit import commit_bytes, digest_of
+from ccmdist.commit import digest_of
 from ccmdist.data.manifest import ShardEntry
 from ccmdist.data.triple import Triple
 from ccmdist.evaluation.biomarkers.chance import Nerves, with_other_masks
@@ -23,6 +21,7 @@ from ccmdist.evaluation.fidelity.appearance import appearance
 from ccmdist.evaluation.fidelity.paired import blurred, similarity, without_similarity
 from ccmdist.evaluation.overlap import centreline_dice, dice, offset_px
 from ccmdist.evaluation.sets import ImageSet, SourceFrames
+from ccmdist.evaluation.stored import commit_numbers, read_numbers, stored_path
 
 MEASURES_VERSION: Final = 3
 """Raised whenever a column changes its meaning; older files are then measured anew."""
@@ -67,7 +66,7 @@ class Measuring:
         found = _read(self._path(entry))
         if found is None:
             found = pd.DataFrame(list(self._rows(images, entry)))
-            commit_bytes(self._path(entry), _packed(found))
+            _commit(self._path(entry), found)
         return found
 
     def is_done(self, entry: ShardEntry) -> bool:
@@ -75,7 +74,7 @@ class Measuring:
         return _read(self._path(entry)) is not None
 
     def _path(self, entry: ShardEntry) -> Path:
-        return self.folder / f"{entry.name.removesuffix('.tar')}-{self._identity(entry)[:20]}.safetensors"
+        return stored_path(self.folder, entry.name.removesuffix(".tar"), self._identity(entry), "safetensors")
 
     def _identity(self, entry: ShardEntry) -> str:
         versions = [MEASURES_VERSION, SEGMENTER_VERSION, BIOMARKERS_VERSION]
@@ -149,22 +148,14 @@ def measured(triple: Triple, found: Bools) -> dict[str, float]:
     return row | appearance(triple.image, found)
 
 
-def _packed(table: pd.DataFrame) -> bytes:
+def _commit(path: Path, table: pd.DataFrame) -> None:
     texts = {name: table[name].tolist() for name in TEXT_COLUMNS}
     numbers = table.drop(columns=list(TEXT_COLUMNS))
-    values = np.ascontiguousarray(numbers.to_numpy(np.float64))
-    # One entry: safetensors writes several in no fixed order.
-    return save({"values": values}, {"about": json.dumps({"texts": texts, "columns": list(numbers.columns)})})
+    commit_numbers(path, numbers.to_numpy(np.float64), {"texts": texts, "columns": list(numbers.columns)})
 
 
 def _read(path: Path) -> pd.DataFrame | None:
-    if not path.is_file():
+    if (stored := read_numbers(path)) is None:
         return None
-    try:
-        with safe_open(path, framework="numpy") as file:
-            about, values = json.loads((file.metadata() or {})["about"]), file.get_tensor("values")
-        texts, numbers = pd.DataFrame(about["texts"]), pd.DataFrame(values, columns=about["columns"])
-    except (SafetensorError, KeyError, ValueError):
-        # Whatever lies there is not ours: it is measured again.
-        return None
-    return pd.concat([texts, numbers], axis=1)
+    values, about = stored
+    return pd.concat([pd.DataFrame(about["texts"]), pd.DataFrame(values, columns=about["columns"])], axis=1)

@@ -21,7 +21,6 @@ from ccmdist.synthesis.plan import PLAN, read_plan
 if TYPE_CHECKING:
     from ccmdist.evaluation.measures import MeasureUnit
 
-FEATURES: Final = "features"
 AS_DRAWN: Final = (
     "base",
     "images_per_mask",
@@ -103,13 +102,14 @@ class Candidates:
         """Measuring the shards of a complete set, or of the real frames; each leaves one file."""
         from ccmdist.evaluation.measures import MeasureUnit, Measuring
         from ccmdist.evaluation.sets import ImageSet
+        from ccmdist.evaluation.stored import MEASURES
 
         if checkpoint is None:
             images = ImageSet("real", self.data.shards, self.manifest, self.config.split)
         else:
             out = self.out(checkpoint)
             images = ImageSet(checkpoint.name, out, read_manifest(out), self.config.split)
-        measuring = Measuring(self.config.folder / FEATURES, 2 * (self.data.image_size_px,))
+        measuring = Measuring(self.config.folder / MEASURES, 2 * (self.data.image_size_px,))
         return [MeasureUnit(images, measuring, entry) for entry in images.shards]
 
 

@@ -31,6 +31,7 @@ from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.cache_index import FINGERPRINT
 from ccmdist.errors import CcmdistError, RunError
+from ccmdist.evaluation.stored import num_stored
 
 PACKAGES: Final = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "numpy")
 """Whose versions decide what a job computes."""
@@ -91,7 +92,7 @@ UNITS: dict[type[Settings], str] = {
     TrainConfig: "steps",
     PrecomputeConfig: "shards",
     SynthesizeConfig: "batches",
-    EvaluateConfig: "measured shards",
+    EvaluateConfig: "units of work",
     SelectConfig: "drawn batches and measured shards",
 }
 
@@ -106,17 +107,13 @@ def _progress(config: Settings) -> int:
         return _drawn_batches(config.out, config.batches_per_shard)
     if isinstance(config, SelectConfig):
         drawn = sum(_drawn_batches(folder, config.batches_per_shard) for folder in config.folder.glob("step-*"))
-        return drawn + _measured_shards(config.folder)
+        return drawn + num_stored(config.folder)
     assert isinstance(config, EvaluateConfig), "every stage is named"
-    return _measured_shards(config.out)
+    return num_stored(config.out)
 
 
 def _drawn_batches(out: Path, batches_per_shard: int) -> int:
     return len(list(out.glob("*.tar"))) * batches_per_shard + len(list((out / "batches").glob("*.tar")))
-
-
-def _measured_shards(out: Path) -> int:
-    return len(list((out / "features").glob("[!.]*")))
 
 
 def _is_finished(config: Settings) -> bool:

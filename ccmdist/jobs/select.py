@@ -2,7 +2,7 @@
 
 RUN/selection/
   step-00000040/    what the checkpoint of that step drew: a synthetic set as any other
-  features/         what was measured, one file per shard
+  measures/         what was measured, one file per shard
   selection.json    every figure of every checkpoint
 RUN/best.json       the choice
 

@@ -1,6 +1,5 @@
 """One cell of the grid: an arm in a fold with a seed, trained and tested once; and the file that it leaves."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,10 +17,10 @@ from ccmdist.console import log
 from ccmdist.errors import EvaluationError
 from ccmdist.evaluation.downstream.choice import Chosen, chosen, usable
 from ccmdist.evaluation.downstream.folds import Fold, Sample
+from ccmdist.evaluation.stored import read_json, stored_path
 
 CELLS_VERSION: Final = 1
 """Raised whenever the same cell gives other numbers; older files are then made anew."""
-CELLS_FOLDER: Final = "downstream"
 PROBABILITIES: Final = ("p_control", "p_t1nodpn", "p_t1dpn")
 """Columns of a diagnosis, in the order of CLINICAL_GROUPS."""
 
@@ -69,7 +68,8 @@ class Cell:
     def path(self) -> Path:
         """Of its file; another one for whatever would give other numbers."""
         arm = re.sub(r"[^a-z0-9.]+", "-", self.arm.text.lower())
-        return self.folder / f"{self.task}-{arm}-fold{self.fold.number}-seed{self.seed_number}-{self.digest[:20]}.json"
+        stem = f"{self.task}-{arm}-fold{self.fold.number}-seed{self.seed_number}"
+        return stored_path(self.folder, stem, self.digest, "json")
 
     @cached_property
     def digest(self) -> str:
@@ -86,14 +86,9 @@ class Cell:
 
     def read(self) -> CellResult | None:
         """What an earlier run found; None if there is none that can be read."""
-        try:
-            values = json.loads(self.path.read_text())
-            table = pd.DataFrame(values.pop("images"))
-            result = CellResult(**values, table=table)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            # Whatever lies there is not ours: the cell is done again.
+        if (values := read_json(self.path)) is None:
             return None
-        return result if len(table) else None
+        return CellResult(table=pd.DataFrame(values.pop("images")), **values)
 
     def result(self) -> CellResult:
         """What it found, now or in an earlier run."""

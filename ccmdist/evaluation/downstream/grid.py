@@ -12,11 +12,12 @@ from ccmdist.ccm.groups import CLINICAL_GROUPS, ClinicalGroup
 from ccmdist.config.arms import Arm
 from ccmdist.config.evaluate import DownstreamSettings, Task
 from ccmdist.data.reader import read_shard
-from ccmdist.evaluation.downstream.cells import CELLS_FOLDER, Cell
+from ccmdist.evaluation.downstream.cells import Cell
 from ccmdist.evaluation.downstream.choice import chosen, usable
 from ccmdist.evaluation.downstream.folds import Fold, Source, folds_of
 from ccmdist.evaluation.left_out import LeftOut
 from ccmdist.evaluation.sets import OpenedSets
+from ccmdist.evaluation.stored import CELLS
 from ccmdist.evaluation.work import Unit
 
 
@@ -92,7 +93,7 @@ def describe(sets: OpenedSets, settings: DownstreamSettings) -> list[str]:
 def _task_grid(
     sets: OpenedSets, settings: DownstreamSettings, task: Task, folds: Sequence[Fold], arms: Sequence[Arm]
 ) -> TaskGrid:
-    folder, seed = sets.config.out / CELLS_FOLDER, sets.config.seed
+    folder, seed = sets.config.out / CELLS, sets.config.seed
     cells = [
         Cell(folder, task, fold, arm, number, seed, settings.networks)
         for number in range(settings.num_seeds)

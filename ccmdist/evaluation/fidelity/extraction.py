@@ -1,18 +1,15 @@
 """What extractors see in the images of a shard, extracted once: features, and distances to the frame of the mask."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from ccmdist.ccm.skeleton import Floats
-from ccmdist.commit import commit_bytes, digest_of
+from ccmdist.commit import digest_of
 from ccmdist.data.manifest import ShardEntry
 from ccmdist.data.triple import Triple
 from ccmdist.errors import EvaluationError
@@ -20,10 +17,8 @@ from ccmdist.evaluation.fidelity.distances import Features
 from ccmdist.evaluation.fidelity.extractors import FeatureExtractor, PatchExtractor, chosen
 from ccmdist.evaluation.fidelity.paired import blurred
 from ccmdist.evaluation.sets import ImageSet, OpenedSets, SourceFrames
+from ccmdist.evaluation.stored import FEATURES, commit_numbers, read_numbers, stored_path
 from ccmdist.evaluation.work import Unit
-
-EXTRACTED_FOLDER: Final = "extracted"
-"""In the folder of the report."""
 
 
 class Reading(Protocol):
@@ -134,7 +129,7 @@ class ExtractUnit:
 
     def is_done(self) -> bool:
         """Whether it has been read."""
-        return _stored(self._path) is not None
+        return read_numbers(self._path) is not None
 
     def run(self) -> None:
         """Read it.
@@ -147,42 +142,24 @@ class ExtractUnit:
 
     def result(self) -> Features:
         """What was read, now or by an earlier run, in the order of the shard; values of one number have shape (N,)."""
-        found = _stored(self._path)
-        if found is None:
-            triples = list(self.images.triples(self.entry, self.shape))
-            found = Features(self.reading.read(triples), np.array([triple.meta.subject for triple in triples]))
-            if np.isinf(found.values).any() or (found.values.ndim > 1 and np.isnan(found.values).any()):
-                raise EvaluationError(
-                    f"{self.images.folder / self.entry.name}: {self.reading.name} sees features that are no numbers",
-                    "its weights are damaged or of another model",
-                )
-            commit_bytes(self._path, _packed(found))
+        if (stored := read_numbers(self._path)) is not None:
+            values, about = stored
+            return Features(values, np.array(about["subjects"]))
+        triples = list(self.images.triples(self.entry, self.shape))
+        found = Features(self.reading.read(triples), np.array([triple.meta.subject for triple in triples]))
+        if np.isinf(found.values).any() or (found.values.ndim > 1 and np.isnan(found.values).any()):
+            raise EvaluationError(
+                f"{self.images.folder / self.entry.name}: {self.reading.name} sees features that are no numbers",
+                "its weights are damaged or of another model",
+            )
+        commit_numbers(self._path, found.values, {"subjects": found.subjects.tolist()})
         return found
 
     @property
     def _path(self) -> Path:
         identity = digest_of([self.reading.identity, self.entry.sha256, self.shape])
         stem = self.entry.name.removesuffix(".tar")
-        return self.folder / f"{stem}-{self.reading.name}-{identity[:20]}.safetensors"
-
-
-def _packed(found: Features) -> bytes:
-    # One entry: safetensors writes several in no fixed order.
-    return save(
-        {"values": np.ascontiguousarray(found.values)}, {"about": json.dumps({"subjects": found.subjects.tolist()})}
-    )
-
-
-def _stored(path: Path) -> Features | None:
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="numpy") as file:
-            subjects = json.loads((file.metadata() or {})["about"])["subjects"]
-            return Features(file.get_tensor("values"), np.array(subjects))
-    except (SafetensorError, KeyError, ValueError):
-        # Whatever lies there is not ours: it is read again.
-        return None
+        return stored_path(self.folder, f"{stem}-{self.reading.name}", identity, "safetensors")
 
 
 @dataclass(frozen=True)
@@ -215,7 +192,7 @@ def extractions(sets: OpenedSets) -> list[Extraction]:
 
 
 def _extraction(sets: OpenedSets, extractor: FeatureExtractor) -> Extraction:
-    folder, batch_size = sets.config.out / EXTRACTED_FOLDER, sets.config.extractors.batch_size
+    folder, batch_size = sets.config.out / FEATURES, sets.config.extractors.batch_size
 
     def units_of(images: ImageSet, reading: Reading) -> tuple[ExtractUnit, ...]:
         return tuple(ExtractUnit(images, entry, sets.shape, reading, folder) for entry in images.shards)

@@ -5,7 +5,6 @@ comes by chance, and the yardstick of :mod:`~ccmdist.evaluation.memorisation.gat
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -32,11 +31,11 @@ from ccmdist.evaluation.memorisation.likeness import (
     shifted_likeness,
 )
 from ccmdist.evaluation.sets import ImageSet, OpenedSets
+from ccmdist.evaluation.stored import NEIGHBOURS, read_json, stored_path
 from ccmdist.evaluation.work import Unit
 
 SEARCH_VERSION: Final = 1
 """Raised whenever a column changes its meaning; older files are then searched anew."""
-FOLDER: Final = "features"
 BLANK_PX: Final = 2
 """By which nerves are widened before they are blanked: masks are a little thinner than what they lie on."""
 NUM_CELLS: Final = 3
@@ -144,11 +143,11 @@ class Searching:
 
     def is_done(self, images: ImageSet, entry: ShardEntry) -> bool:
         """Whether the images of a shard have been searched for."""
-        return _read(self._path(images, entry)) is not None
+        return read_json(self._path(images, entry)) is not None
 
     def _values(self, images: ImageSet, entry: ShardEntry) -> dict[str, Any]:
         path = self._path(images, entry)
-        found = _read(path)
+        found = read_json(path)
         if found is None:
             found = self._searched(images, entry)
             commit_json(path, found)
@@ -160,7 +159,8 @@ class Searching:
         identity = digest_of(
             [SEARCH_VERSION, LIKENESS_VERSION, self.sets.shape, self.blank_nerves, trained, others, entry.sha256]
         )
-        return self.sets.config.out / FOLDER / f"neighbours-{entry.name.removesuffix('.tar')}-{identity[:20]}.json"
+        folder, stem = self.sets.config.out / NEIGHBOURS, entry.name.removesuffix(".tar")
+        return stored_path(folder, stem, identity, "json")
 
     def _searched(self, images: ImageSet, entry: ShardEntry) -> dict[str, Any]:
         triples = images.triples(entry, self.sets.shape)
@@ -266,7 +266,7 @@ class Duplicates:
 
     def is_done(self) -> bool:
         """Whether they have been sought."""
-        return _read(self._path) is not None
+        return read_json(self._path) is not None
 
     def run(self) -> None:
         """Seek them.
@@ -279,7 +279,7 @@ class Duplicates:
 
     def table(self) -> pd.DataFrame:
         """Of each image that was looked at: key, clinical_group, and its highest NCC with another one."""
-        found = _read(self._path)
+        found = read_json(self._path)
         if found is None:
             found = {"images": list(self._rows())}
             commit_json(self._path, found)
@@ -289,7 +289,8 @@ class Duplicates:
     def _path(self) -> Path:
         shards = [entry.sha256 for entry in self.images.shards]
         identity = digest_of([SEARCH_VERSION, LIKENESS_VERSION, MAX_COMPARED, shards])
-        return self.sets.config.out / FOLDER / f"duplicates-{self.images.split}-{identity[:20]}.json"
+        folder, stem = self.sets.config.out / NEIGHBOURS, f"duplicates-{self.images.split}"
+        return stored_path(folder, stem, identity, "json")
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         num_images = sum(entry.num_samples for entry in self.images.shards)
@@ -348,12 +349,3 @@ def _views(nerve_mask: NDArray[np.bool_]) -> Iterator[NDArray[np.bool_]]:
 
 def _sha256(nerve_mask: NDArray[np.bool_]) -> str:
     return hashlib.sha256(np.packbits(nerve_mask).tobytes()).hexdigest()
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """What an earlier run has left; None if there is nothing that can be read."""
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return values if isinstance(values, dict) else None

@@ -209,7 +209,7 @@ def test_the_second_run_measures_nothing_and_says_the_same(comparison, page, mon
 
 
 def test_a_damaged_file_of_measures_is_measured_again(comparison):
-    folder = comparison.config.out / "features"
+    folder = comparison.config.out / "measures"
     damaged = sorted(folder.glob("*.safetensors"))[0]
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[: len(whole) // 2])

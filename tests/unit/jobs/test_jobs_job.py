@@ -15,6 +15,7 @@ from ccmdist.cluster.run_directory import MAX_ATTEMPTS_WITHOUT_PROGRESS
 from ccmdist.config.loading import load, resolved
 from ccmdist.config.stages import STAGES
 from ccmdist.errors import RunError
+from ccmdist.evaluation.stored import FOLDERS
 from ccmdist.jobs.job import begin, snapshot
 
 ROOT = Path(__file__).parents[3]
@@ -122,7 +123,7 @@ def commit_something(stage, out, number):
         "train": out / "checkpoints" / f"step-{number:08d}" / "manifest.json",
         "precompute": out / "0123456789abcdef" / f"train-{number:06d}.json",
         "synthesize": out / "batches" / f"test-{number:06d}.tar",
-        "evaluate": out / "features" / f"real-{number}.safetensors",
+        "evaluate": out / FOLDERS[number % len(FOLDERS)] / f"real-{number}.safetensors",
         "select": out / f"step-{number:08d}" / "batches" / "val-000000.tar",
     }[stage]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -93,7 +93,7 @@ def test_features_of_a_set_come_in_its_order_with_the_subject_of_each_image(worl
 
 
 def test_a_damaged_file_of_features_is_made_again_to_the_byte(comparison):
-    damaged = sorted((comparison.config.out / extraction.EXTRACTED_FOLDER).glob("*dinov2*"))[0]
+    damaged = sorted((comparison.config.out / extraction.FEATURES).glob("*dinov2*"))[0]
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:40])
     (unit,) = (unit for unit in extraction.units(open_sets(comparison.config)) if unit._path == damaged)
