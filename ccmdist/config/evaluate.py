@@ -29,13 +29,13 @@ class MinimumCounts(Settings):
     """Counts below which a figure is left out, with the reason, instead of printed; those of a demonstration."""
 
     frechet_images: int = Field(16, ge=2)
-    """On either side."""
+    """On either side, and in the halves of the subjects that give the floor: so of twice as many in all."""
     kernel_images: int = Field(16, ge=4)
-    """On either side, for KID and CMMD."""
+    """Likewise, for KID and CMMD."""
     neighbour_images: int = Field(16, ge=6)
-    """On either side, for precision, recall, density and coverage."""
+    """Likewise, for precision, recall, density and coverage."""
     noise_images: int = Field(8, ge=2)
-    """On either side, for the distances of power spectra and of the grain's autocorrelation."""
+    """Likewise, for the distances of power spectra and of the grain's autocorrelation."""
     equivalence_subjects: int = Field(3, ge=2)
     """On either side."""
     agreement_images: int = Field(3, ge=3)

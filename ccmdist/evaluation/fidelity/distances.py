@@ -94,8 +94,8 @@ class Distance:
     extractor_sha256: str
     """Of its weights and of how it is given an image."""
     num_features: int
-    fit_r2: float | None = None
-    """Of an extrapolated distance: the share of the variance that its line explains."""
+    fit_error: float | None = None
+    """Of an extrapolated distance: the standard error of its line, not of another choice of images."""
 
     def __post_init__(self) -> None:
         counts = (self.num_real, self.num_synthetic, self.num_in_half, self.num_features)

@@ -109,8 +109,9 @@ class Extrapolated:
     """A Frechet distance for infinitely many images, and how well the line fits that leads there."""
 
     distance: float
-    r2: float
-    """Share of the variance of the distances that the line explains; NaN if they do not vary."""
+    error: float
+    """Standard error of the line at 0: how sure the line is, and nothing of other images; NaN without a line. Not R2:
+    the distance of sets that differ much hardly depends on n, and a flat line explains nothing and is sure."""
 
 
 def frechet_at_infinity(first_ND: Floats, second_MD: Floats, rng: Generator) -> Extrapolated:
@@ -131,7 +132,5 @@ def frechet_at_infinity(first_ND: Floats, second_MD: Floats, rng: Generator) -> 
             distances.append(frechet_distance(drawn[0], drawn[1]))
     if len(set(inverse)) < 2:
         return Extrapolated(float(np.mean(distances)), float("nan"))
-    slope, intercept = np.polyfit(inverse, distances, 1)
-    left = np.array(distances) - (slope * np.array(inverse) + intercept)
-    spread = float(np.var(distances))
-    return Extrapolated(float(intercept), 1 - float(np.mean(left**2)) / spread if spread > 0 else float("nan"))
+    (_, intercept), covariance = np.polyfit(inverse, distances, 1, cov=True)
+    return Extrapolated(float(intercept), float(np.sqrt(covariance[1, 1])))

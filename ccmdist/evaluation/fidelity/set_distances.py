@@ -45,18 +45,19 @@ class Family:
     of: Callable[[Floats, Floats, Generator], tuple[float, ...]]
     """Their values between two sets of features, (N, D) and (M, D)."""
     minimum: str
-    """Field of MinimumCounts: images on either side, below which they are left out."""
-    fewest_in_half: int = 2
+    """Field of MinimumCounts: images on either side, in halves too, below which they are left out."""
+    fewest: int = 2
+    """That it takes to compute them."""
     max_splits: int | None = None
     images_per_feature: int = 0
-    """On either side; with fewer they are left out."""
+    """On either side, in halves too; with fewer they are left out."""
     is_unbiased: bool = False
     """Whether subsets of fewer images say anything of the spread of all."""
 
 
 def _extrapolated(first: Floats, second: Floats, rng: Generator) -> tuple[float, ...]:
     found = frechet_at_infinity(first, second, rng)
-    return found.distance, found.r2
+    return found.distance, found.error
 
 
 def _difference_of_means(first: Floats, second: Floats, _: Generator) -> tuple[float, ...]:
@@ -80,7 +81,7 @@ NEIGHBOURS: Final = Family(
     tuple(field.name for field in fields(Neighbourhoods)),
     lambda first, second, _: astuple(neighbourhoods(first, second)),
     "neighbour_images",
-    fewest_in_half=FEWEST_IMAGES,
+    fewest=FEWEST_IMAGES,
 )
 OF_ANY_EXTRACTOR: Final = (FRECHET, EXTRAPOLATED, KERNEL, NEIGHBOURS)
 SPECTRUM: Final = Family(("spectrum",), _difference_of_means, "noise_images")
@@ -108,20 +109,24 @@ def distances_between(
     found: list[Distance] = []
     left_out = []
     for family in families:
-        fewest = max(getattr(minimum, family.minimum), family.images_per_feature * real.values.shape[1])
+        # What is read beside its floor is the distance between halves, so these have to be large enough.
+        of_config, of_features = getattr(minimum, family.minimum), family.images_per_feature * real.values.shape[1]
+        fewest = max(family.fewest, of_config, of_features)
         try:
             if min(len(real), len(synthetic)) < fewest:
                 have = f"{len(real)} real and {len(synthetic)} synthetic images"
                 raise EvaluationError(f"{have}, at least {fewest} each are needed")
-            found += _of_family(real, synthetic, extractor, family, seed)
+            found += _of_family(real, synthetic, extractor, family, fewest, seed)
         except EvaluationError as error:
             names = ", ".join(label_of(metric, extractor.name) for metric in family.metrics)
             left_out.append(LeftOut(f"{names} on {extractor.name}", error.message))
     return found, left_out
 
 
-def _of_family(real: Features, synthetic: Features, extractor: Extractor, family: Family, seed: int) -> list[Distance]:
-    halves = splits(real, synthetic, family.fewest_in_half, np.random.default_rng(seed))[: family.max_splits]
+def _of_family(
+    real: Features, synthetic: Features, extractor: Extractor, family: Family, fewest: int, seed: int
+) -> list[Distance]:
+    halves = splits(real, synthetic, fewest, np.random.default_rng(seed))[: family.max_splits]
     rng = np.random.default_rng([seed, len(halves)])
     values = family.of(real.values, synthetic.values, rng)
     floors = np.array([family.of(real.values[h.first], real.values[h.second], rng) for h in halves])
@@ -142,7 +147,7 @@ def _of_family(real: Features, synthetic: Features, extractor: Extractor, family
             extractor=extractor.name,
             extractor_sha256=extractor.sha256,
             num_features=real.values.shape[1],
-            fit_r2=values[-1] if family is EXTRAPOLATED else None,
+            fit_error=values[-1] if family is EXTRAPOLATED else None,
         )
         for place, metric in enumerate(family.metrics)
     ]
@@ -166,7 +171,7 @@ def _intervals(
     drawn = []
     for _ in range(NUM_SUBSETS):
         subsets = [one.values[_of_half_the_subjects(one, rng)] for one in (real, synthetic)]
-        if min(map(len, subsets)) >= family.fewest_in_half:
+        if min(map(len, subsets)) >= family.fewest:
             drawn.append(family.of(subsets[0], subsets[1], rng))
     around = np.array(drawn) - np.mean(drawn, axis=0) + np.array(values)
     return [interval(column, 0.9) for column in around.T]

@@ -84,6 +84,7 @@ def config_of(root, out, *more):
         f"synthetic.close={root / 'close'}",
         f"synthetic.far={root / 'far'}",
         f"out={out}",
+        *(f"minimum.{name}_images=10" for name in ("frechet", "kernel", "neighbour")),
     ]
     return load(EvaluateConfig, [], [*overrides, "num_bootstrap=200", "num_grid_images=4", *more])
 

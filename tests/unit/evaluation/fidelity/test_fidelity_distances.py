@@ -85,7 +85,7 @@ def test_a_distance_without_what_it_takes_to_read_it_cannot_be_made_or_printed(c
         whole([WHOLE, WHOLE | changed])
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(Distance) if field.name != "fit_r2"])
+@pytest.mark.parametrize("name", [field.name for field in fields(Distance) if field.name != "fit_error"])
 def test_a_table_is_refused_when_a_row_lacks_any_of_its_fields(name):
     row = {key: value for key, value in WHOLE.items() if key != name}
     with pytest.raises(EvaluationError, match=rf"a distance that is to be printed is not whole: .*{name}"):
@@ -144,7 +144,7 @@ def test_unbiased_distances_of_identical_sets_lie_at_a_floor_near_zero_and_shift
     assert same.floor_range[0] < 0 < same.floor_range[1]
     assert same.floor_range[0] < same.of_halves < same.floor_range[1]
     assert moved.of_halves > 2 * moved.floor_range[1]
-    assert (family is EXTRAPOLATED) == (moved.fit_r2 is not None)
+    assert (family is EXTRAPOLATED) == (moved.fit_error is not None)
 
 
 def test_neighbourhoods_of_identical_sets_lie_at_the_ceiling():
@@ -156,9 +156,9 @@ def test_neighbourhoods_of_identical_sets_lie_at_the_ceiling():
 
 
 def test_the_floor_falls_with_the_number_of_images_so_the_number_stands_beside_it():
-    few, many = (one_distance(one, one) for one in (features_of(8, 2, 3), features_of(80, 2, 3)))
+    few, many = (one_distance(one, one) for one in (features_of(16, 2, 3), features_of(160, 2, 3)))
     assert many.floor < few.floor / 3
-    assert (few.num_in_half, many.num_in_half) == (8, 80)
+    assert (few.num_in_half, many.num_in_half) == (16, 160)
 
 
 def test_a_set_with_few_images_gets_a_floor_at_its_own_number():
@@ -208,11 +208,23 @@ def test_what_rests_on_too_few_images_is_left_out_with_the_reason():
     }
 
 
-def test_an_extrapolation_needs_two_images_per_feature():
-    real = features_of(10, 3, 8, dim=16)
+def test_halves_below_the_minimum_are_not_read_either():
+    real = features_of(10, 3, 8)
+    found, left_out = distances_between(real, real, Seen(), [FRECHET, KERNEL], MinimumCounts(kernel_images=15), 0)
+    assert [(one.metric, one.num_in_half) for one in found] == [("kernel", 15)]
+    assert left_out[0].reason == "no half of the subjects has 16 real and 16 synthetic images beside it"
+
+
+def test_an_extrapolation_needs_two_images_per_feature_in_halves_too():
+    # 1.5 images per feature read 0.9 between samples of one distribution of 12 features.
+    real = features_of(18, 2, 8, dim=12)
     found, left_out = distances_between(real, real, Seen(), [FRECHET, EXTRAPOLATED], MinimumCounts(), 0)
     assert [one.metric for one in found] == ["frechet"]
-    assert left_out[0].reason == "30 real and 30 synthetic images, at least 32 each are needed"
+    assert left_out[0].reason == "no half of the subjects has 24 real and 24 synthetic images beside it"
+    real = features_of(12, 3, 8, dim=24)
+    found, left_out = distances_between(real, real, Seen(), [FRECHET, EXTRAPOLATED], MinimumCounts(), 0)
+    assert [one.metric for one in found] == ["frechet"]
+    assert left_out[0].reason == "36 real and 36 synthetic images, at least 48 each are needed"
 
 
 def test_the_same_seed_gives_the_same_figures():

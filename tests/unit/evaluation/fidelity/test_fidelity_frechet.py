@@ -101,7 +101,8 @@ def test_the_distance_at_infinity_is_free_of_the_bias_that_the_plain_one_has():
     assert plain > 0.3
     # Within 3 standard errors of 20 extrapolations.
     assert abs(np.mean([one.distance for one in found])) < 3 * np.std([one.distance for one in found]) / np.sqrt(20)
-    assert np.mean([one.r2 for one in found]) > 0.7
+    # The line's own error is of the order of what 20 extrapolations differ by, and less: its draws share images.
+    assert 0.1 < np.mean([one.error for one in found]) / np.std([one.distance for one in found]) < 1
 
 
 def test_the_distance_at_infinity_tends_to_the_true_one():
@@ -111,7 +112,11 @@ def test_the_distance_at_infinity_tends_to_the_true_one():
     assert found.distance == pytest.approx(6, rel=0.08)
 
 
-def test_a_poor_fit_is_told():
+def test_a_poor_fit_is_told_and_a_flat_line_is_none():
     rng = np.random.default_rng(9)
-    outlier = np.concatenate([np.zeros((30, 3)) + rng.normal(size=(30, 3)), np.full((1, 3), 40.0)])
-    assert frechet_at_infinity(outlier, rng.normal(size=(31, 3)), rng).r2 < 0.9
+    other, values = rng.normal(size=(2, 60, 3))
+    poor = frechet_at_infinity(np.concatenate([values, np.full((1, 3), 40.0)]), other, rng)
+    assert poor.error > 0.05 * poor.distance
+    # So far apart the distance hardly depends on n: R2 would be near 0, and nothing is unsure.
+    flat = frechet_at_infinity(values + 10, other, rng)
+    assert flat.error < 0.02 * flat.distance

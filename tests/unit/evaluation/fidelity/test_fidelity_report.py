@@ -36,7 +36,7 @@ ORIGIN = {"source_set_digest": "d", "seed": 3, "base_digest": "b", "adapter_dige
 def world(tmp_path_factory):
     """Phantoms in two shards; a set that is near them, and one that has lost its grain; two tiny networks."""
     root = tmp_path_factory.mktemp("world")
-    phantoms = {"subjects_per_group": 4, "frames_per_subject": 3, "test_fraction": 0.5, "val_fraction": 0}
+    phantoms = {"subjects_per_group": 4, "frames_per_subject": 4, "test_fraction": 0.5, "val_fraction": 0}
     write_phantom_set(PhantomShardsConfig(out=root / "real", size_px=64, samples_per_shard=12, **phantoms))
     rng = np.random.default_rng(0)
 
@@ -60,6 +60,7 @@ def world(tmp_path_factory):
 def config_of(world, out, *more):
     values = [f"real={world}/real", f"synthetic.near={world}/near", f"synthetic.smooth={world}/smooth", f"out={out}"]
     values += [f"extractors.dinov2={world}/dinov2", f"extractors.clip={world}/clip", "memorisation=null"]
+    values += [f"minimum.{name}_images=12" for name in ("frechet", "kernel", "neighbour")]
     return load(EvaluateConfig, [], [*values, "num_bootstrap=100", "num_grid_images=1", *more])
 
 
@@ -159,15 +160,15 @@ def test_all_metrics_are_told_and_cmmd_on_clip_alone(comparison):
     assert by_extractor == {
         "power-spectrum-v1": ["spectrum"],
         "grain-autocorrelation-v1": ["grain_acf"],
-        # 18 images extrapolate over at most 9 features.
+        # Halves of 12 images extrapolate over at most 6 features.
         "weight-free-logbank-v1": shared,
-        "dinov2-class-token-8": [shared[0], "frechet_infinity", *shared[1:]],
+        "dinov2-class-token-8": shared,
         "clip-image-embedding-6": [shared[0], "frechet_infinity", *shared[1:], "cmmd"],
     }
     assert {metric for metrics in by_extractor.values() for metric in metrics} == set(METRICS)
     told = {omitted.what: omitted.reason for omitted in comparison.sets[0].left_out}
     reason = told["Frechet distance, n → ∞ on weight-free-logbank-v1"]
-    assert reason == "18 real and 18 synthetic images, at least 24 each are needed"
+    assert reason == "no half of the subjects has 24 real and 24 synthetic images beside it"
 
 
 def test_denoised_images_beat_the_others_by_ssim_and_are_found_out_by_their_noise(comparison):
@@ -182,7 +183,7 @@ def test_denoised_images_beat_the_others_by_ssim_and_are_found_out_by_their_nois
 def test_the_perceptual_distance_says_on_what_it_is_taken(comparison):
     perceptual = [one for one in comparison.sets[0].fidelity.paired if one.measure == "perceptual"]
     assert [one.extractor for one in perceptual] == ["dinov2-class-token-8", "clip-image-embedding-6"]
-    assert all(len(one.extractor_sha256) == 64 and one.num_images == one.num_real == 18 for one in perceptual)
+    assert all(len(one.extractor_sha256) == 64 and one.num_images == one.num_real == 24 for one in perceptual)
     assert all(0 < one.mean < 4 and 0 < one.of_blur < 4 for one in perceptual)
 
 
@@ -192,11 +193,11 @@ CONTEXT = ("num_real", "num_synthetic", "num_in_half", "num_features", "extracto
 def test_no_distance_is_in_the_json_without_n_extractor_hash_and_floor(comparison):
     values = json.loads(json.dumps(report_values(comparison)))
     rows = [row for one in values["synthetic"].values() for row in one["fidelity"]["distances"]]
-    assert len(rows) == 2 * 23
+    assert len(rows) == 2 * 22
     assert all(row[name] is not None for row in rows for name in CONTEXT)
-    assert {(row["num_real"], row["num_synthetic"]) for row in rows} == {(18, 18)}
+    assert {(row["num_real"], row["num_synthetic"]) for row in rows} == {(24, 24)}
     paired = [row for one in values["synthetic"].values() for row in one["fidelity"]["paired"]]
-    assert all(row["num_images"] == row["num_real"] == 18 for row in paired)
+    assert all(row["num_images"] == row["num_real"] == 24 for row in paired)
 
 
 def test_no_distance_is_on_the_page_without_n_extractor_hash_and_floor(page, comparison):
@@ -209,13 +210,13 @@ def test_no_distance_is_on_the_page_without_n_extractor_hash_and_floor(page, com
         for line in lines:
             cells = re.findall(r"<td[^>]*>(.*?)</td>", line, re.DOTALL)
             _, _, counts, _, in_half, between, floor = cells
-            assert counts == "18 / 18"
+            assert counts == "24 / 24"
             assert re.match(r"[\u22120-9]", between)
             assert re.match(r"[\u22120-9]", floor)
-            # Half of six subjects, three frames each.
-            assert in_half == "9"
+            # Half of six subjects, four frames each.
+            assert in_half == "12"
     paired = page[page.index('<table id="paired"') :].split("</table>")[0]
-    assert paired.count("n = 18") == 3 * 5
+    assert paired.count("n = 24") == 3 * 5
 
 
 @pytest.mark.parametrize("missing", CONTEXT)
