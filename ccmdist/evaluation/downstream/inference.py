@@ -65,36 +65,52 @@ def mcnemar(first: Bools, second: Bools) -> float:
     return float(min(1.0, test(table, exact=True).pvalue))
 
 
-def delong(is_positive: Bools, first: Floats, second: Floats) -> DeLong:
+def delong(is_positive: Bools, first: Floats, second: Floats, folds: Labels | None = None) -> DeLong:
     """Two correlated areas under the ROC curve, compared.
 
     Args:
         is_positive: (N,), whether each subject is of the class.
         first: (N,), its probability by one network.
         second: By the other.
+        folds: (N,), which subjects were tested by one network; areas then count pairs of one fold, as
+            :func:`~ccmdist.evaluation.downstream.scores.macro_auc` does. None: all of them.
 
     Returns:
-        The areas and the p; 1 where the two rank all subjects alike.
+        The areas and the p; 1 where the two rank all subjects alike. NaN where a variance cannot be known: a fold has a
+        single subject of either side, or areas differ without any.
 
     Source:
         DeLong et al., Biometrics 44:837 (1988); by mid-ranks after Sun and Xu, IEEE SPL 21:1389 (2014).
     """
+    parts = np.zeros(len(is_positive), np.int64) if folds is None else folds
+    areas, variance, num_pairs = np.zeros(2), 0.0, 0
+    for part in np.unique(parts):
+        inside = parts == part
+        num = int(is_positive[inside].sum()) * int((~is_positive[inside]).sum())
+        if num:
+            found, spread = _areas(is_positive[inside], np.stack([first[inside], second[inside]]))
+            # Folds have no subject in common, so their areas are independent.
+            areas, variance, num_pairs = areas + num * found, variance + num**2 * spread, num_pairs + num
+    areas, variance = areas / num_pairs, variance / num_pairs**2
+    difference = areas[0] - areas[1]
+    p = float(2 * norm.sf(abs(difference) / np.sqrt(variance))) if variance >= 1e-15 else float("nan")
+    if variance < 1e-15 and abs(difference) < 1e-12:
+        p = 1.0
+    return DeLong(float(areas[0]), float(areas[1]), p)
+
+
+def _areas(is_positive: Bools, scores: Floats) -> tuple[Floats, float]:
+    """The areas of two scores (2, N), and the variance of their difference; NaN for a single subject of either side."""
     num_positive, num_negative = int(is_positive.sum()), int((~is_positive).sum())
-    areas, of_positives, of_negatives = [], [], []
-    for scores in (first, second):
-        positive, negative = scores[is_positive], scores[~is_positive]
+    of_positives, of_negatives = [], []
+    for one in scores:
+        positive, negative = one[is_positive], one[~is_positive]
         ranks = rankdata(np.concatenate([positive, negative]))
         # Share of the other side that each one beats: the structural components.
-        beaten = (ranks[:num_positive] - rankdata(positive)) / num_negative
-        losing = 1 - (ranks[num_positive:] - rankdata(negative)) / num_positive
-        areas.append(float(beaten.mean()))
-        of_positives.append(beaten)
-        of_negatives.append(losing)
+        of_positives.append((ranks[:num_positive] - rankdata(positive)) / num_negative)
+        of_negatives.append(1 - (ranks[num_positive:] - rankdata(negative)) / num_positive)
+    areas = np.mean(of_positives, axis=1)
     if min(num_positive, num_negative) < 2:
-        return DeLong(areas[0], areas[1], float("nan"))
-    covariance = np.cov(of_positives) / num_positive + np.cov(of_negatives) / num_negative
-    variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
-    difference = areas[0] - areas[1]
-    if variance < 1e-15:
-        return DeLong(areas[0], areas[1], 1.0 if abs(difference) < 1e-12 else 0.0)
-    return DeLong(areas[0], areas[1], float(2 * norm.sf(abs(difference) / np.sqrt(variance))))
+        return areas, float("nan")
+    gaps = np.diff(of_positives, axis=0).var(ddof=1), np.diff(of_negatives, axis=0).var(ddof=1)
+    return areas, float(gaps[0] / num_positive + gaps[1] / num_negative)

@@ -24,6 +24,8 @@ class Pooled:
     """(N,), places in :attr:`subjects`."""
     labels: Labels
     """(N,), places in CLINICAL_GROUPS; one more for images without a group."""
+    fold_of_image: Labels
+    """(N,), number of the fold that tests each image."""
     probabilities: Floats
     """(S, N, C) of a diagnosis; (S, N, 0) otherwise."""
     values: dict[str, Floats]
@@ -35,6 +37,13 @@ class Pooled:
         labels = np.zeros(len(self.subjects), np.int64)
         labels[self.subject_of_image] = self.labels
         return labels
+
+    @cached_property
+    def fold_of_subject(self) -> Labels:
+        """(M,)."""
+        folds = np.zeros(len(self.subjects), np.int64)
+        folds[self.subject_of_image] = self.fold_of_image
+        return folds
 
     @cached_property
     def of_subjects(self) -> Floats:
@@ -54,17 +63,18 @@ class Pooled:
         return {names[label]: int((self.subject_labels == label).sum()) for label in np.unique(self.subject_labels)}
 
 
-def pooled(task: Task, results: Sequence[CellResult], seeds: Sequence[int]) -> Pooled:
+def pooled(task: Task, results: Sequence[CellResult], seeds: Sequence[int], folds: Sequence[int]) -> Pooled:
     """The test images of all cells of an arm.
 
     Args:
         task: That was learnt.
         results: Of the cells.
         seeds: Of each cell, the number of its seed.
+        folds: Likewise, of its fold.
     """
+    cells = [(seed, one.table.assign(fold=fold)) for one, seed, fold in zip(results, seeds, folds, strict=True)]
     tables = [
-        pd.concat([result.table for result, seed in zip(results, seeds, strict=True) if seed == one]).sort_values("key")
-        for one in sorted(set(seeds))
+        pd.concat([table for seed, table in cells if seed == one]).sort_values("key") for one in sorted(set(seeds))
     ]
     first = tables[0]
     subjects, places = np.unique(first["subject"].to_numpy(str), return_inverse=True)
@@ -75,6 +85,7 @@ def pooled(task: Task, results: Sequence[CellResult], seeds: Sequence[int]) -> P
         subjects=tuple(map(str, subjects)),
         subject_of_image=places.astype(np.int64),
         labels=first["clinical_group"].map(order).to_numpy(np.int64),
+        fold_of_image=first["fold"].to_numpy(np.int64),
         probabilities=np.stack([table[columns].to_numpy(np.float64) for table in tables]),
         values={name: np.stack([table[name].to_numpy(np.float64) for table in tables]) for name in names},
     )

@@ -21,26 +21,32 @@ Score = Callable[[Floats, Labels, Floats], Floats]
 """Weights (B, N), labels (N,), probabilities (N, C) -> values (B,)."""
 
 
-def macro_auc(weights: Floats, labels: Labels, probabilities: Floats) -> Floats:
+def macro_auc(weights: Floats, labels: Labels, probabilities: Floats, folds: Labels | None = None) -> Floats:
     """Area under the ROC curve of each class against the rest, mean over the classes that occur.
 
     Of pairs of an image of the class and another one, the share in which the former has the higher probability of the
-    class; equal ones count half. 0.5 is chance.
+    class; equal ones count half. 0.5 is chance. With ``folds`` (N,), only pairs of one fold count: the networks of two
+    folds need not be equally sure of themselves, and across them even perfect ranks would be mixed up.
 
     Source:
-        Hanley and McNeil 1982; macro average, one versus rest.
+        Hanley and McNeil 1982; macro average, one versus rest. Folds: Forman and Scholz, SIGKDD Explorations 12:49
+        (2010).
     """
     classes = np.unique(labels)
-    return np.mean([auc(weights, labels == one, probabilities[:, one]) for one in classes], axis=0)
+    return np.mean([auc(weights, labels == one, probabilities[:, one], folds) for one in classes], axis=0)
 
 
-def auc(weights: Floats, is_positive: Bools, scores: Floats) -> Floats:
-    """Area under the ROC curve of one class against the rest; arguments as of :data:`Score`."""
-    positive, negative = scores[is_positive][:, None], scores[~is_positive][None]
-    wins = (positive > negative) + 0.5 * (positive == negative)
-    first, second = weights[:, is_positive], weights[:, ~is_positive]
-    pairs = first.sum(1) * second.sum(1)
-    return _over((first @ wins * second).sum(1), pairs)
+def auc(weights: Floats, is_positive: Bools, scores: Floats, folds: Labels | None = None) -> Floats:
+    """Area under the ROC curve of one class against the rest; arguments as of :func:`macro_auc`."""
+    parts = np.zeros(len(scores), np.int64) if folds is None else folds
+    wins, pairs = np.zeros(len(weights)), np.zeros(len(weights))
+    for part in np.unique(parts):
+        of_positive, of_negative = (np.flatnonzero(side & (parts == part)) for side in (is_positive, ~is_positive))
+        positive, negative = scores[of_positive][:, None], scores[of_negative][None]
+        first, second = weights[:, of_positive], weights[:, of_negative]
+        wins += (first @ ((positive > negative) + 0.5 * (positive == negative)) * second).sum(1)
+        pairs += first.sum(1) * second.sum(1)
+    return _over(wins, pairs)
 
 
 def balanced_accuracy(weights: Floats, labels: Labels, probabilities: Floats) -> Floats:
@@ -88,7 +94,14 @@ DIAGNOSIS: Final[dict[str, Score]] = {
     "macro_f1": macro_f1,
     "calibration_error": calibration_error,
 }
+"""Of all images as those of one fold; see :func:`diagnosis_scores`."""
 SEGMENTATION: Final = ("dice", "iou", "cldice")
+
+
+def diagnosis_scores(weights: Floats, labels: Labels, probabilities: Floats, folds: Labels) -> dict[str, Floats]:
+    """All scores of DIAGNOSIS; ``folds`` (N,) says which images one network was tested on."""
+    plain = {name: score(weights, labels, probabilities) for name, score in DIAGNOSIS.items() if score is not macro_auc}
+    return {"macro_auc": macro_auc(weights, labels, probabilities, folds), **plain}
 
 
 def overlaps(found: Bools, wanted: Bools) -> dict[str, float]:

@@ -1,12 +1,14 @@
 """From the tested cells of the grid to the figures of the report.
 
-The tests of all folds are pooled, each subject being tested in one of them; a score is the mean over the seeds.
+The tests of all folds are pooled, each subject being tested in one of them, but areas under ROC curves compare images
+of one fold alone; a score is the mean over the seeds.
 Subjects and seeds are resampled, the same in every arm, so that arms are compared on the same people and from the same
 first weights. An interval by subject alone would take the luck of a training for a merit of its images.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil
 from typing import Any, Final
 
 import numpy as np
@@ -19,7 +21,7 @@ from ccmdist.evaluation.downstream.cells import CellResult
 from ccmdist.evaluation.downstream.grid import TaskGrid, planned
 from ccmdist.evaluation.downstream.inference import delong, mcnemar, resampled, resampled_p
 from ccmdist.evaluation.downstream.pooled import Pooled, pooled
-from ccmdist.evaluation.downstream.scores import DIAGNOSIS, SEGMENTATION, mean
+from ccmdist.evaluation.downstream.scores import SEGMENTATION, diagnosis_scores, mean
 from ccmdist.evaluation.left_out import LeftOut
 from ccmdist.evaluation.sets import OpenedSets
 from ccmdist.evaluation.statistics import holm, interval
@@ -163,12 +165,14 @@ def summary_of(sets: OpenedSets) -> DownstreamSummary | None:
 def _task_summary(config: EvaluateConfig, grid: TaskGrid) -> TaskSummary:
     assert config.downstream is not None, "there is a grid"
     results = {arm.text: [cell.result() for cell in grid.cells if cell.arm == arm] for arm in grid.arms}
-    seeds = [cell.seed_number for cell in grid.cells if cell.arm == grid.arms[0]]
-    pools = {text: pooled(grid.task, found, seeds) for text, found in results.items()}
+    cells = [cell for cell in grid.cells if cell.arm == grid.arms[0]]
+    seeds, folds = [cell.seed_number for cell in cells], [cell.fold.number for cell in cells]
+    pools = {text: pooled(grid.task, found, seeds, folds) for text, found in results.items()}
     pool = pools[REAL]
     rng = np.random.default_rng([config.seed, len(grid.task)])
-    weights = resampled(pool.subject_labels, config.num_bootstrap, rng)
-    of_seeds = resampled(np.zeros(config.downstream.num_seeds, np.int64), config.num_bootstrap, rng)
+    num = num_resamplings(config, len(grid.arms))
+    weights = resampled(pool.subject_labels, num, rng)
+    of_seeds = resampled(np.zeros(config.downstream.num_seeds, np.int64), num, rng)
     scored = {text: _scored(grid.task, pool, weights, of_seeds) for text, pool in pools.items()}
     arms = [_arm_result(config, grid.task, arm, results[arm.text], pools, scored) for arm in grid.arms]
     networks = config.downstream.networks
@@ -187,21 +191,32 @@ def _task_summary(config: EvaluateConfig, grid: TaskGrid) -> TaskSummary:
     )
 
 
+def num_resamplings(config: EvaluateConfig, num_arms: int) -> int:
+    """Enough that the smallest p they can tell is below alpha after Holm's correction over the arms, by a factor of 5.
+
+    With 1000 resamplings and 26 arms no difference whatever could be significant.
+    """
+    return max(config.num_bootstrap, ceil(10 * (num_arms - 1) / config.alpha))
+
+
 def _scored(task: Task, pool: Pooled, weights: Floats, of_seeds: Floats) -> _Resampled:
     """Every score of an arm in every resampling: ``weights`` (B, M) of subjects, ``of_seeds`` (B, S)."""
     of_images = weights[:, pool.subject_of_image]
     if task == "segmentation":
         by_seed = {name: np.stack([mean(of_images, values) for values in pool.values[name]]) for name in SEGMENTATION}
         return _Resampled(_means(by_seed, of_seeds), {}, _spreads(by_seed))
-    images = {
-        name: np.stack([score(of_images, pool.labels, probabilities) for probabilities in pool.probabilities])
-        for name, score in DIAGNOSIS.items()
-    }
-    subjects = {
-        name: np.stack([score(weights, pool.subject_labels, probabilities) for probabilities in pool.of_subjects])
-        for name, score in DIAGNOSIS.items()
-    }
+    images = _by_seed(
+        diagnosis_scores(of_images, pool.labels, found, pool.fold_of_image) for found in pool.probabilities
+    )
+    subjects = _by_seed(
+        diagnosis_scores(weights, pool.subject_labels, found, pool.fold_of_subject) for found in pool.of_subjects
+    )
     return _Resampled(_means(images, of_seeds), _means(subjects, of_seeds), _spreads(images), _spreads(subjects))
+
+
+def _by_seed(scores: Iterable[Mapping[str, Floats]]) -> dict[str, Floats]:
+    found = list(scores)
+    return {name: np.stack([one[name] for one in found]) for name in found[0]}
 
 
 def _means(by_seed: Mapping[str, Floats], of_seeds: Floats) -> dict[str, Floats]:
@@ -264,7 +279,9 @@ def _delong(real: Pooled, other: Pooled) -> list[ClassTest]:
     found = []
     for label in np.unique(real.subject_labels):
         is_positive = real.subject_labels == label
-        test = delong(is_positive, real.mean_of_subjects[:, label], other.mean_of_subjects[:, label])
+        test = delong(
+            is_positive, real.mean_of_subjects[:, label], other.mean_of_subjects[:, label], real.fold_of_subject
+        )
         found.append(ClassTest(CLINICAL_GROUPS[label], test.first, test.second, test.p, 1.0))
     return found
 

@@ -105,7 +105,9 @@ def test_a_score_is_the_mean_over_seeds_of_the_pooled_tests(world, summary):
 
 def test_subjects_count_with_the_mean_of_their_frames(world, summary):
     some = [c for c in cells(config(world, "all", ARMS)) if c.task == "diagnosis" and c.arm.text == "real"]
-    pool = pooled("diagnosis", [cell.read() for cell in some], [cell.seed_number for cell in some])
+    pool = pooled(
+        "diagnosis", [cell.read() for cell in some], [c.seed_number for c in some], [c.fold.number for c in some]
+    )
     table = pd.concat([cell.read().table for cell in some if cell.seed_number == 0])
     by_hand = table.groupby("subject")[list(PROBABILITIES)].mean()
     assert list(by_hand.index) == list(pool.subjects)

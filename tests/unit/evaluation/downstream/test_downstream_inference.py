@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 
+from ccmdist.config.evaluate import EvaluateConfig
 from ccmdist.evaluation.downstream.inference import delong, mcnemar, resampled, resampled_p
-from ccmdist.evaluation.statistics import interval
+from ccmdist.evaluation.downstream.summary import num_resamplings
+from ccmdist.evaluation.statistics import holm, interval
 
 
 def naive_delong(is_positive, first, second):
@@ -39,8 +41,36 @@ def test_delong_is_the_naive_test_with_and_without_equal_scores(seed, num_positi
     areas, p = naive_delong(is_positive, first, second)
     found = delong(is_positive, first, second)
     assert (found.first, found.second) == pytest.approx(areas, abs=1e-12)
-    if p > 1e-12 and found.p > 0:
+    if p > 1e-12 and np.isfinite(found.p):
         assert found.p == pytest.approx(p, abs=1e-8)
+
+
+def test_delong_within_folds_has_its_level_where_networks_of_folds_are_not_equally_sure():
+    rng = np.random.default_rng(4)
+    is_positive, folds = np.tile([True, False], 30), np.repeat(np.arange(3), 20)
+    rejected = np.zeros(2)
+    for _ in range(300):
+        common = 1.2 * is_positive + rng.normal(0, 1, 60)
+        first, second = common + rng.normal(0, 1, (2, 60))
+        shifted = second + np.array([0, 4, 8])[folds]
+        rejected += [delong(is_positive, first, shifted, given).p < 0.05 for given in (folds, None)]
+    assert rejected[0] / 300 < 0.08
+    assert rejected[1] / 300 > 0.2  # what pooling them does
+
+
+def test_areas_that_differ_without_any_variance_have_no_p():
+    is_positive = np.array([True, True, False, False])
+    found = delong(is_positive, np.array([0.9, 0.8, 0.2, 0.1]), np.full(4, 0.5))
+    assert (found.first, found.second) == (1, 0.5)
+    assert np.isnan(found.p)
+    assert np.isnan(delong(is_positive, np.arange(4.0), np.ones(4), np.array([0, 1, 0, 1])).p)
+
+
+@pytest.mark.parametrize("num_arms", [2, 9, 26, 80])
+def test_resamplings_are_enough_for_a_difference_to_be_significant_among_all_arms(num_arms):
+    config = EvaluateConfig(out="out", real="real", synthetic={"x": "x"}, num_bootstrap=1000)
+    smallest = resampled_p(np.ones(num_resamplings(config, num_arms)))
+    assert min(holm([smallest] * (num_arms - 1))) < config.alpha / 4
 
 
 def test_delong_of_one_network_with_itself_finds_nothing_and_of_one_subject_says_nothing():

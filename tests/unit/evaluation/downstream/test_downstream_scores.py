@@ -18,6 +18,7 @@ from ccmdist.evaluation.downstream.scores import (
     auc,
     balanced_accuracy,
     calibration_error,
+    diagnosis_scores,
     macro_auc,
     macro_f1,
     mean,
@@ -76,6 +77,22 @@ def test_an_area_counts_pairs_and_equal_ones_half():
     is_positive, scores = np.array([True, True, False, False]), np.array([0.9, 0.4, 0.4, 0.1])
     assert auc(ones(4), is_positive, scores) == pytest.approx(3.5 / 4)
     assert np.isnan(auc(np.array([[1.0, 1, 0, 0]]), is_positive, scores))
+
+
+def test_an_area_with_folds_is_the_mean_of_theirs_by_pairs_however_sure_each_network_is():
+    rng = np.random.default_rng(5)
+    labels, probabilities = drawn(5)
+    folds, weights = rng.integers(0, 3, len(labels)), rng.integers(0, 3, (4, len(labels))).astype(float)
+    is_positive, scores = labels == 1, probabilities[:, 1]
+    found = auc(weights, is_positive, scores, folds)
+    areas = [auc(weights[:, folds == one], is_positive[folds == one], scores[folds == one]) for one in range(3)]
+    pairs = [(weights * (folds == one) * side).sum(1) for side in (is_positive, ~is_positive) for one in range(3)]
+    of_folds = np.array(pairs[:3]) * np.array(pairs[3:])
+    assert found == pytest.approx((np.array(areas) * of_folds).sum(0) / of_folds.sum(0))
+    # A network that says 0.1 where another one says 0.9 ranks its own images as before.
+    assert auc(weights, is_positive, scores + 10 * folds, folds) == pytest.approx(found)
+    assert abs(auc(weights, is_positive, scores + 10 * folds) - found).min() > 0.05
+    assert diagnosis_scores(weights, labels, probabilities, folds).keys() == DIAGNOSIS.keys()
 
 
 def test_a_mean_is_weighted():
