@@ -68,6 +68,10 @@ class RunDirectory:
         self.ledger = path / "ledger.jsonl"
         self._lock = filelock.FileLock(path / ".lock", timeout=0)
 
+    def trained(self, what: Literal["adapter", "network"]) -> Path:
+        """Where a finished run leaves what it has trained."""
+        return self.adapter if what == "adapter" else self.network
+
     def hold(self) -> None:
         """Take the run for this process until it ends, however it ends.
 

@@ -1,9 +1,10 @@
 """What can be learnt, and the settings of each: a tagged union whose tag, `kind`, is also the name of a baseline."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from ccmdist.config.data import PX_PER_TOKEN
 from ccmdist.config.settings import Settings
 
 ObjectiveKind = Literal["edit", "spade", "maisi"]
@@ -11,15 +12,39 @@ NetworkKind = Literal["spade", "maisi"]
 """Objectives that train a network of their own from scratch, instead of an adapter on a frozen model."""
 
 
-class EditSettings(Settings):
+class OfObjective(Settings):
+    """What all of the project needs to know of an objective, told here alone."""
+
+    trains: ClassVar[Literal["adapter", "network"]]
+    """An adapter on a frozen model, or a network of its own."""
+    sees: ClassVar[Literal["latents", "pixels"]]
+    """Latents, with the cache and the model folder that they come from; or the pixels of the shards."""
+    has_noise_levels: ClassVar[bool]
+    """Whether images are drawn in denoise steps, with guidance; or in one pass."""
+
+    def refuse_size(self, image_size_px: int) -> None:
+        """Refuse images that its networks cannot halve as often as they do.
+
+        Raises:
+            ValueError: For images of this edge.
+        """
+
+
+class EditSettings(OfObjective):
     """An adapter on Qwen-Image-Edit; its settings are `adapter`, `base` and the fields beside them."""
 
+    trains = "adapter"
+    sees = "latents"
+    has_noise_levels = True
     kind: Literal["edit"] = "edit"
 
 
-class SpadeSettings(Settings):
+class SpadeSettings(OfObjective):
     """A SPADE GAN from scratch: MONAI's generator and patch discriminators, on pixels. The sizes are ours."""
 
+    trains = "network"
+    sees = "pixels"
+    has_noise_levels = False
     kind: Literal["spade"] = "spade"
     channels: tuple[int, ...] = Field((256, 256, 128, 64, 32), min_length=2, max_length=8)
     """Of the generator's blocks, each of which doubles the size of the image."""
@@ -34,10 +59,27 @@ class SpadeSettings(Settings):
     feature_matching: float = Field(10.0, ge=0)
     """Weight of the distance between real and drawn images in the discriminators' features."""
 
+    def refuse_size(self, image_size_px: int) -> None:
+        """See :meth:`OfObjective.refuse_size`."""
+        if image_size_px % (factor := 2 ** len(self.channels)) or image_size_px // factor < 2:
+            raise ValueError(
+                f"objective.channels: {len(self.channels)} blocks double the image {len(self.channels)} times, and "
+                f"data.image_size_px {image_size_px} is not {factor} times 2 or more"
+            )
+        layers = self.discriminator_layers * self.num_discriminators
+        if image_size_px < (smallest := 4 * 2**layers):
+            raise ValueError(
+                f"objective.discriminator_layers: the last discriminator has {layers} layers, which need images of "
+                f"{smallest} px (data.image_size_px {image_size_px})"
+            )
 
-class MaisiSettings(Settings):
+
+class MaisiSettings(OfObjective):
     """A MAISI-style latent diffusion from scratch: MONAI's U-Net, on the cached latents. Sizes as of MAISI's own."""
 
+    trains = "network"
+    sees = "latents"
+    has_noise_levels = True
     kind: Literal["maisi"] = "maisi"
     channels: tuple[int, ...] = Field((64, 128, 256, 512), min_length=1, max_length=6)
     """Of the levels of the U-Net, each half as large as the one before."""
@@ -60,8 +102,18 @@ class MaisiSettings(Settings):
             raise ValueError(f"head_channels: {bad[0]} channels do not divide into heads of {self.head_channels}")
         return self
 
+    def refuse_size(self, image_size_px: int) -> None:
+        """See :meth:`OfObjective.refuse_size`."""
+        num_halvings, latent_px = len(self.channels) - 1, 2 * (image_size_px // PX_PER_TOKEN)
+        if latent_px % (factor := 2**num_halvings):
+            raise ValueError(
+                f"objective.channels: {len(self.channels)} levels halve latents of {latent_px} {num_halvings} times, "
+                f"which {factor} does not divide; use fewer levels, or another data.image_size_px"
+            )
 
-def _kind(values: Any) -> str:
+
+def objective_kind(values: Any) -> str:
+    """The tag of settings that are not validated yet; `edit` where none is given."""
     kind = values.get("kind", "edit") if isinstance(values, dict) else getattr(values, "kind", "edit")
     return str(kind)
 
@@ -70,5 +122,5 @@ ObjectiveSettings = Annotated[
     Annotated[EditSettings, Tag("edit")]
     | Annotated[SpadeSettings, Tag("spade")]
     | Annotated[MaisiSettings, Tag("maisi")],
-    Discriminator(_kind),
+    Discriminator(objective_kind),
 ]

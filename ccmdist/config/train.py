@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final, Literal, Self, get_args
 from pydantic import Discriminator, Field, SerializerFunctionWrapHandler, Tag, model_serializer, model_validator
 
 from ccmdist.config.data import DataSettings
-from ccmdist.config.objectives import EditSettings, NetworkKind, ObjectiveSettings, SpadeSettings
+from ccmdist.config.objectives import EditSettings, NetworkKind, ObjectiveSettings, objective_kind
 from ccmdist.config.settings import Settings, free
 
 QUANTIZED: Final = ("nf4", "int8")
@@ -166,7 +166,8 @@ class TrainConfig(Settings):
     @classmethod
     def _nothing_of_edit_is_set_for_others(cls, values: Any) -> Any:
         """Refuse what would be ignored; so a file that sets an adapter can be followed by one that sets it to null."""
-        if not isinstance(values, dict) or (kind := _objective_kind(values)) not in get_args(NetworkKind):
+        kind = objective_kind(values.get("objective")) if isinstance(values, dict) else "edit"
+        if kind not in get_args(NetworkKind):
             return values
         given = [name for name in OF_EDIT if values.get(name) is not None]
         if given:
@@ -179,22 +180,20 @@ class TrainConfig(Settings):
     def _what_applies(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """What applies. Settings of `edit` are written as before there were other objectives: so are their digests."""
         values: dict[str, Any] = handler(self)
-        silent = ("objective",) if self.objective.kind == "edit" else OF_EDIT
+        silent = ("objective",) if self.objective.trains == "adapter" else OF_EDIT
         return {name: value for name, value in values.items() if name not in silent}
 
     @model_validator(mode="after")
     def _settings_fit_the_objective(self) -> Self:
         kind = self.objective.kind
-        if kind != "edit" and self.sharding not in ("auto", "zero3"):
+        if self.objective.trains == "network" and self.sharding not in ("auto", "zero3"):
             raise ValueError(
                 f"sharding: {self.sharding}, but objective.kind {kind} has no frozen model; set it to auto"
             )
-        if isinstance(self.objective, SpadeSettings):
-            _refuse_size(self.objective, self.data.image_size_px)
-            if self.sigma_sampling != "logit_normal" or self.validation.sigmas != ValidationSettings().sigmas:
-                raise ValueError(
-                    "sigma_sampling, validation.sigmas: objective.kind spade has no noise levels; leave out"
-                )
+        self.objective.refuse_size(self.data.image_size_px)
+        are_set = self.sigma_sampling != "logit_normal" or self.validation.sigmas != ValidationSettings().sigmas
+        if are_set and not self.objective.has_noise_levels:
+            raise ValueError(f"sigma_sampling, validation.sigmas: objective.kind {kind} has no noise levels; leave out")
         return self
 
     @model_validator(mode="after")
@@ -220,24 +219,3 @@ class TrainConfig(Settings):
         if any(not 0 < sigma < 1 for sigma in self.validation.sigmas):
             raise ValueError(f"validation.sigmas {list(self.validation.sigmas)} must lie between 0 and 1")
         return self
-
-
-def _objective_kind(values: dict[str, Any]) -> str:
-    objective = values.get("objective") or {}
-    kind = objective.get("kind", "edit") if isinstance(objective, dict) else getattr(objective, "kind", "edit")
-    return str(kind)
-
-
-def _refuse_size(spade: SpadeSettings, size_px: int) -> None:
-    """Refuse images that the networks cannot halve as often as they do."""
-    if size_px % (factor := 2 ** len(spade.channels)) or size_px // factor < 2:
-        raise ValueError(
-            f"objective.channels: {len(spade.channels)} blocks double the image {len(spade.channels)} times, and "
-            f"data.image_size_px {size_px} is not {factor} times 2 or more"
-        )
-    layers = spade.discriminator_layers * spade.num_discriminators
-    if size_px < (smallest := 4 * 2**layers):
-        raise ValueError(
-            f"objective.discriminator_layers: the last discriminator has {layers} layers, which need images of "
-            f"{smallest} px (data.image_size_px {size_px})"
-        )

@@ -19,18 +19,15 @@ from ccmdist.adapters.injection import KINDS, layer_group
 from ccmdist.adapters.merge import merged_rows, row_slices
 from ccmdist.adapters.state import WEIGHTS_FILE, AdapterState, read_adapter, write_adapter
 from ccmdist.adapters.wdlora import RowState
-from ccmdist.cluster.best_checkpoint import BEST, pointed_checkpoint
-from ccmdist.cluster.run_directory import COMMITTED, RunDirectory
 from ccmdist.commit import commit_bytes, committed_file, sync_folder, temporary_name
-from ccmdist.config.loading import validate
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import log, tracked
-from ccmdist.data.cache_index import UNKNOWN
 from ccmdist.errors import AdapterError, ModelError
 from ccmdist.jobs.adapter_check import compare, linear_shapes
+from ccmdist.jobs.trained import facts_of, find_trained, quantity_of, run_of, settings_of
 from ccmdist.models.model_folder import REPOSITORIES, ModelFolder
 from ccmdist.models.sizes import PIPELINES
-from ccmdist.train.checkpoint import Checkpoint, newest_valid, verified
+from ccmdist.train.checkpoint import Checkpoint
 
 PUBLISHED_WIDTH = {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128}
 """Of the published transformers, which are what their class builds by default."""
@@ -45,18 +42,10 @@ def find(path: Path) -> AdapterState:
     Raises:
         AdapterError: If there is none, or it cannot be read.
         CheckpointError: If the checkpoint asked for is broken, or the pointer points at none.
+        ModelError: If the settings of the run are not known.
     """
-    if path.name == BEST:
-        path = pointed_checkpoint(path)
-    if (path / WEIGHTS_FILE).is_file():
-        return read_adapter(path)
-    if COMMITTED.fullmatch(path.name) and path.is_dir():
-        return adapter_of(verified(path), _config_of(RunDirectory(path.resolve().parent.parent)))
-    run = RunDirectory(path)
-    if (checkpoint := newest_valid(run.checkpoints)) is not None:
-        return adapter_of(checkpoint, _config_of(run))
-    if (run.adapter / WEIGHTS_FILE).is_file():
-        return read_adapter(run.adapter)
+    if (found := find_trained(path, "adapter", WEIGHTS_FILE, read_adapter, adapter_of)) is not None:
+        return found
     raise AdapterError(
         f"{path}: holds neither {WEIGHTS_FILE} nor a checkpoint that is whole",
         "give the folder of an exported adapter, of a run, or of a checkpoint (runs/NAME/checkpoints/step-00001000), "
@@ -70,22 +59,21 @@ def adapter_of(checkpoint: Checkpoint, config: TrainConfig) -> AdapterState:
     Raises:
         AdapterError: If the checkpoint does not hold the adapter that ``config`` describes.
     """
-    if (kind := config.objective.kind) != "edit":
+    if config.objective.trains != "adapter":
         raise AdapterError(
-            f"{checkpoint.path}: is of a {kind} network, not of an adapter",
+            f"{checkpoint.path}: is of a {config.objective.kind} network, not of an adapter",
             "give it as network= to `ccmdist synthesize`",
         )
-    manifest = checkpoint.manifest
-    quantity = "average" if manifest["has_average"] else "weight"
+    quantity = quantity_of(checkpoint)
     tensors: dict[str, dict[str, Tensor]] = {}
-    for parameter in manifest["parameters"]:
+    for parameter in checkpoint.manifest["parameters"]:
         name, _, kind = parameter.rpartition(".")
         if kind not in KINDS:
             raise AdapterError(
                 f"{checkpoint.path}: {parameter} is not a parameter of an adapter", "give another checkpoint"
             )
         tensors.setdefault(name, {})[kind] = checkpoint.whole(parameter, quantity)
-    state = AdapterState(config.adapter, tensors, _facts(checkpoint, config, quantity))
+    state = AdapterState(config.adapter, tensors, _facts(checkpoint, config))
     state.check(checkpoint.path)
     return state
 
@@ -204,13 +192,11 @@ def movement(rows: Mapping[str, RowState]) -> dict[str, float]:
 
 def _movement_in_run(source: Path, state: AdapterState) -> dict[str, float]:
     """Movement on the base that the run was trained on; empty where that is not at hand."""
-    if source.name == BEST:
-        source = pointed_checkpoint(source)
-    run = RunDirectory(source.resolve().parent.parent if COMMITTED.fullmatch(source.name) else source)
+    run = run_of(source)
     if not run.config.is_file():
         return {}
     try:
-        return movement(rows_of(state, _on_base_of(state, _config_of(run))))
+        return movement(rows_of(state, _on_base_of(state, settings_of(run))))
     except (ModelError, AdapterError) as error:
         log.warning("%s", error)
         return {}
@@ -234,28 +220,9 @@ def _on_base(state: AdapterState, folder: ModelFolder) -> AdapterState:
     return state
 
 
-def _config_of(run: RunDirectory) -> TrainConfig:
-    try:
-        values = json.loads(run.config.read_text())["settings"]
-    except (OSError, ValueError, KeyError):
-        raise AdapterError(
-            f"{run.config}: is missing or cannot be read, so rank and alpha of the adapter are not known",
-            "keep checkpoints in the folder of their run",
-        ) from None
-    return validate(TrainConfig, values, source=str(run.config))
-
-
-def _facts(checkpoint: Checkpoint, config: TrainConfig, quantity: str) -> dict[str, str]:
-    names = ("base_digest", "data_digest", "config_digest", "step", "samples_seen")
-    facts = {name: str(checkpoint.manifest[name]) for name in names}
-    facts |= {
-        # Which subjects it has seen: an evaluation may test it on none of them.
-        "training_set_digest": str(checkpoint.manifest.get("training_set_digest", UNKNOWN)),
-        "training_split": "train",
-        "image_size_px": str(config.data.image_size_px),
-        "weights": "moving average" if quantity == "average" else "last",
-        "base_in_training": config.base,
-    }
+def _facts(checkpoint: Checkpoint, config: TrainConfig) -> dict[str, str]:
+    facts = facts_of(checkpoint)
+    facts |= {"image_size_px": str(config.data.image_size_px), "base_in_training": config.base}
     try:
         return facts | _base_facts(ModelFolder.open(config.data.model))
     except ModelError:

@@ -55,7 +55,7 @@ class Candidates:
     @property
     def weights(self) -> Literal["adapter", "network"]:
         """What the checkpoints hold, as the settings of synthesis call it."""
-        return "adapter" if self.trained.objective.kind == "edit" else "network"
+        return self.trained.objective.trains
 
     @property
     def num_images(self) -> int:

@@ -61,9 +61,9 @@ def show(arguments: Sequence[str], asked: dict[str, Any], as_json: bool, is_scal
         CcmdistError: If the settings, the machine or the model folder cannot be used, or nothing fits.
     """
     config, slurm = load_for_slurm(TrainConfig, *parted(arguments))
-    if (kind := config.objective.kind) != "edit":
+    if config.objective.trains != "adapter":
         raise ConfigError(
-            f"objective.kind: {kind} is not planned for, only adapters on Qwen-Image-Edit are",
+            f"objective.kind: {config.objective.kind} is not planned for, only adapters on Qwen-Image-Edit are",
             "start it for some steps: its log tells images/s, and TensorBoard memory",
         )
     wish = Asked(**{name: value for name, value in asked.items() if value is not None})

@@ -74,8 +74,8 @@ def _with_trained(configs: dict[str, Any]) -> Settings:
     synthesize, run = configs["synthesize"], RunDirectory(configs["train"].run)
     if synthesize.adapter is not None or synthesize.network is not None:
         return cast(Settings, synthesize)
-    is_adapter = configs["train"].objective.kind == "edit"
-    trained = {"adapter": str(run.adapter)} if is_adapter else {"network": str(run.network)}
+    trains = configs["train"].objective.trains
+    trained = {trains: str(run.trained(trains))}
     return validate(SynthesizeConfig, resolved(synthesize) | trained, source="the command line")
 
 

@@ -84,11 +84,9 @@ def _described_network(config: SynthesizeConfig, folder: Path) -> str:
     about = read_about(exported)
     plan = make_network_plan(config, about)
     refuse_other_set(config.out, plan)
-    steps = (
-        "one pass"
-        if about.kind == "spade"
-        else f"{config.denoise_steps} denoise steps, guidance {config.guidance_scale:g}"
-    )
+    steps = f"{config.denoise_steps} denoise steps, guidance {config.guidance_scale:g}"
+    if not about.settings.has_noise_levels:
+        steps = "one pass"
     return f"{_described_batches(config, plan)}\nmodel: {about.kind} from scratch at {exported}, {steps}"
 
 

@@ -17,7 +17,6 @@ from ccmdist.cluster.sections import job_began
 from ccmdist.commit import commit_json
 from ccmdist.config.data import DataSettings
 from ccmdist.config.loading import resolved
-from ccmdist.config.objectives import SpadeSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.cache_index import find_cache, indexes
 from ccmdist.data.cached_samples import CachedSamples
@@ -68,7 +67,7 @@ def describe(config: TrainConfig) -> str:
             not divide.
     """
     refuse_missing_libraries(config)
-    model = None if isinstance(config.objective, SpadeSettings) else ModelFolder.open(config.data.model)
+    model = None if config.objective.sees == "pixels" else ModelFolder.open(config.data.model)
     entries = _entries(config, model)
     order = Order(entries, config.seed, config.micro_batch_size, config.balance, config.shuffle_window)
     ranks = ranks_from_environment() or Ranks(0, 0, config.processes)
@@ -106,25 +105,23 @@ def refuse_missing_libraries(config: TrainConfig) -> None:
 
 def _model(config: TrainConfig, model: ModelFolder | None) -> str:
     """What is trained, in words."""
-    kind = config.objective.kind
-    if kind == "edit" and model is not None:
-        adapter = f"adapter {config.adapter.kind} of rank {config.adapter.lora_rank}"
-        return f"Qwen-Image-Edit {model.version} at {config.data.model}, {adapter}"
-    seen = "pixels" if model is None else f"latents of the VAE at {config.data.model}"
-    return f"{kind} from scratch, on {seen}"
+    if model is None:
+        return f"{config.objective.kind} from scratch, on pixels"
+    if config.objective.trains == "network":
+        return f"{config.objective.kind} from scratch, on latents of the VAE at {config.data.model}"
+    adapter = f"adapter {config.adapter.kind} of rank {config.adapter.lora_rank}"
+    return f"Qwen-Image-Edit {model.version} at {config.data.model}, {adapter}"
 
 
 def _entries(config: TrainConfig, model: ModelFolder | None) -> CachedSamples:
-    return (
-        ShardSamples(config.data, ("train",)).entries("train")
-        if model is None
-        else training_entries(config.data, model)
-    )
+    if model is None:
+        return ShardSamples(config.data, ("train",)).entries("train")
+    return training_entries(config.data, model)
 
 
 def _memory(config: TrainConfig, model: ModelFolder | None, entries: CachedSamples, num_ranks: int) -> str:
     """What the planner says of the memory of each GPU, all of them on one node; nothing where no base is frozen."""
-    if config.objective.kind != "edit" or model is None:
+    if config.objective.trains == "network" or model is None:
         return ""
     of = tokens(config.data.image_size_px, model.version, int(entries.num_text_tokens.max()))
     transformer = Transformer.from_config(model.config("transformer"))

@@ -147,8 +147,7 @@ def _finish(run: RunDirectory, config: TrainConfig, outcome: Outcome) -> Outcome
     if outcome.state == "requeue":
         log.info("run the same command again to continue")
     if outcome.state == "done":
-        is_adapter = config.objective.kind == "edit"
-        log.info("%s: %s", "adapter" if is_adapter else "network", run.adapter if is_adapter else run.network)
+        log.info("%s: %s", config.objective.trains, run.trained(config.objective.trains))
         log.info(
             "curves: tensorboard --logdir %s   (on a cluster, from your own machine: "
             "ssh -L 6006:localhost:6006 LOGIN_NODE, then open http://localhost:6006)",
@@ -161,7 +160,7 @@ def export(run: RunDirectory, config: TrainConfig) -> None:
     """Write what the newest checkpoint has trained to the run's folder: an adapter, or a network."""
     checkpoint = newest_valid(run.checkpoints)
     assert checkpoint is not None, "a finished run has committed its last step"
-    if config.objective.kind == "edit":
+    if config.objective.trains == "adapter":
         write_adapter(run.adapter, adapter_of(checkpoint, config))
     else:
         write_network(run.network, network_of(checkpoint, config))

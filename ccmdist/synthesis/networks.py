@@ -138,7 +138,7 @@ class NetworkDrawing:
         """The network, loaded, and the samples that are drawn from."""
         data, split = self.config.data, self.config.split
         samples = ShardSamples(data, (split,))
-        if self.state.about.kind == "spade":
+        if isinstance(self.state.about.settings, SpadeSettings):
             return SpadeSampler(plan, self.state, samples), samples.entries(split)
         model = ModelFolder.open(data.model)
         cache = LatentCache.open(data, model.encoder_identity(), (split,))
@@ -163,7 +163,7 @@ def _refuse_misfit(config: SynthesizeConfig, state: NetworkState) -> None:
             f"{config.network}: draws images of {about.image_size_px} px, data.image_size_px is {data.image_size_px}",
             f"set data.image_size_px={about.image_size_px}",
         )
-    if about.kind == "maisi":
+    if about.settings.sees == "latents":
         trained_on = about.facts.get("base_digest", "(not known)")
         found = maisi.latents_digest(ModelFolder.open(data.model).encoder_identity())
         if trained_on != found:

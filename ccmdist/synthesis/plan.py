@@ -215,16 +215,16 @@ def make_plan(
 def make_network_plan(config: SynthesizeConfig, network: NetworkAbout) -> Plan:
     """The plan of a config for a network that was trained from scratch; writes nothing and draws nothing.
 
-    SPADE has no denoise steps and no guidance, needs no cache, and no model folder.
+    A network that sees pixels needs no cache and no model folder.
 
     Raises:
-        CacheError: If a network of the kind maisi is to draw, and no cache fits, or shards are missing in it.
+        CacheError: If the network sees latents, and no cache fits, or shards are missing in it.
         ConfigError: If the split is empty, a key would become too long, or there are too many batches.
-        ShardError: If a network of the kind spade is to draw, and a tar is not the one that the manifest names.
+        ShardError: If the network sees pixels, and a tar is not the one that the manifest names.
     """
     manifest, data = read_manifest(config.data.shards), config.data
     cache_digest = schedule_digest = NONE
-    if network.kind == "maisi":
+    if network.settings.sees == "latents":
         model = ModelFolder.open(data.model)
         folder, cache_digest = find_cache(data, manifest.digest, model.encoder_identity())
         schedule_digest = digest_of(model.noise_schedule())
@@ -255,7 +255,7 @@ def _settings(
     base: Base,
     network: NetworkAbout | None = None,
 ) -> PlanSettings:
-    data, is_one_pass = config.data, network is not None and network.kind == "spade"
+    data, is_one_pass = config.data, network is not None and not network.settings.has_noise_levels
     return PlanSettings(
         source_set_digest=source_set_digest,
         cache_digest=cache_digest,

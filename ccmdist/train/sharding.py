@@ -25,7 +25,7 @@ def settle_sharding(config: TrainConfig, group: ProcessGroup) -> TrainConfig:
         ConfigError: If zero3_hpz is asked for where nodes have one rank, or not all the same number; or if ``auto``
             finds nothing that fits.
     """
-    if config.objective.kind != "edit":
+    if config.objective.trains == "network":
         mode = Mode("zero3", "no weights are frozen")
     elif config.sharding == "auto":
         mode = _chosen(config, group)

@@ -16,7 +16,7 @@ BYTES_PER_VALUE: Final = 12
 
 def checkpoint_bytes(config: TrainConfig) -> int:
     """About what the kept checkpoints of a run, the one written, and its adapter take; 0 if unknown or a network."""
-    if config.objective.kind != "edit":
+    if config.objective.trains != "adapter":
         return 0
     try:
         values = num_values(config)

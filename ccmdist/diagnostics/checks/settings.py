@@ -17,7 +17,7 @@ def check(request: Request) -> Findings:
     if (config := request.config) is None:
         return
     sources = [_told("shard set", lambda: _shards(config.data))]
-    if needs_cache := config.objective.kind != "spade":
+    if needs_cache := config.objective.sees == "latents":
         sources = [_told("model files", lambda: _model(config.data)), *sources]
     yield from sources
     if needs_cache and all(finding.state == "OK" for finding in sources):  # both are part of the cache's name

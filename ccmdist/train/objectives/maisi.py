@@ -13,7 +13,6 @@ from ccmdist.config.train import TrainConfig
 from ccmdist.data.shard_samples import ShardSamples
 from ccmdist.diffusion import flow
 from ccmdist.diffusion.seeding import generator
-from ccmdist.errors import ConfigError
 from ccmdist.models import maisi
 from ccmdist.train.objectives.latent_flow import LatentFlow
 from ccmdist.train.objectives.objective import Batch
@@ -32,18 +31,11 @@ class MaisiObjective(LatentFlow):
         Raises:
             CacheError: If the cache is missing or was made for something else.
             ShardError: If a tar of the shard set is not the one that its manifest names.
-            ConfigError: If latents cannot be halved as often as the U-Net does, there are too few samples, or the
-                batch does not divide.
+            ConfigError: If there are too few samples, or the batch does not divide over the ranks.
         """
         super().__init__(config, group)
         assert isinstance(config.objective, MaisiSettings), config.objective
         self.settings = config.objective
-        if self.latent_hw[0] % (factor := 2 ** (len(self.settings.channels) - 1)):
-            raise ConfigError(
-                f"objective.channels: {len(self.settings.channels)} levels halve latents of {self.latent_hw[0]} "
-                f"{len(self.settings.channels) - 1} times, which {factor} does not divide",
-                "use fewer levels, or another data.image_size_px",
-            )
         self.um_per_px = ShardSamples(config.data, ("train", "val")).um_per_px
         self.base_digest = maisi.latents_digest(self.folder.encoder_identity())
 

@@ -84,7 +84,6 @@ class SpadeObjective:
         self.order = Order(self.entries, config.seed, config.micro_batch_size, config.balance, config.shuffle_window)
         self.order.cells_of_step(0, config.global_batch_size, group.ranks.global_rank, group.ranks.world_size)
         self.base_digest = NO_BASE
-
         self.data_digest = self.samples.digest
         self._figures: dict[str, list[torch.Tensor]] = {name: [] for name in FIGURES}
 

@@ -68,6 +68,10 @@ def test_a_small_baseline_has_the_data_of_the_small_adapter(kind):
         (["objective.kind=maisi", "objective.channels=[32]"], "norm_groups: 32 channels do not make 32 groups of two"),
         (["objective.kind=maisi", "objective.channels=[64,96]"], None),
         (
+            ["objective.kind=maisi", "data.image_size_px=48"],
+            "4 levels halve latents of 6 3 times, which 8 does not divide; use fewer levels, or",
+        ),
+        (
             ["objective.kind=maisi", "objective.head_channels=48"],
             "head_channels: 256 channels do not divide into heads",
         ),

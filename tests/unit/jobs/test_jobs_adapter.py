@@ -16,7 +16,7 @@ from ccmdist.cluster.best_checkpoint import BestCheckpoint
 from ccmdist.commit import sha256_of_file
 from ccmdist.config.loading import load, resolved
 from ccmdist.config.train import LoRASettings, TrainConfig, WDLoRASettings
-from ccmdist.errors import AdapterError, CheckpointError
+from ccmdist.errors import AdapterError, CheckpointError, ModelError
 from ccmdist.jobs import adapter, adapter_check
 from ccmdist.models import mmdit
 from ccmdist.models.make import make_model
@@ -299,7 +299,7 @@ def test_a_checkpoint_without_the_settings_of_its_run_is_refused(tiny, state, tm
     run = make_run(tmp_path / "run", tiny, state)
     (run / "config.json").unlink()
     with pytest.raises(
-        AdapterError, match="so rank and alpha of the adapter are not known; keep checkpoints in the folder"
+        ModelError, match="so the settings of what was trained are not known; keep checkpoints in the folder"
     ):
         adapter.find(run)
 

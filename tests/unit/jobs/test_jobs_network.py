@@ -81,7 +81,7 @@ def test_a_network_is_not_taken_for_an_adapter_nor_an_adapter_for_a_network(run,
     with pytest.raises(ModelError, match="is of an adapter, not of a network; give it as adapter= to"):
         find_network(folder.path)
     folder.config.unlink()
-    with pytest.raises(ModelError, match=r"config\.json: is missing or cannot be read, so the settings of the network"):
+    with pytest.raises(ModelError, match=r"config\.json: is missing or cannot be read, so the settings of what was"):
         find_network(folder.path)
     with pytest.raises(
         ModelError, match=r"holds neither network\.json nor a checkpoint that is whole; give the folder"
