@@ -5,19 +5,15 @@ traceback; the exit code is 0 done, 75 committed but not finished (run the same 
 error of ours.
 """
 
-import errno
 import importlib
 import json
-import socket
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.exceptions import TyperException
 
 from ccmdist.commit import commit_json
 from ccmdist.config.data import FolderShardsConfig, FoldShardsConfig, PhantomShardsConfig, PrecomputeConfig
@@ -29,21 +25,8 @@ from ccmdist.config.stages import STAGES
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import start_logging
-from ccmdist.errors import (
-    EXIT_INTERNAL,
-    EXIT_REFUSED,
-    EXIT_REQUEUE,
-    OF_THE_MACHINE,
-    CcmdistError,
-    ConfigError,
-    Preempted,
-)
-
-TYPER_CTRL_C = 130
-"""What typer makes of a KeyboardInterrupt."""
-
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Errors of a write, which name no file."""
+from ccmdist.errors import ConfigError
+from ccmdist.exits import code_of
 
 SETTINGS: dict[str, Any] = {
     "rich_markup_mode": None,
@@ -382,44 +365,5 @@ def exit_code(arguments: list[str], command: typer.Typer = app, name: str = "ccm
         command: This command line, or a script's own.
         name: As the user typed it, for help texts.
     """
-    try:
-        code = typer.main.get_command(command).main(arguments, prog_name=name, standalone_mode=False) or 0
-    except Preempted as stop:
-        return _told(str(stop), EXIT_REQUEUE)
-    except CcmdistError as error:
-        return _told(str(error), error.exit_code)
-    except TyperException as error:
-        return _told(_usage(error), EXIT_REFUSED)
-    except OSError as error:
-        if error.errno and (error.filename or error.errno in DISK_IS_FULL):
-            where = f"{error.filename}: " if error.filename else ""
-            if error.errno in OF_THE_MACHINE:
-                remedy = f"the file system failed on {socket.gethostname()}; run the same command again, or elsewhere"
-                return _told(f"{where}{error.strerror}; {remedy}", EXIT_INTERNAL)
-            remedy = "see that the path exists, can be written and has space left"
-            return _told(f"{where}{error.strerror}; {remedy}", EXIT_REFUSED)
-        return _ours()
-    except (typer.Abort, KeyboardInterrupt):
-        code = TYPER_CTRL_C
-    except Exception:
-        return _ours()
-    if code == TYPER_CTRL_C:
-        return _told("stopped by ctrl-C; run the same command again to go on", EXIT_REQUEUE)
-    return code
-
-
-def _usage(error: TyperException) -> str:
-    message, context = error.format_message(), getattr(error, "ctx", None)
-    if context is None or message.startswith("Usage:"):  # a group without a command tells its whole help
-        return message
-    return f"{message} (see `{context.command_path} --help`)"
-
-
-def _ours() -> int:
-    traceback.print_exc()
-    return _told("this is an error of ours, not of your input; please report it with the lines above", EXIT_INTERNAL)
-
-
-def _told(message: str, code: int) -> int:
-    sys.stderr.write(f"ccmdist: {message}\n")
-    return code
+    run = typer.main.get_command(command).main
+    return code_of(lambda: run(arguments, prog_name=name, standalone_mode=False))

@@ -178,11 +178,8 @@ class _Loop:
                 "free space or choose a run folder that can be written; older checkpoints are intact, "
                 "and the same command continues from them",
             )
-        log.warning(
-            "step %d could not be saved: %s; older checkpoints are intact, the next save tries again",
-            done,
-            problem,
-        )
+        told = "step %d could not be saved: %s; older checkpoints are intact, the next save tries again"
+        log.warning(told, done, problem)
 
     def _facts(self, done: int) -> dict[str, Any]:
         return {
