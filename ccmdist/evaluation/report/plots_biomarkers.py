@@ -13,7 +13,7 @@ from ccmdist.evaluation.biomarkers.agreement import BlandAltman
 from ccmdist.evaluation.biomarkers.equivalence import ALL_SUBJECTS
 from ccmdist.evaluation.columns import FOUND, GIVEN
 from ccmdist.evaluation.comparison import Comparison, SetReport
-from ccmdist.evaluation.report.plots import BAND, INK, REAL_COLOUR, colour, figure_of, legend
+from ccmdist.evaluation.report.plot_style import BAND, INK, REAL_COLOUR, colour, figure_of, legend
 from ccmdist.evaluation.statistics import subject_means
 
 if TYPE_CHECKING:

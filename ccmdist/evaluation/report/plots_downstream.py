@@ -8,7 +8,7 @@ import numpy as np
 from ccmdist.config.arms import PHANTOM, REAL
 from ccmdist.evaluation.comparison import Comparison
 from ccmdist.evaluation.downstream.summary import ArmResult, TaskSummary
-from ccmdist.evaluation.report.plots import REAL_COLOUR, colour, figure_of
+from ccmdist.evaluation.report.plot_style import REAL_COLOUR, colour, figure_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ from ccmdist.errors import EvaluationError
 from ccmdist.evaluation.comparison import Comparison
 from ccmdist.evaluation.fidelity.appearance import GRAIN_COLUMNS, GRAIN_LAGS_PX, SPECTRUM_COLUMNS, SPECTRUM_EDGES
 from ccmdist.evaluation.fidelity.distances import METRICS, Distance, Features, label_of, splits
-from ccmdist.evaluation.report.plots import REAL_COLOUR, colour, figure_of, legend
+from ccmdist.evaluation.report.plot_style import REAL_COLOUR, colour, figure_of, legend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,7 @@ import numpy as np
 
 from ccmdist.evaluation.comparison import Comparison
 from ccmdist.evaluation.memorisation.gate import BIN_EDGES, GateFigures, Nearness
-from ccmdist.evaluation.report.plots import INK, REAL_COLOUR, colour, figure_of
+from ccmdist.evaluation.report.plot_style import INK, REAL_COLOUR, colour, figure_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

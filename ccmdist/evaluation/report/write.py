@@ -24,7 +24,8 @@ from ccmdist.evaluation.report.fidelity_tables import distance_groups, paired_li
 from ccmdist.evaluation.report.formatting import FILTERS
 from ccmdist.evaluation.report.glance import glance
 from ccmdist.evaluation.report.pictures import LINE_COLOURS, REACH_PX, data_url, picture_grids
-from ccmdist.evaluation.report.plots import colour, plots
+from ccmdist.evaluation.report.plot_style import colour
+from ccmdist.evaluation.report.plots import plots
 from ccmdist.evaluation.report.plots_downstream import LABELS as DOWNSTREAM_LABELS
 from ccmdist.evaluation.report.provenance import versions
 
