@@ -11,6 +11,7 @@ from ccmdist.ccm.biomarkers import BIOMARKERS_VERSION
 from ccmdist.ccm.groups import UNLABELLED
 from ccmdist.ccm.segmenter import SEGMENTER_VERSION
 from ccmdist.config.evaluate import EvaluateConfig
+from ccmdist.data.trained_on import subjects_trained_on
 from ccmdist.evaluation.biomarkers.equivalence import Equivalence, equivalence_of_set
 from ccmdist.evaluation.biomarkers.summary import (
     Adherence,
@@ -44,6 +45,8 @@ class SetReport:
     """Models and settings that drew it, as its images say; one, unless sets were mixed."""
     shares_subjects: bool
     """Whether its masks are of subjects that are also in the real split."""
+    num_reference_seen: int | None
+    """Subjects of the real split on whom its generator was trained; None if it does not say on whom it was."""
     control: Control | None
     """What it was drawn to be compared with, if it is a control."""
     adherence: Adherence
@@ -193,12 +196,14 @@ def _set_report(
         config.num_bootstrap,
         rng,
     )
+    seen = subjects_trained_on(one.manifest, [sets.real.manifest])
     fidelity, without = fidelity_of(config, one.name, extractions, real, synthetic, sets.shape)
     return SetReport(
         images=one,
         counts=counts_of(synthetic),
         origins=[json.loads(origin) for origin in sorted(synthetic["origin"].unique())],
         shares_subjects=bool(synthetic["subject"].isin(real["subject"]).any()),
+        num_reference_seen=None if seen is None else len(seen & set(real["subject"])),
         control=None,
         adherence=adherence,
         equivalence=equivalence,

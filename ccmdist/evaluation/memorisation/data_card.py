@@ -80,7 +80,8 @@ load_dataset("webdataset", data_files={{"{split}": "{split}-*.tar"}}, split="{sp
 
 ## The gate
 
-The set passed: no image is a copy of a training frame, and no more images come near to one than held-out frames do.
+The set passed: no image was found to be a copy of a training frame, and no more images come nearer to one than held-out
+frames do than chance explains.
 
 | | |
 |---|---|

@@ -30,6 +30,8 @@ BIN_EDGES: Final = tuple(round(-0.1 + 0.02 * step, 2) for step in range(56))
 """Of the histograms of NCC."""
 C_T_LIMIT: Final = -3.0
 """Below it C_T is a concern: three SD."""
+P_OF_CONCERN: Final = 0.05
+"""Of near images, below which it is said that a set, though it passes, has more than one in twenty sets would."""
 
 
 @dataclass(frozen=True)
@@ -261,6 +263,11 @@ def _concerns(figures: GateFigures, num_masks: int) -> Iterator[str]:
         yield (
             f"{num_masks} images have nerve masks of training subjects, whose nerves they show by design; frames were "
             "compared without nerves, so only what lies between them was searched for copies"
+        )
+    if figures.share.p < P_OF_CONCERN:
+        yield (
+            f"{figures.share.num_near_images} of {figures.synthetic.num_images} images come nearer to a training frame "
+            f"than held-out frames do (NCC above {figures.share.limit:.2f}, p = {figures.share.p:.1g})"
         )
     if figures.c_t is not None and figures.c_t < C_T_LIMIT:
         yield f"images lie nearer to training frames than held-out frames do as a whole (C_T = {figures.c_t:.1f})"

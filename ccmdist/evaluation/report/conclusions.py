@@ -1,5 +1,7 @@
 """Plain sentences: what the figures of a report allow to conclude, and what they do not."""
 
+from collections.abc import Iterator
+
 from ccmdist.evaluation.comparison import Comparison
 from ccmdist.evaluation.report.conclusions_biomarkers import biomarker_limits, biomarker_sentences
 from ccmdist.evaluation.report.conclusions_downstream import downstream_sentences
@@ -13,6 +15,18 @@ def may_be_concluded(comparison: Comparison) -> list[str]:
     return [*sentences, *gate_sentences(comparison)]
 
 
+def _seen(comparison: Comparison) -> Iterator[str]:
+    num_subjects = comparison.counts["num_subjects"]
+    for one in comparison.sets:
+        if one.num_reference_seen is None:
+            yield f"{one.name} does not say on whom its generator was trained: it may have seen the reference itself."
+        elif one.num_reference_seen:
+            yield (
+                f"The generator of {one.name} was trained on {one.num_reference_seen} of the {num_subjects} subjects "
+                "of the reference. That its images are near to these says nothing about other people."
+            )
+
+
 def may_not_be_concluded(comparison: Comparison) -> list[str]:
     """What a reader might take from the report and must not."""
     sentences = []
@@ -22,6 +36,7 @@ def may_not_be_concluded(comparison: Comparison) -> list[str]:
             "construction. Nothing in this report says anything about patients, corneas or real images."
         )
     sentences += [
+        *_seen(comparison),
         *biomarker_limits(comparison),
         *fidelity_limits(comparison),
         *gate_limits(comparison),

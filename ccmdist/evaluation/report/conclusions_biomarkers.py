@@ -48,10 +48,10 @@ def _power(rows: list[Equivalence]) -> str:
     if not weak:
         return ""
     names = _listed([QUANTITIES[row.biomarker].label for row in weak])
-    which = "all of these" if len(weak) == len(inconclusive) else names
+    which = "every inconclusive one" if len(weak) == len(inconclusive) else names
     return (
         f" With so few subjects, the verdict on {which} would more likely than not be inconclusive without any "
-        f"difference too; they need up to {max(row.subjects_needed for row in weak)} subjects per set."
+        f"difference too; it takes up to {max(row.subjects_needed for row in weak)} subjects per set."
     )
 
 
@@ -94,8 +94,8 @@ def biomarker_limits(comparison: Comparison) -> Iterator[str]:
             "the two sets are not independent."
         )
     yield (
-        "“Inconclusive” is neither equivalent nor different: there are too few subjects for the margin. A difference "
-        "that is not significant is not equivalence."
+        "“Inconclusive” is neither equivalent nor different: these subjects cannot tell, be they too few for the "
+        "margin or the difference near to it. A difference that is not significant is not equivalence."
     )
     yield (
         f"Biomarkers are ACCMetrics-style values of one automatic segmenter ({SEGMENTER_VERSION}), applied to all "

@@ -1,22 +1,26 @@
 """Sentences on the gate: what its verdict says of a set, and what it does not say."""
 
 from ccmdist.evaluation.comparison import Comparison, SetReport
+from ccmdist.evaluation.report.formatting import p_value
 
 
 def gate_sentences(comparison: Comparison) -> list[str]:
     """One for each set that was judged."""
-    return [_sentence(one) for one in comparison.sets if one.gate is not None]
+    settings = comparison.config.memorisation
+    return [_sentence(one, settings.alpha) for one in comparison.sets if one.gate is not None and settings]
 
 
-def _sentence(one: SetReport) -> str:
+def _sentence(one: SetReport, alpha: float) -> str:
     assert one.gate is not None, "it was judged"
     if not one.gate.passed:
         return f"{one.name} is withheld by the gate, and `ccmdist release` refuses it: {'; '.join(one.gate.reasons)}."
     assert one.gate.figures is not None, "what was not searched does not pass"
+    figures = one.gate.figures
+    # Not "no more than held-out frames": a test that did not find it has not shown that.
     return (
-        f"{one.name} passed the gate: none of its {one.gate.figures.synthetic.num_images} images is a copy of one of "
-        f"{one.gate.figures.num_training_images} training frames, and no more of them come near to one than held-out "
-        "frames do."
+        f"{one.name} passed the gate: none of its {figures.synthetic.num_images} images was found to be a copy of one "
+        f"of {figures.num_training_images} training frames, and {figures.share.num_near_images} of them come nearer to "
+        f"one than held-out frames do, no more than chance explains (p {p_value(figures.share.p)}, level {alpha:g})."
     )
 
 

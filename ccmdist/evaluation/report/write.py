@@ -82,6 +82,7 @@ def _set_values(one: SetReport) -> dict[str, Any]:
         "counts": one.counts,
         "origins": one.origins,
         "shares_subjects": one.shares_subjects,
+        "num_reference_seen": one.num_reference_seen,
         "control": asdict(one.control) if one.control else None,
         "adherence": asdict(one.adherence),
         "equivalence": [asdict(row) for row in one.equivalence],

@@ -338,6 +338,20 @@ def test_masks_of_other_subjects_give_no_pairs_and_no_promise_of_agreement(sets,
     assert not one.shares_subjects
 
 
+def test_a_generator_that_has_seen_the_reference_is_said_to_have(sets, comparison, tmp_path):
+    real = list(read_split(sets / "real", "test"))
+    seen = sorted({triple.meta.subject for triple in real})[:2]
+    about = {"training": {"set_digest": "d" * 64, "split": "train", "subjects": seen}}
+    images = (drawn(triple, triple.image, provenance(triple, "d" * 64)) for triple in real)
+    write_set(tmp_path / "seen", "synthetic", images, 16, about)
+    found = compare(config_of(sets, comparison.config.out, f"synthetic.close={tmp_path / 'seen'}"))
+    values, num = report_values(found), comparison.counts["num_subjects"]
+    assert [one["num_reference_seen"] for one in values["synthetic"].values()] == [2, None]
+    told = values["may_not_be_concluded"]
+    assert any(line.startswith(f"The generator of close was trained on 2 of the {num} subjects") for line in told)
+    assert any(line.startswith("far does not say on whom its generator was trained") for line in told)
+
+
 def test_an_image_is_measured_in_a_fraction_of_a_second():
     triples = [phantom_triple(0, "Control", 0, frame, 128) for frame in range(5)]
     measures.measured(triples[4], segment(triples[4].image))

@@ -12,7 +12,7 @@ from ccmdist.data.manifest import read_manifest
 from ccmdist.data.reader import read_split
 from ccmdist.data.writer import write_set
 from ccmdist.evaluation.memorisation import search
-from ccmdist.evaluation.memorisation.gate import verdict_of
+from ccmdist.evaluation.memorisation.gate import _concerns, verdict_of
 from ccmdist.evaluation.sets import open_sets
 from ccmdist.evaluation.work import do_share, open_units
 
@@ -89,6 +89,9 @@ def test_independent_sets_pass(world, manifest, tmp_path):
         found = verdict(world, tmp_path / str(number), independent(20 + number), manifest)
         assert found.passed, found.reasons
         assert found.figures.synthetic.highest_ncc < found.figures.copy_limit
+    near = replace(found.figures, share=replace(found.figures.share, num_near_images=3, p=0.02))
+    (told,) = set(_concerns(near, 0)) - set(_concerns(found.figures, 0))
+    assert told.startswith(f"3 of {NUM_IMAGES} images come nearer to a training frame than held-out frames do (NCC")
 
 
 def test_many_images_that_lean_on_training_frames_withhold_a_set_though_none_is_a_copy(world, manifest, tmp_path):
