@@ -6,18 +6,12 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from ccmdist.config.data import PhantomShardsConfig
-from ccmdist.data.manifest import read_manifest
-from ccmdist.data.phantom_shards import write_phantom_set
-from ccmdist.data.reader import read_shard
-from ccmdist.data.writer import write_set
 from tests.slurm.small_cluster import ROOT, task_pid
 from tests.slurm.test_slurm_arrays import ccmdist, contents
+from tests.unit.evaluation.downstream.small_sets import draw, phantoms
 
 pytestmark = pytest.mark.slurm
 
@@ -29,20 +23,8 @@ TRAINS = r"(diagnosis|segmentation), \S+: fold \d, seed \d"
 def words(tmp_path_factory):
     """Settings of two arms, seeds, folds and tasks on phantoms of twelve subjects, and noisy copies of them."""
     root = tmp_path_factory.mktemp("grid")
-    phantoms = {"subjects_per_group": 4, "frames_per_subject": 1, "val_fraction": 0, "test_fraction": 0.5}
-    write_phantom_set(PhantomShardsConfig(out=root / "real", size_px=64, samples_per_shard=6, **phantoms))
-    rng = np.random.default_rng(0)
-
-    def drawn():
-        origin = {"source_set_digest": "d", "seed": 3, "base_digest": "b", "adapter_digest": "untuned"}
-        for entry in read_manifest(root / "real").shards:
-            for triple in read_shard(root / "real", entry):
-                noisy = np.clip(triple.image + rng.normal(0, 6, triple.image.shape), 0, 255).astype(np.uint8)
-                about = {"source_key": triple.key, **origin, "denoise_steps": 8, "guidance_scale": 1.0}
-                meta = replace(triple.meta, source="synthetic", labels={}, provenance=about)
-                yield "test", replace(triple, key=f"{triple.key}-0000", image=noisy, meta=meta)
-
-    write_set(root / "drawn", "synthetic", drawn(), 6, {"training": "untuned"})
+    phantoms(root / "real", 4, frames_per_subject=1, val_fraction=0, test_fraction=0.5, samples_per_shard=6)
+    draw(root / "real", root / "drawn")
     grid = ["arms=[real,'NAME:0.5']", "num_seeds=2", "num_folds=2"]
     grid += [f"networks.{one}" for one in ("size_px=32", "num_steps=12", "validate_every_steps=6", "batch_size=6")]
     grid += ["networks.unet_channels=[4,8]", "networks.lrs=[0.001]"]

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,14 +19,9 @@ from ccmdist.evaluation.comparison import units
 from ccmdist.evaluation.measures import Measuring
 from ccmdist.evaluation.work import do_share, open_units
 from ccmdist.jobs import evaluate
+from tests.unit.evaluation.drawn_images import drawn
 
 SIZE_PX = 64
-
-
-def drawn(triple, number, image, source_key):
-    origin = {"source_key": source_key, "source_set_digest": "d", "seed": 3, "base_digest": "b", "adapter_digest": "a"}
-    meta = replace(triple.meta, source="synthetic", provenance={**origin, "denoise_steps": 12, "guidance_scale": 2.0})
-    return "test", replace(triple, key=f"{source_key}-{number:04d}", image=image, meta=meta)
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +35,11 @@ def sets(tmp_path_factory):
     def images():
         for index, triple in enumerate(read_split(root / "real", "test")):
             for number in range(2):
-                noisy = np.clip(triple.image + rng.normal(0, 6, triple.image.shape), 0, 255).astype(np.uint8)
-                flipped = (index + number) % 3 == 0
-                image = np.ascontiguousarray(noisy[:, ::-1]) if flipped else noisy
-                yield drawn(triple, number, image, f"{triple.key}-hflip" if flipped else triple.key)
+                noisy = triple.image + rng.normal(0, 6, triple.image.shape)
+                if (index + number) % 3:
+                    yield "test", drawn(triple, noisy, number)
+                else:
+                    yield "test", drawn(triple, noisy[:, ::-1], number, source_key=f"{triple.key}-hflip")
 
     write_set(root / "close", "synthetic", images(), 5)
     return root

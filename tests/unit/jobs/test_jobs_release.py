@@ -103,14 +103,7 @@ def command(folder, report, out):
 
 
 def test_a_dry_run_tells_and_writes_nothing(world, tmp_path, capsys):
-    arguments = [
-        "release",
-        str(world / "clean"),
-        "--report",
-        str(world / "report"),
-        "--out",
-        str(tmp_path / "released"),
-    ]
+    arguments = command(world / "clean", world / "report", tmp_path / "released")
     assert exit_code([*arguments, "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "would hold 24 images" in told
@@ -119,14 +112,7 @@ def test_a_dry_run_tells_and_writes_nothing(world, tmp_path, capsys):
 
 
 def test_a_set_with_a_copy_is_refused_with_the_reasons_and_exit_code_78(world, tmp_path, capsys):
-    arguments = [
-        "release",
-        str(world / "copied"),
-        "--report",
-        str(world / "report"),
-        "--out",
-        str(tmp_path / "released"),
-    ]
+    arguments = command(world / "copied", world / "report", tmp_path / "released")
     assert exit_code(arguments) == EXIT_REFUSED
     told = capsys.readouterr().err
     assert "copied: is withheld by the gate and not released:\n  1 image is a copy of training frames, NCC " in told

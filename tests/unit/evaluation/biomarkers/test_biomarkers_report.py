@@ -20,32 +20,15 @@ from ccmdist.evaluation.biomarkers.agreement import limits_of_agreement
 from ccmdist.evaluation.comparison import compare
 from ccmdist.evaluation.report.biomarker_tables import beside_their_controls
 from ccmdist.evaluation.report.write import write_report
+from tests.unit.evaluation.drawn_images import drawn
 
 SIZE_PX = 96
 
 
-def about(triple, **more):
-    return {
-        "source_key": triple.key,
-        "source_set_digest": "d" * 64,
-        "seed": 3,
-        "adapter_digest": "a" * 64,
-        "base_digest": "b" * 64,
-        "denoise_steps": 12,
-        "guidance_scale": 2.0,
-    } | more
-
-
-def drawn(triple, image, provenance, **changes):
-    meta = replace(triple.meta, source="synthetic", labels={}, provenance=provenance, **changes)
-    image = np.clip(image, 0, 255).round().astype(np.uint8)
-    return "test", replace(triple, key=f"{triple.key}-0000", image=image, meta=meta)
-
-
 def wrongly_prompted(triple, image, **more):
     group = next_group(triple.meta.clinical_group)
-    provenance = about(triple, prompts="next_group", prompted_group=group, **more)
-    return drawn(triple, image, provenance, prompt=prompt_for(group, triple.meta.eye, {}))
+    meta = {"prompt": prompt_for(group, triple.meta.eye, {})}
+    return "test", drawn(triple, image, meta=meta, prompts="next_group", prompted_group=group, **more)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +49,7 @@ def sets(tmp_path_factory):
     real = list(read_split(root / "real", "test"))
     noisy = [triple.image + rng.normal(0, 3, triple.image.shape) for triple in real]
     pairs = list(zip(real, noisy, strict=True))
-    write_set(root / "like", "synthetic", (drawn(t, image, about(t)) for t, image in pairs), 32)
+    write_set(root / "like", "synthetic", (("test", drawn(t, image)) for t, image in pairs), 32)
     write_set(root / "control", "synthetic", (wrongly_prompted(t, 0.7 * image) for t, image in pairs), 32)
     write_set(root / "stray", "synthetic", (wrongly_prompted(t, image, seed=9) for t, image in pairs), 32)
     return root
@@ -170,7 +153,7 @@ def foreign(triple):
 )
 def test_pixels_of_another_size_are_refused(source, told, sets, tmp_path):
     real = [source(triple) for triple in read_split(sets / "real", "test")]
-    other = (drawn(t, t.image, about(t), um_per_px=0.5) for t in real[:3])
+    other = (("test", drawn(t, t.image, meta={"um_per_px": 0.5})) for t in real[:3])
     write_set(tmp_path / "other", "synthetic", other, 16)
     with pytest.raises(EvaluationError, match=r"synthetic\.other: sample .*-0000 has 0\.5000 um per px, " + told):
         compare(config_of(sets, tmp_path / "out", **{"synthetic.other": tmp_path / "other"}))
@@ -178,7 +161,7 @@ def test_pixels_of_another_size_are_refused(source, told, sets, tmp_path):
 
 def test_a_set_without_any_nerve_in_its_masks_is_refused(sets, tmp_path):
     real = [replace(t, nerve_mask=np.zeros_like(t.nerve_mask)) for t in read_split(sets / "real", "test")]
-    write_set(tmp_path / "bare", "synthetic", (drawn(t, t.image, about(t)) for t in real[:3]), 16)
+    write_set(tmp_path / "bare", "synthetic", (("test", drawn(t, t.image)) for t in real[:3]), 16)
     with pytest.raises(
         EvaluationError,
         match=r"synthetic\.bare: the masks of all 3 samples are empty, expected nerves to compare with; pack the set",
@@ -193,7 +176,7 @@ def test_a_set_without_any_nerve_in_its_masks_is_refused(sets, tmp_path):
 def test_some_empty_masks_are_counted_and_told(sets, tmp_path):
     real = list(read_split(sets / "real", "test"))
     emptied = [replace(real[0], nerve_mask=np.zeros_like(real[0].nerve_mask)), *real[1:5]]
-    write_set(tmp_path / "some", "synthetic", (drawn(t, t.image, about(t)) for t in emptied), 16)
+    write_set(tmp_path / "some", "synthetic", (("test", drawn(t, t.image)) for t in emptied), 16)
     found = compare(config_of(sets, tmp_path / "out", **{"synthetic.some": tmp_path / "some"}))
     assert found.sets[0].adherence.num_without_nerves == 1
     assert found.sets[0].adherence.limits["cnfw"].num_pairs <= 4
@@ -202,7 +185,7 @@ def test_some_empty_masks_are_counted_and_told(sets, tmp_path):
 
 def test_one_subject_and_one_image_leave_out_what_they_cannot_tell(sets, tmp_path):
     triple = next(read_split(sets / "real", "test"))
-    write_set(tmp_path / "one", "synthetic", [drawn(triple, triple.image, about(triple))], 16)
+    write_set(tmp_path / "one", "synthetic", [("test", drawn(triple, triple.image))], 16)
     found = compare(config_of(sets, tmp_path / "out", **{"synthetic.one": tmp_path / "one"})).sets[0]
     assert found.equivalence == []
     assert all(limits is None for limits in found.adherence.limits.values())

@@ -1,7 +1,5 @@
 """Phantoms, and synthetic sets that resemble them, as `ccmdist synthesize` would have drawn them."""
 
-from dataclasses import replace
-
 import numpy as np
 
 from ccmdist.config.data import PhantomShardsConfig
@@ -11,9 +9,9 @@ from ccmdist.data.manifest import read_manifest
 from ccmdist.data.phantom_shards import write_phantom_set
 from ccmdist.data.reader import read_shard
 from ccmdist.data.writer import write_set
+from tests.unit.evaluation.drawn_images import drawn
 
 SIZE_PX = 64
-ORIGIN = {"source_set_digest": "d", "seed": 3, "base_digest": "b", "adapter_digest": "a", "denoise_steps": 8}
 
 
 def phantoms(folder, subjects_per_group=5, **settings):
@@ -34,10 +32,7 @@ def draw(real, out, training="untuned", num=1, keep=lambda triple: True, split="
     def images():
         for triple in filter(keep, samples(real)):
             for number in range(num):
-                image = np.clip(triple.image + rng.normal(0, 8, triple.image.shape), 0, 255).astype(np.uint8)
-                provenance = {"source_key": triple.key, **ORIGIN, "guidance_scale": 1.0}
-                meta = replace(triple.meta, source="synthetic", labels={}, provenance=provenance)
-                yield split, replace(triple, key=f"{triple.key}-{number:04d}", image=image, meta=meta)
+                yield split, drawn(triple, triple.image + rng.normal(0, 8, triple.image.shape), number)
 
     return write_set(out, "synthetic", images(), 16, {} if training is None else {"training": training})
 

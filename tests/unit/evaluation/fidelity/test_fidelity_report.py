@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,10 +25,10 @@ from ccmdist.evaluation.report.fidelity_tables import distance_groups, paired_li
 from ccmdist.evaluation.report.write import report_values, write_report
 from ccmdist.evaluation.sets import open_sets
 from ccmdist.jobs import evaluate
+from tests.unit.evaluation.drawn_images import drawn
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 TEXT = {"vocab_size": 50, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-ORIGIN = {"source_set_digest": "d", "seed": 3, "base_digest": "b", "adapter_digest": "a", "denoise_steps": 12}
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +39,10 @@ def world(tmp_path_factory):
     write_phantom_set(PhantomShardsConfig(out=root / "real", size_px=64, samples_per_shard=12, **phantoms))
     rng = np.random.default_rng(0)
 
-    def drawn(triple, image):
-        meta = replace(
-            triple.meta, source="synthetic", provenance={**ORIGIN, "guidance_scale": 2.0, "source_key": triple.key}
-        )
-        image = np.clip(image, 0, 255).round().astype(np.uint8)
-        return "test", replace(triple, key=f"{triple.key}-000", image=image, meta=meta)
-
     real = list(read_split(root / "real", "test"))
-    write_set(root / "near", "synthetic", (drawn(t, t.image + rng.normal(0, 3, t.image.shape)) for t in real), 12)
-    write_set(root / "smooth", "synthetic", (drawn(t, blurred(t.image)) for t in real), 12)
+    near = (("test", drawn(t, t.image + rng.normal(0, 3, t.image.shape))) for t in real)
+    write_set(root / "near", "synthetic", near, 12)
+    write_set(root / "smooth", "synthetic", (("test", drawn(t, blurred(t.image))) for t in real), 12)
     torch.manual_seed(0)
     Dinov2Model(Dinov2Config(**SMALL)).save_pretrained(root / "dinov2")
     vision = {**SMALL, "intermediate_size": 16}
