@@ -48,8 +48,8 @@ class Equivalence:
     paired_interval: tuple[float, float] | None
     """The same with each subject drawn into both sets at once. None if the sets have different subjects."""
     margin: float
-    """A fraction of the observed real mean, taken as known. As that mean is an estimate too, tests at 0.05 find 5.5 % of
-    sets that lie on a margin of 6 % equivalent, and 6.8 % of those on one of 20 %."""
+    """A fraction of the observed real mean, taken as known. As that mean is an estimate too, tests at 0.05 take 5.5 %
+    of sets that lie on a margin of 6 % for equivalent, and 6.8 % of those on one of 20 %."""
     tost_p: float
     """Of the hypothesis that the means differ by the margin or more. Small: equivalent."""
     paired_tost_p: float | None
