@@ -26,8 +26,6 @@ class TaskGrid:
     """The cells of one task."""
 
     task: Task
-    groups: tuple[ClinicalGroup, ...]
-    """That occur."""
     arms: tuple[Arm, ...]
     """That have their images in every fold."""
     cells: tuple[Cell, ...]
@@ -100,8 +98,7 @@ def _task_grid(
         for fold in folds
         for arm in arms
     ]
-    present = {sample.clinical_group for fold in folds for sample in fold.samples("test")}
-    return TaskGrid(task, tuple(group for group in CLINICAL_GROUPS if group in present), tuple(arms), tuple(cells))
+    return TaskGrid(task, tuple(arms), tuple(cells))
 
 
 def _why_not(task: Task, folds: Sequence[Fold], min_subjects: int) -> str:

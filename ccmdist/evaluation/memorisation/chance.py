@@ -23,10 +23,10 @@ class ShareTest:
     """Do more images come near to training frames than would by chance."""
 
     limit: float
-    """NCC of an image that is near: the ``rank``-th highest of the held-out subjects."""
-    rank: int
+    """NCC of an image that is near: the ``order``-th highest of the held-out subjects."""
+    order: int
     expected_share: float
-    """Of independent images that are near: rank / (held-out subjects + 1)."""
+    """Of independent images that are near: order / (held-out subjects + 1)."""
     num_near_images: int
     num_near_subjects: float
     """Sum over synthetic subjects of the share of their images that is near."""
@@ -54,18 +54,18 @@ def share_test(held_out: pd.DataFrame, synthetic: pd.DataFrame, false_alarm_rate
         Wilks, Ann. Math. Stat. 13, 400 (1942): exceedances.
     """
     highest = np.sort(held_out.groupby("subject")["ncc"].max().to_numpy())[::-1]
-    rank = max(1, int(false_alarm_rate * (len(highest) + 1)))
-    limit = float(highest[rank - 1])
+    order = max(1, int(false_alarm_rate * (len(highest) + 1)))
+    limit = float(highest[order - 1])
     is_near = synthetic["ncc"] > limit
     shares = is_near.groupby(synthetic["subject"]).mean()
-    law = betabinom(len(shares), rank, len(highest) + 1 - rank)
+    law = betabinom(len(shares), order, len(highest) + 1 - order)
     near_subjects = float(shares.sum())
     # A sum of shares such as 3 x 1/3 must not fall short of its whole number.
     beyond = law.sf(np.floor(near_subjects + 1e-9) - 1)
     return ShareTest(
         limit=limit,
-        rank=rank,
-        expected_share=rank / (len(highest) + 1),
+        order=order,
+        expected_share=order / (len(highest) + 1),
         num_near_images=int(is_near.sum()),
         num_near_subjects=near_subjects,
         num_subjects=len(shares),

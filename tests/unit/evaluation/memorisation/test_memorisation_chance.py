@@ -33,7 +33,7 @@ def test_sets_of_one_population_are_rarely_called_near_however_few_the_held_out_
 def test_the_p_of_exceedances_is_that_of_shuffled_labels():
     held_out, synthetic = np.array([0.1, 0.2, 0.3, 0.35, 0.5]), np.array([0.6, 0.7, 0.05, 0.8])
     found = share_test(table(held_out), table(synthetic), 0.01)
-    assert (found.rank, found.limit, found.num_near_images, found.num_near_subjects) == (1, 0.5, 3, 3.0)
+    assert (found.order, found.limit, found.num_near_images, found.num_near_subjects) == (1, 0.5, 3, 3.0)
     rng = np.random.default_rng(0)
     pooled = np.concatenate([held_out, synthetic])
     hits = 0
@@ -66,7 +66,7 @@ def test_counts_that_could_never_tell_say_so():
 
 def test_with_many_held_out_subjects_the_limit_is_the_stated_quantile():
     found = share_test(table(np.arange(999)), table([0.0]), 0.01)
-    assert (found.rank, found.limit, found.expected_share) == (10, 989, 0.01)
+    assert (found.order, found.limit, found.expected_share) == (10, 989, 0.01)
 
 
 @settings(max_examples=60, deadline=None)
