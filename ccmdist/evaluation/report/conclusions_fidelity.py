@@ -4,18 +4,20 @@ from collections.abc import Iterable, Iterator
 
 from ccmdist.evaluation.comparison import Comparison, SetReport
 from ccmdist.evaluation.fidelity.distances import INCEPTION, METRICS, Distance, label_of
+from ccmdist.evaluation.report.formatting import joined, told_once
 
 
 def fidelity_sentences(comparison: Comparison) -> Iterator[str]:
-    """One for each synthetic set with distances."""
-    return (_beyond(one) for one in comparison.sets if one.fidelity.distances)
+    """One for the synthetic sets with distances of which the same is to be told."""
+    told = ((one.name, _beyond(one)) for one in comparison.sets if one.fidelity.distances)
+    return (f"{joined(names)}: {text}" for names, text in told_once(told))
 
 
 def _beyond(one: SetReport) -> str:
     beyond = [distance for distance in one.fidelity.distances if is_beyond_floor(distance)]
     within = [distance for distance in one.fidelity.distances if not is_beyond_floor(distance)]
     return (
-        f"{one.name}: further from the real images than these are among themselves (real floor of subject halves, 95th "
+        "further from the real images than these are among themselves (real floor of subject halves, 95th "
         f"percentile) by {_listed(beyond)}; within that floor by {_listed(within)}."
     )
 

@@ -1,24 +1,25 @@
 """Sentences on the gate: what its verdict says of a set, and what it does not say."""
 
 from ccmdist.evaluation.comparison import Comparison, SetReport
-from ccmdist.evaluation.report.formatting import p_value
+from ccmdist.evaluation.report.formatting import joined, p_value, told_once
 
 
 def gate_sentences(comparison: Comparison) -> list[str]:
-    """One for each set that was judged."""
+    """One for the judged sets of which the same is to be told."""
     settings = comparison.config.memorisation
-    return [_sentence(one, settings.alpha) for one in comparison.sets if one.gate is not None and settings]
+    told = [(one.name, _told(one, settings.alpha)) for one in comparison.sets if one.gate is not None and settings]
+    return [f"{'Each of ' if names[1:] else ''}{joined(names)} {text}" for names, text in told_once(told)]
 
 
-def _sentence(one: SetReport, alpha: float) -> str:
+def _told(one: SetReport, alpha: float) -> str:
     assert one.gate is not None, "it was judged"
     if not one.gate.passed:
-        return f"{one.name} is withheld by the gate, and `ccmdist release` refuses it: {'; '.join(one.gate.reasons)}."
+        return f"is withheld by the gate, and `ccmdist release` refuses it: {'; '.join(one.gate.reasons)}."
     assert one.gate.figures is not None, "what was not searched does not pass"
     figures = one.gate.figures
     # Not "no more than held-out frames": a test that did not find it has not shown that.
     return (
-        f"{one.name} passed the gate: none of its {figures.synthetic.num_images} images was found to be a copy of one "
+        f"passed the gate: none of its {figures.synthetic.num_images} images was found to be a copy of one "
         f"of {figures.num_training_images} training frames, and {figures.share.num_near_images} of them come nearer to "
         f"one than held-out frames do, no more than chance explains (p {p_value(figures.share.p)}, level {alpha:g})."
     )

@@ -1,7 +1,7 @@
 """Numbers as the page shows them; a number that does not exist is a dash."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 ABSENT: Final = "\u2013"
@@ -43,6 +43,19 @@ def p_value(value: float | None) -> str:
     if value is None:
         return ABSENT
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def told_once(told: Iterable[tuple[str, str]]) -> Iterator[tuple[list[str], str]]:
+    """Each text once, with the names of all sets of which it is told, in the order in which they come."""
+    names: dict[str, list[str]] = {}
+    for name, text in told:
+        names.setdefault(text, []).append(name)
+    return ((alike, text) for text, alike in names.items())
+
+
+def joined(names: Sequence[str]) -> str:
+    """As in "a, b and c"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 FILTERS: Final[dict[str, Callable[..., str]]] = {

@@ -11,6 +11,10 @@ REAL_COLOUR: Final = "#6b7280"
 SET_COLOURS: Final = ("#2f6f9f", "#c8782e", "#4f8a5b", "#8a5a9e", "#b0494d", "#5f7f86")
 BAND: Final = "#e6f0e8"
 INK: Final = "#2b2f36"
+LEGEND_WIDTH: Final = 120
+"""Characters that one line of a legend holds."""
+LEGEND_HANDLE: Final = 8
+"""Of them, what the handle of an entry and the gap before it take."""
 STYLE: Final[dict[str, Any]] = {
     "font.size": 9,
     "font.family": "DejaVu Sans",
@@ -56,4 +60,5 @@ def legend(figure: "Figure", comparison: Comparison, with_real: bool) -> None:
     entries = [("real", REAL_COLOUR)] if with_real else []
     entries += [(one.label, colour(index)) for index, one in enumerate(comparison.sets)]
     handles = [Line2D([], [], color=shade, marker="o", ms=4, lw=1.6, label=name) for name, shade in entries]
-    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize=9)
+    lines = 1 if sum(len(name) + LEGEND_HANDLE for name, _ in entries) <= LEGEND_WIDTH else 2
+    figure.legend(handles=handles, loc="outside upper right", ncols=-(-len(handles) // lines), fontsize=9)

@@ -77,7 +77,8 @@ def agreement_plot(comparison: Comparison) -> "Figure":
             _draw_agreement(axis, table, name, limits[name], shade)
         axes[row, 0].set_ylabel(_titled(QUANTITIES[name]), fontsize=8.5)
     for axis, (label, shade, _, _) in zip(axes[0], columns, strict=True):
-        axis.set_title(label, color=shade)
+        # What a control is goes below its name: columns are narrow.
+        axis.set_title(label.replace(" (", "\n("), color=shade)
     figure.supxlabel("mean of found and of mask", fontsize=9, color=SOFT_INK)
     figure.supylabel("found minus mask", fontsize=9, color=SOFT_INK)
     return figure

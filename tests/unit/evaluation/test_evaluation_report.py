@@ -5,7 +5,6 @@ import re
 import time
 from dataclasses import replace
 from datetime import datetime
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -23,10 +22,22 @@ from ccmdist.data.writer import write_set
 from ccmdist.errors import ConfigError, EvaluationError
 from ccmdist.evaluation import measures
 from ccmdist.evaluation.comparison import compare, units
-from ccmdist.evaluation.report.formatting import ABSENT, MINUS, fixed, like, number, p_value, percent, signed
+from ccmdist.evaluation.report.formatting import (
+    ABSENT,
+    MINUS,
+    fixed,
+    joined,
+    like,
+    number,
+    p_value,
+    percent,
+    signed,
+    told_once,
+)
 from ccmdist.evaluation.report.write import report_values, write_report
 from ccmdist.evaluation.sets import PROVENANCE
 from ccmdist.jobs import evaluate
+from tests.unit.evaluation.html_pages import Page, Widths
 
 SIZE_PX = 96
 
@@ -99,29 +110,6 @@ def page(comparison):
     return write_report(comparison)
 
 
-class Page(HTMLParser):
-    """Collects what the page would load and checks that its tags are balanced."""
-
-    VOID = frozenset({"meta", "img", "br", "link", "input", "hr"})
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.sources, self.ids, self.tags = [], [], [], []
-        self.feed(text)
-        assert not self.open, f"not closed: {self.open}"
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        values = dict(attributes)
-        self.sources += [values[name] for name in ("src", "href", "srcset", "data") if name in values]
-        self.ids += [values["id"]] if "id" in values else []
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
 def test_the_page_stands_alone(page):
     text = page.read_text()
     parsed = Page(text)
@@ -157,6 +145,22 @@ def test_the_page_shows_rows_of_mask_real_and_every_set(page):
     assert len(keys) == 4
     assert len({key.split("-")[0] for key in keys}) == 3
     assert all({name for name, of in pictures if of == key} == {"mask", "real", "close", "far"} for key in keys)
+
+
+@pytest.mark.parametrize("num_more", [0, 3])
+def test_rows_have_the_columns_of_their_head_and_many_sets_take_one_column_each(comparison, tmp_path, num_more):
+    close = comparison.sets[0]
+    more = [replace(close, images=replace(close.images, name=f"more_{number}")) for number in range(num_more)]
+    named = comparison.config.synthetic | {one.name: one.images.folder for one in more}
+    config = comparison.config.model_copy(update={"out": tmp_path, "synthetic": named})
+    many = replace(comparison, config=config, sets=[*comparison.sets, *more])
+    widths = Widths(write_report(many).read_text()).of
+    num_sets = len(many.sets)
+    equivalence = widths.pop("equivalence")
+    assert set(equivalence) == ({2 + num_sets} if more else {2 + 3 * num_sets, 3 * num_sets})
+    assert set(widths["paired"]) == {2 + num_sets}
+    assert set(widths["appearance"]) == {2 + num_sets if more else 2 + 2 * num_sets}
+    assert all(len(set(rows)) == 1 for rows in widths.values()), widths
 
 
 def test_phantoms_are_called_phantoms(page, comparison):
@@ -379,6 +383,8 @@ def test_numbers_are_worded_for_reading():
         f"{MINUS}3.0",
     )
     assert (percent(0.123), percent(-0.2), percent(None)) == ("+12 %", f"{MINUS}20 %", ABSENT)
+    assert list(told_once([("a", "x"), ("b", "y"), ("c", "x")])) == [(["a", "c"], "x"), (["b"], "y")]
+    assert [joined(names) for names in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
     assert [p_value(p) for p in (None, 0.0001, 0.0306)] == [ABSENT, "< 0.001", "0.031"]
 
 
