@@ -119,8 +119,10 @@ def _print_summary(comparison: "Comparison") -> None:
     from ccmdist.evaluation.fidelity.distances import label_of
 
     table = Table(title=f"nerves, biomarkers and fidelity against {comparison.real.folder} ({comparison.real.split})")
-    for heading in ("set", "n", "Dice", "clDice", "CNFL bias", "equiv.", "SSIM", "Frechet", "real floor"):
-        table.add_column(heading, justify="left" if heading == "set" else "right")
+    # On a narrow terminal a long name takes two lines, and no figure is cut.
+    table.add_column("set", overflow="fold")
+    for heading in ("n", "Dice", "clDice", "CNFL\nbias", "equiv.", "SSIM", "Frechet", "real\nfloor"):
+        table.add_column(heading, justify="right", no_wrap=True)
     real = comparison.segmenter_error
     table.add_row("real", str(real.num_images), *_adherence(real), "", "", "", "")
     for one in comparison.sets:
@@ -158,4 +160,5 @@ def _fidelity(found: "FidelityReport") -> list[str]:
 
 
 def _adherence(found: "Adherence") -> list[str]:
-    return [f"{found.dice:.2f}", f"{found.cldice:.2f}", f"{100 * found.bias['cnfl']:+.0f} %"]
+    told = [f"{found.dice:.2f}", f"{found.cldice:.2f}", f"{100 * found.bias['cnfl']:+.0f} %"]
+    return ["-" if "nan" in figure else figure for figure in told]

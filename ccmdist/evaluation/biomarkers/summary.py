@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import pandas as pd
 
 from ccmdist.ccm.biomarkers import QUANTITIES
@@ -16,6 +17,7 @@ from ccmdist.evaluation.statistics import interval
 
 MIN_PAIRS: Final = 3
 MIN_SUBJECTS: Final = 2
+OVERLAP: Final = "Dice, clDice and offset"
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class ByChance:
     num_images: int
     num_of_other_subjects: int
     dice: float
-    """Mean over images."""
+    """Mean over images; NaN for too few of them."""
     cldice: float
     agreement: dict[str, float]
     """ICC(2,1) of each biomarker; NaN for too few images."""
@@ -42,7 +44,7 @@ class Adherence:
     num_without_nerves: int
     """Images whose mask is empty. Dice and clDice of such an image are 1 if nothing is found in it and else 0."""
     dice: float
-    """Mean over images, as everything here that is not said to be otherwise."""
+    """Mean over images, as everything here that is not said to be otherwise; NaN for too few of them."""
     cldice: float
     dice_range: tuple[float, float]
     """5th and 95th percentile over images."""
@@ -52,7 +54,7 @@ class Adherence:
     agreement: dict[str, float]
     """ICC(2,1) of each biomarker: found nerves against the mask; NaN for too few images."""
     bias: dict[str, float]
-    """Of each biomarker: mean of found minus mean of the mask's, as a fraction of the latter."""
+    """Of each biomarker: mean of found minus mean of the mask's, as a fraction of the latter; NaN for too few."""
     limits: dict[str, BlandAltman | None]
     """Bland and Altman's, of found minus the mask's; None for too few images or subjects."""
     chance: ByChance
@@ -64,24 +66,31 @@ def adherence_of(table: pd.DataFrame, min_images: int = MIN_PAIRS) -> Adherence:
 
     Args:
         table: A row per image, as :class:`~ccmdist.evaluation.measures.Measuring` gives them.
-        min_images: With a value on both sides, below which ICC and limits of agreement are left out.
+        min_images: Below which overlap and offset are left out, and, counting images with a value on both sides, the
+            bias, ICC and limits of agreement of a biomarker.
     """
-    means = {prefix: table[[f"{prefix}{name}" for name in QUANTITIES]].mean() for prefix in (FOUND, GIVEN)}
+    overlap = table[["dice", "cldice", "offset_px"]]
+    too_few = (
+        [] if len(table) >= min_images else [LeftOut(OVERLAP, f"{len(table)} images, at least {min_images} are needed")]
+    )
+    if too_few:
+        overlap = overlap * np.nan
     limits = {name: _limits(table, name, min_images) for name in QUANTITIES}
     return Adherence(
         num_images=len(table),
         num_without_nerves=int((table[f"{GIVEN}cnfa"] == 0).sum()),
-        dice=float(table["dice"].mean()),
-        cldice=float(table["cldice"].mean()),
-        dice_range=interval(table["dice"], 0.9),
-        cldice_range=interval(table["cldice"], 0.9),
-        offset_px=float(table["offset_px"].median()),
+        dice=float(overlap["dice"].mean()),
+        cldice=float(overlap["cldice"].mean()),
+        dice_range=interval(overlap["dice"], 0.9),
+        cldice_range=interval(overlap["cldice"], 0.9),
+        offset_px=float(overlap["offset_px"].median()),
         agreement={name: _agreement(table, table, name, min_images) for name in QUANTITIES},
-        bias={name: _fraction(means[FOUND][FOUND + name], means[GIVEN][GIVEN + name]) for name in QUANTITIES},
+        bias={name: _bias(table, name, min_images) for name in QUANTITIES},
         limits={name: found for name, found in limits.items() if not isinstance(found, str)}
         | {name: None for name, found in limits.items() if isinstance(found, str)},
         chance=_by_chance(table, min_images),
-        left_out=[
+        left_out=too_few
+        + [
             LeftOut(f"{QUANTITIES[name].label}, ICC and limits of agreement", reason)
             for name, reason in limits.items()
             if isinstance(reason, str)
@@ -95,8 +104,8 @@ def _by_chance(table: pd.DataFrame, min_images: int) -> ByChance:
     return ByChance(
         num_images=len(drawn),
         num_of_other_subjects=int((drawn["subject"].to_numpy() != partners["subject"].to_numpy()).sum()),
-        dice=float(drawn["chance_dice"].mean()),
-        cldice=float(drawn["chance_cldice"].mean()),
+        dice=float(drawn["chance_dice"].mean()) if len(drawn) >= min_images else float("nan"),
+        cldice=float(drawn["chance_cldice"].mean()) if len(drawn) >= min_images else float("nan"),
         agreement={name: _agreement(drawn, partners, name, min_images) for name in QUANTITIES},
     )
 
@@ -122,8 +131,10 @@ def _limits(table: pd.DataFrame, name: str, min_images: int) -> BlandAltman | st
     return limits_of_agreement(pairs[FOUND + name].to_numpy(), pairs[GIVEN + name].to_numpy(), num_subjects)
 
 
-def _fraction(found: float, given: float) -> float:
-    return float(found / given - 1) if given else float("nan")
+def _bias(table: pd.DataFrame, name: str, min_images: int) -> float:
+    values = table[[FOUND + name, GIVEN + name]]
+    found, given = values.mean()
+    return float(found / given - 1) if given and values.count().min() >= min_images else float("nan")
 
 
 def refuse_other_pixels(real: pd.DataFrame, synthetic: pd.DataFrame, name: str) -> None:

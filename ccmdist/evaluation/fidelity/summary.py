@@ -143,7 +143,10 @@ def fidelity_of(
 def _standardised(extractor: FeatureExtractor, real: Features, synthetic: Features) -> tuple[Features, Features]:
     if not extractor.in_units_of_spread:
         return real, synthetic
-    centre, spread = real.values.mean(axis=0), np.maximum(real.values.std(axis=0, ddof=1), 1e-9)
+    # A single image has no spread; its distances are left out anyway.
+    centre, spread = real.values.mean(axis=0), np.ones(real.values.shape[1])
+    if len(real.values) > 1:
+        spread = np.maximum(real.values.std(axis=0, ddof=1), 1e-9)
     return tuple(Features((one.values - centre) / spread, one.subjects) for one in (real, synthetic))  # type: ignore[return-value]
 
 

@@ -1,5 +1,6 @@
 """Plain sentences of the second pillar: what biomarkers allow to conclude, and what they do not."""
 
+import math
 from collections.abc import Iterator
 from typing import Final
 
@@ -60,11 +61,13 @@ def _listed(names: list[str]) -> str:
 
 
 def _adherence(one: SetReport) -> str:
-    found = one.adherence
+    found, chance = one.adherence, one.adherence.chance
+    if math.isnan(found.dice):
+        return f"{one.name}: too few images to say whether nerves lie where they were wanted."
+    by_chance = [f" ({value:.2f} by chance)" if value == value else "" for value in (chance.dice, chance.cldice)]
     return (
-        f"{one.name}: the nerves that the segmenter finds overlap with the wanted ones by Dice {found.dice:.2f} "
-        f"({found.chance.dice:.2f} by chance) and clDice {found.cldice:.2f} ({found.chance.cldice:.2f} by chance), "
-        f"means of {found.num_images} images."
+        f"{one.name}: the nerves that the segmenter finds overlap with the wanted ones by Dice {found.dice:.2f}"
+        f"{by_chance[0]} and clDice {found.cldice:.2f}{by_chance[1]}, means of {found.num_images} images."
     )
 
 

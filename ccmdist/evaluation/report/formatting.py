@@ -1,8 +1,8 @@
 """Numbers as the page shows them; a number that does not exist is a dash."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
 ABSENT: Final = "\u2013"
 MINUS: Final = "\u2212"
@@ -53,17 +53,26 @@ def told_once(told: Iterable[tuple[str, str]]) -> Iterator[tuple[list[str], str]
     return ((alike, text) for text, alike in names.items())
 
 
+def by_reason(left_out: Iterable[Mapping[str, str]]) -> Iterator[tuple[str, str]]:
+    """What was left out for one reason, together: "CNFD, CNBD: limits" of "CNFD, limits" and "CNBD, limits"."""
+    for names, reason in told_once((one["what"], one["reason"]) for one in left_out):
+        parts = [name.partition(", ") for name in names]
+        is_alike = len(names) > 1 and len({rest for _, _, rest in parts}) == 1 and parts[0][2]
+        yield f"{', '.join(first for first, _, _ in parts)}: {parts[0][2]}" if is_alike else "; ".join(names), reason
+
+
 def joined(names: Sequence[str]) -> str:
     """As in "a, b and c"."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-FILTERS: Final[dict[str, Callable[..., str]]] = {
+FILTERS: Final[dict[str, Callable[..., Any]]] = {
     "number": number,
     "fixed": fixed,
     "percent": percent,
     "p_value": p_value,
     "signed": signed,
     "like": like,
+    "by_reason": by_reason,
 }
 """By the names that templates use."""

@@ -48,7 +48,7 @@ def adherence_plot(comparison: Comparison) -> "Figure":
         for place, (_, shade, table, adherence) in enumerate(rows):
             values = np.sort(table[column].to_numpy())
             axis.plot(values, place + _spread(len(values), 0.5), "o", color=shade, ms=2.4, alpha=0.4, mew=0)
-            axis.plot([values.mean()] * 2, [place - 0.34, place + 0.34], color=shade, lw=2)
+            axis.plot([getattr(adherence, column)] * 2, [place - 0.34, place + 0.34], color=shade, lw=2)
             chance = getattr(adherence.chance, column)
             axis.plot([chance] * 2, [place - 0.34, place + 0.34], color=INK, lw=1.2, ls=(0, (2, 1.5)))
         axis.set_title(title)

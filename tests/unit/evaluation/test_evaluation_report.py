@@ -25,6 +25,7 @@ from ccmdist.evaluation.comparison import compare, units
 from ccmdist.evaluation.report.formatting import (
     ABSENT,
     MINUS,
+    by_reason,
     fixed,
     joined,
     like,
@@ -384,6 +385,8 @@ def test_numbers_are_worded_for_reading():
     )
     assert (percent(0.123), percent(-0.2), percent(None)) == ("+12 %", f"{MINUS}20 %", ABSENT)
     assert list(told_once([("a", "x"), ("b", "y"), ("c", "x")])) == [(["a", "c"], "x"), (["b"], "y")]
+    omitted = [{"what": what, "reason": why} for what, why in (("a, x", "1"), ("b, x", "1"), ("c", "2"), ("d", "2"))]
+    assert list(by_reason(omitted)) == [("a, b: x", "1"), ("c; d", "2")]
     assert [joined(names) for names in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
     assert [p_value(p) for p in (None, 0.0001, 0.0306)] == [ABSENT, "< 0.001", "0.031"]
 

@@ -186,13 +186,21 @@ def test_some_empty_masks_are_counted_and_told(sets, tmp_path):
 def test_one_subject_and_one_image_leave_out_what_they_cannot_tell(sets, tmp_path):
     triple = next(read_split(sets / "real", "test"))
     write_set(tmp_path / "one", "synthetic", [("test", drawn(triple, triple.image))], 16)
-    found = compare(config_of(sets, tmp_path / "out", **{"synthetic.one": tmp_path / "one"})).sets[0]
+    comparison = compare(config_of(sets, tmp_path / "out", **{"synthetic.one": tmp_path / "one"}))
+    found = comparison.sets[0]
     assert found.equivalence == []
     assert all(limits is None for limits in found.adherence.limits.values())
     assert all(np.isnan(value) for value in found.adherence.agreement.values())
-    assert np.isnan(found.adherence.chance.dice)
+    figures = found.adherence
+    assert np.isnan([figures.dice, figures.cldice, figures.offset_px, figures.bias["cnfl"], figures.chance.dice]).all()
     told = {(one.what, one.reason) for one in found.left_out}
     reason = "1 of 1 images have a value of their nerves and one of their mask, at least 3 are needed"
     assert ("CNFL, ICC and limits of agreement", reason) in told
-    reason = "11 real and 1 synthetic subjects have a value, at least 3 each are needed"
-    assert ("CNFL, all subjects", reason) in told
+    assert ("Dice, clDice and offset", "1 images, at least 3 are needed") in told
+    fewer = "11 real and 1 synthetic subjects have a value, at least 3 each are needed"
+    assert ("CNFL, all subjects", fewer) in told
+    page = write_report(comparison).read_text()
+    rows = page[page.index('id="left-out"') :].partition("</table>")[0]
+    assert rows.count(reason) == 1, "what is left out for one reason stands in one row"
+    assert "one: too few images to say whether nerves lie where they were wanted." in page
+    assert not re.search(r"\bnan\b", page)
