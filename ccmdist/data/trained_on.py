@@ -28,6 +28,15 @@ def training_of(facts: Mapping[str, str] | None, source: Manifest) -> Training:
     return {"set_digest": set_digest, "split": split, "subjects": subjects if set_digest == source.digest else None}
 
 
+def why_unknown(drawn: Manifest) -> str:
+    """What a set says of its generator whose subjects cannot be told, as the rest of a sentence on the set."""
+    training = drawn.about.get(TRAINING)
+    if isinstance(training, dict) and training.get("set_digest", UNKNOWN) != UNKNOWN:
+        trained_on = str(training["set_digest"])[:12]
+        return f"was drawn by a generator trained on another set ({trained_on}), whose subjects it does not name"
+    return "does not say on which subjects its generator was trained"
+
+
 def subjects_trained_on(drawn: Manifest, known: Iterable[Manifest]) -> frozenset[str] | None:
     """The subjects that the generator of a set was trained on; none for an untuned one, None if it cannot be told.
 

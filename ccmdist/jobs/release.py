@@ -65,7 +65,7 @@ def _synthetic(folder: Path) -> Manifest:
 
 
 def _passed(folder: Path, manifest: Manifest, report: Path) -> dict[str, Any]:
-    """What the report says of the set as it is now."""
+    """What the report says of the set as it is now, and whether phantoms are what it was compared with."""
     path = report / REPORT_JSON if report.is_dir() else report
     try:
         values = json.loads(path.read_bytes())
@@ -84,7 +84,12 @@ def _passed(folder: Path, manifest: Manifest, report: Path) -> dict[str, Any]:
     if not gate["passed"] or gate["reasons"] or not gate["figures"]:
         reasons = "".join(f"\n  {reason}" for reason in gate["reasons"] or ["it was not judged"])
         raise RunError(f"{folder}: is withheld by the gate and not released:{reasons}\nread {path.parent}/report.html")
-    return dict(sets[name])
+    if sets[name].get("control"):
+        raise RunError(
+            f"{folder}: is a control, drawn with the prompts of other clinical groups than its samples",
+            "release the set that it controls",
+        )
+    return dict(sets[name]) | {"of_phantoms": dict(values.get("real", {})).get("kind") == "phantom"}
 
 
 def _why_not_judged(folder: Path, gates: dict[str, Any], folders: dict[str, str]) -> str:

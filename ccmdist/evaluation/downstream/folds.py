@@ -18,7 +18,7 @@ from ccmdist.config.evaluate import DownstreamSettings, FoldSets
 from ccmdist.data.manifest import MANIFEST, Manifest, read_manifest
 from ccmdist.data.reader import read_metas
 from ccmdist.data.splits import Subject, fold_splits
-from ccmdist.data.trained_on import subjects_trained_on
+from ccmdist.data.trained_on import subjects_trained_on, why_unknown
 from ccmdist.errors import EvaluationError
 from ccmdist.evaluation.sets import OpenedSets
 
@@ -99,9 +99,9 @@ def _seen(source: Source, known: Sequence[Manifest]) -> frozenset[str]:
     seen = subjects_trained_on(source.manifest, known)
     if seen is None:
         raise EvaluationError(
-            f"synthetic.{source.name}: {source.folder} does not say on which subjects its generator was trained, "
-            "so it may have seen those who are tested",
-            "draw it anew with `ccmdist synthesize`, from the shards that the generator was trained on",
+            f"synthetic.{source.name}: {source.folder} {why_unknown(source.manifest)}, so it may have seen "
+            "those who are tested",
+            "draw it from the shards that the generator was trained on, or leave the trainings out: downstream=null",
         )
     return seen
 

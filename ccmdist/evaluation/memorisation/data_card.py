@@ -15,6 +15,10 @@ from ccmdist.data.manifest import SPLITS, Manifest
 CARD_VERSION: Final = 1
 TO_BE_CHOSEN: Final = "to-be-chosen-by-whoever-publishes-this"
 TITLE: Final = "Synthetic corneal confocal microscopy"
+OF_PHANTOMS: Final = """
+**Made from phantoms.** The frames that it was trained on or compared with are computer drawings, whose clinical groups
+differ by construction. Nothing here says anything of patients.
+"""
 INTENDED_USE: Final = (
     "Research on methods: developing and testing segmentation, classification and image analysis of corneal confocal "
     "microscopy where real frames are scarce, always tested on real frames in the end.",
@@ -58,7 +62,7 @@ configs:
 
 **No image here is a recording of a person.** All {num_images} were drawn by a model from nerve masks, and each says
 so in itself (IPTC digital source type `trainedAlgorithmicMedia`).
-
+{phantoms}
 | clinical group asked for | images |
 |---|---|
 {groups}
@@ -110,7 +114,7 @@ def card_of(manifest: Manifest, judged: Mapping[str, Any], shape: tuple[int, int
 
     Args:
         manifest: Of the set.
-        judged: What report.json says of it.
+        judged: What report.json says of it, and whether it was compared with phantoms.
         shape: Height and width of an image.
         licence: As whoever publishes it names it; may be empty.
     """
@@ -120,7 +124,8 @@ def card_of(manifest: Manifest, judged: Mapping[str, Any], shape: tuple[int, int
     return {
         "card_version": CARD_VERSION,
         "ccmdist_version": __version__,
-        "title": TITLE,
+        "title": f"{TITLE}, from phantoms" if judged.get("of_phantoms") else TITLE,
+        "of_phantoms": bool(judged.get("of_phantoms")),
         "licence": licence or TO_BE_CHOSEN,
         "set_digest": manifest.digest,
         "num_images": manifest.num_samples,
@@ -173,6 +178,7 @@ def card_text(card: Mapping[str, Any]) -> str:
         data_files="\n".join(f"  - split: {split}\n    path: {split}-*.tar" for split in splits),
         num_images=card["num_images"],
         groups=_rows({group: num for group, num in card["images_by_group"].items() if group != UNLABELLED or num}),
+        phantoms=OF_PHANTOMS if card["of_phantoms"] else "",
         width_px=card["width_px"],
         height_px=card["height_px"],
         split=splits[0],
@@ -186,6 +192,8 @@ def card_text(card: Mapping[str, Any]) -> str:
     )
 
 
+ORIGIN: Final = {"base": "base held in"}
+"""Fields of an origin whose names say too little by themselves."""
 LICENCE_OPEN: Final = (
     "Not chosen yet. Which licence these images may carry depends on the frames that their generator was trained on "
     "and on the consent of the people they show: fill in `license_name` above, or do not publish the set."
@@ -198,7 +206,7 @@ def _origin(card: Mapping[str, Any]) -> dict[str, Any]:
     rows = {"set digest": card["set_digest"], "made by": f"ccmdist {card['ccmdist_version']}"}
     for number, origin in enumerate(card["origins"]):
         name = f" ({number + 1})" if len(card["origins"]) > 1 else ""
-        rows |= {f"{field}{name}": value for field, value in origin.items()}
+        rows |= {f"{ORIGIN.get(field, field)}{name}": value for field, value in origin.items()}
     return rows | {"subjects of training": people, "subjects of masks": card["num_mask_subjects"]}
 
 

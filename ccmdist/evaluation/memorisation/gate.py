@@ -9,7 +9,7 @@ import pandas as pd
 
 from ccmdist.commit import digest_of
 from ccmdist.config.evaluate import EvaluateConfig
-from ccmdist.data.trained_on import subjects_trained_on
+from ccmdist.data.trained_on import subjects_trained_on, why_unknown
 from ccmdist.evaluation.left_out import LeftOut
 from ccmdist.evaluation.memorisation.chance import HIGHEST_COPY_LIMIT, ShareTest, copy_limit, share_test
 from ccmdist.evaluation.memorisation.figures import (
@@ -144,7 +144,7 @@ def _cannot_be_judged(sets: OpenedSets, one: ImageSet, searching: Searching | No
         )
     trained = _trained_on(sets, one)
     if trained is None:
-        yield "it cannot be judged: it does not say on which subjects its generator was trained"
+        yield f"it cannot be judged: it {why_unknown(one.manifest)}"
         return
     if missing := trained - searching.training.subjects:
         yield (

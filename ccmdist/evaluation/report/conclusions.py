@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from ccmdist.data.trained_on import why_unknown
 from ccmdist.evaluation.comparison import Comparison
 from ccmdist.evaluation.report.conclusions_biomarkers import biomarker_limits, biomarker_sentences
 from ccmdist.evaluation.report.conclusions_downstream import downstream_sentences
@@ -19,7 +20,7 @@ def _seen(comparison: Comparison) -> Iterator[str]:
     num_subjects = comparison.counts["num_subjects"]
     for one in comparison.sets:
         if one.num_reference_seen is None:
-            yield f"{one.name} does not say on whom its generator was trained: it may have seen the reference itself."
+            yield f"{one.name} {why_unknown(one.images.manifest)}: it may have seen the reference itself."
         elif one.num_reference_seen:
             yield (
                 f"The generator of {one.name} was trained on {one.num_reference_seen} of the {num_subjects} subjects "

@@ -354,7 +354,7 @@ def test_a_generator_that_has_seen_the_reference_is_said_to_have(sets, compariso
     assert [one["num_reference_seen"] for one in values["synthetic"].values()] == [2, None]
     told = values["may_not_be_concluded"]
     assert any(line.startswith(f"The generator of close was trained on 2 of the {num} subjects") for line in told)
-    assert any(line.startswith("far does not say on whom its generator was trained") for line in told)
+    assert any(line.startswith("far does not say on which subjects its generator was trained") for line in told)
 
 
 def test_an_image_is_measured_in_a_fraction_of_a_second():

@@ -58,6 +58,7 @@ def test_a_set_that_passed_is_written_with_its_card(world, tmp_path, capsys):
     assert card["made_by"]["seed"] == 3
     assert card["made_by"]["training"]["num_subjects"] == len(_training_subjects(world))
     text = (out / CARD_TEXT).read_text()
+    assert "phantom" not in text.partition("## Known limits")[0]
     for heading in ("## Origin", "## The gate", "## Intended use", "## Not for", "## Known limits", "## Licence"):
         assert heading in text
 
@@ -142,6 +143,19 @@ def test_a_set_that_was_changed_since_or_never_judged_is_refused(world, tmp_path
         path.write_text(content) if content else path.unlink()
         with pytest.raises(RunError, match=message):
             release(tmp_path / "clean", path, tmp_path / "out")
+
+
+def test_a_control_is_refused_and_a_set_of_phantoms_says_so_on_its_card(world, tmp_path):
+    report = json.loads((world / "report" / "report.json").read_text()) | {"real": {"kind": "phantom"}}
+    commit_json(tmp_path / "report.json", report)
+    release(world / "clean", tmp_path / "report.json", tmp_path / "out")
+    text = (tmp_path / "out" / CARD_TEXT).read_text()
+    assert "pretty_name: Synthetic corneal confocal microscopy, from phantoms" in text
+    assert "**Made from phantoms.**" in text
+    report["synthetic"]["clean"]["control"] = {"prompts": "next_group", "of": None, "prompt_effect": {}}
+    commit_json(tmp_path / "report.json", report)
+    with pytest.raises(RunError, match=r"clean: is a control, drawn with .* groups than its samples; release the set"):
+        release(world / "clean", tmp_path / "report.json", tmp_path / "other")
 
 
 def test_a_shard_that_was_changed_behind_its_manifest_is_refused(world, tmp_path):

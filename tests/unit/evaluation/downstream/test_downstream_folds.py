@@ -73,7 +73,9 @@ def test_a_generator_drawing_elsewhere_is_known_by_the_digest_of_the_set_that_it
     seen = set(trained_on(manifest)["subjects"])
     assert all(seen <= fold.subjects("train") for fold in folds_of(open_sets(config), config.downstream))
     config = config_of(world / "real", {"strange": tmp_path / "strange"}, tmp_path / "out")
-    with pytest.raises(EvaluationError, match="does not say on which subjects"):
+    with pytest.raises(
+        EvaluationError, match=r"trained on another set \(e{12}\), whose .* trainings out: downstream=null"
+    ):
         folds_of(open_sets(config), config.downstream)
 
 
