@@ -181,9 +181,14 @@ def _problem(kind: type[BaseModel], error: Any, section: str = "") -> str:
         known = sorted({field for model in _models_at(kind, parents) for field in model.model_fields})
         close = difflib.get_close_matches(str(name), known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"known fields: {', '.join(known)}"
+        if kinds := _kinds_with(kind, parents, str(name)):
+            tag = ".".join([*map(str, parents[:-1]), "kind"])
+            hint = f"a field of kind {' and '.join(kinds)}; is a file missing that sets {tag}?"
         return f"{where}: no such field; {hint}"
     if error["type"] == "missing":
         return f"{where}: is required"
+    if error["type"] == "path_type":
+        return f"{where}: should be a path (got {error['input']!r})"
     if error["type"] == "value_error":
         text = str(error["ctx"]["error"])
         return f"{where}: {text}" if where else text
@@ -191,6 +196,13 @@ def _problem(kind: type[BaseModel], error: Any, section: str = "") -> str:
         return f"{where}.kind: must be one of {error['ctx'].get('expected_tags', 'the known kinds')}"
     message = error["msg"].removeprefix("Input ")
     return f"{where}: {message} (got {error['input']!r})"
+
+
+def _kinds_with(kind: type[BaseModel], parents: Sequence[Any], name: str) -> list[str]:
+    """The other kinds of a union that have a field; none if ``parents`` does not end with the tag of a kind."""
+    siblings = [model for model in _models_at(kind, parents[:-1]) if "kind" in model.model_fields] if parents else []
+    tags = {str(model.model_fields["kind"].default): model for model in siblings}
+    return [tag for tag, model in tags.items() if name in model.model_fields] if parents and parents[-1] in tags else []
 
 
 def _models_at(kind: type[BaseModel], path: Sequence[Any]) -> list[type[BaseModel]]:

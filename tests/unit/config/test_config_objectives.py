@@ -76,6 +76,10 @@ def test_a_small_baseline_has_the_data_of_the_small_adapter(kind):
             "head_channels: 256 channels do not divide into heads",
         ),
         (["objective.kind=maisi", "objective.noise_dim=3"], "objective.maisi.noise_dim: no such field"),
+        (
+            ["objective.noise_dim=3"],
+            "noise_dim: no such field; a field of kind spade; is a file missing that sets objective.kind?",
+        ),
         (["objective.kind=gan"], "objective.kind: must be one of 'edit', 'spade', 'maisi'"),
     ],
 )
