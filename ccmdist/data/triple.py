@@ -5,6 +5,7 @@
 * ``KEY.json``: the fields of :class:`TripleMeta`.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -176,6 +177,11 @@ def meta_of(data: bytes, where: str) -> TripleMeta:
         raise ShardError(f"{where}: {META}, provenance: stands in synthetic samples, in each of them and in no other")
     _check_prompt(meta, where)
     return meta
+
+
+def mask_sha256(nerve_mask: NDArray[np.bool_]) -> str:
+    """Identity of a mask: SHA-256 of its pixels row by row, one byte each, 0 or 1."""
+    return hashlib.sha256(np.ascontiguousarray(nerve_mask).astype(np.uint8).tobytes()).hexdigest()
 
 
 def check_key(key: str, where: str) -> None:

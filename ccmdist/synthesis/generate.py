@@ -28,7 +28,7 @@ from ccmdist.data.manifest import read_manifest
 from ccmdist.data.reader import read_shard
 from ccmdist.data.shard_samples import scaled_um_per_px
 from ccmdist.data.trained_on import training_of
-from ccmdist.data.triple import Triple
+from ccmdist.data.triple import Triple, mask_sha256
 from ccmdist.data.views import views
 from ccmdist.diffusion import flow
 from ccmdist.diffusion.sampler import sample
@@ -44,7 +44,7 @@ from ccmdist.precompute.fill import DTYPES
 from ccmdist.synthesis import base
 from ccmdist.synthesis.networks import NetworkDrawing
 from ccmdist.synthesis.output import SyntheticSet
-from ccmdist.synthesis.plan import UNTUNED, Plan, Request, base_of, make_plan, mask_sha256
+from ccmdist.synthesis.plan import UNTUNED, Plan, Request, base_of, make_plan
 from ccmdist.synthesis.sampler import Sampler, noise_of, refuse_non_finite
 
 NUM_SHARDS_REMEMBERED = 2

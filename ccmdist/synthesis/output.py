@@ -26,11 +26,11 @@ from ccmdist.data.given_prompts import given_prompt
 from ccmdist.data.manifest import MANIFEST, ShardEntry, commit_manifest, read_manifest
 from ccmdist.data.reader import read_shard
 from ccmdist.data.trained_on import TRAINING, Training
-from ccmdist.data.triple import Triple, prompt_for
+from ccmdist.data.triple import Triple, mask_sha256, prompt_for
 from ccmdist.data.writer import write_shard
 from ccmdist.errors import ShardError
 from ccmdist.synthesis.claims import claimed, order_of_help, share
-from ccmdist.synthesis.plan import Plan, Request, accept_plan, mask_sha256
+from ccmdist.synthesis.plan import Plan, Request, accept_plan
 
 BATCHES: Final = "batches"
 CLAIMS: Final = "claims"

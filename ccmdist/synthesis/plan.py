@@ -13,8 +13,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ccmdist.ccm.groups import ClinicalGroup
@@ -288,11 +286,6 @@ def expected_batches(config: SynthesizeConfig) -> int:
     num_views = 1 + len(flips(config.data)) if config.split == "train" else 1
     num_samples = sum(shard.num_samples for shard in read_manifest(config.data.shards).of_split(config.split))
     return -(-num_samples * num_views * config.images_per_mask // config.batch_size)
-
-
-def mask_sha256(nerve_mask: NDArray[np.bool_]) -> str:
-    """Identity of a mask: SHA-256 of its pixels row by row, one byte each, 0 or 1."""
-    return hashlib.sha256(np.ascontiguousarray(nerve_mask).astype(np.uint8).tobytes()).hexdigest()
 
 
 def accept_plan(folder: Path, plan: Plan) -> None:

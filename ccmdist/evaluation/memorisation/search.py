@@ -4,7 +4,6 @@ Held-out frames are of people whom no training frame shows. How near they come t
 comes by chance, and the yardstick of :mod:`~ccmdist.evaluation.memorisation.gate`.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from scipy.ndimage import binary_dilation
 
 from ccmdist.commit import commit_json, digest_of
 from ccmdist.data.manifest import ShardEntry
-from ccmdist.data.triple import Triple
+from ccmdist.data.triple import Triple, mask_sha256
 from ccmdist.data.views import FLIPS
 from ccmdist.evaluation.memorisation.likeness import (
     LIKENESS_VERSION,
@@ -203,7 +202,7 @@ class Searching:
             right=match.shift[1],
             distance=distance_of(float(likeness[first])),
             coarse_key=self.frames.keys[first],
-            has_training_mask=_sha256(triple.nerve_mask) in self.frames.masks,
+            has_training_mask=mask_sha256(triple.nerve_mask) in self.frames.masks,
         )
         return found, likeness
 
@@ -223,7 +222,7 @@ class Searching:
                     keys.append(triple.key)
                     subjects.append(triple.meta.subject)
                     seen.append(self._look(triple))
-                    masks |= {_sha256(view) for view in _views(triple.nerve_mask)}
+                    masks |= {mask_sha256(view) for view in _views(triple.nerve_mask)}
         return Frames(keys, subjects, seen, frozenset(masks))
 
     def _look(self, triple: Triple) -> Looked:
@@ -345,7 +344,3 @@ def _views(nerve_mask: NDArray[np.bool_]) -> Iterator[NDArray[np.bool_]]:
     yield nerve_mask
     for flip in FLIPS.values():
         yield flip(nerve_mask)
-
-
-def _sha256(nerve_mask: NDArray[np.bool_]) -> str:
-    return hashlib.sha256(np.packbits(nerve_mask).tobytes()).hexdigest()

@@ -17,7 +17,7 @@ from ccmdist.cli import exit_code
 from ccmdist.config.train import LoRASettings, WDLoRASettings
 from ccmdist.data.manifest import MANIFEST, read_manifest
 from ccmdist.data.reader import read_shard, read_split, verify_set
-from ccmdist.data.triple import members_of
+from ccmdist.data.triple import mask_sha256, members_of
 from ccmdist.data.views import resized_mask
 from ccmdist.errors import AdapterError, Preempted, RunError, ShardError
 from ccmdist.jobs.synthesize import describe
@@ -25,7 +25,7 @@ from ccmdist.models.model_folder import ModelFolder
 from ccmdist.synthesis import output as output_module
 from ccmdist.synthesis.generate import adapter_digest, synthesize
 from ccmdist.synthesis.output import BATCHES, SyntheticSet
-from ccmdist.synthesis.plan import PLAN, mask_sha256, read_plan
+from ccmdist.synthesis.plan import PLAN, read_plan
 from ccmdist.synthesis.verify import verify_against_plan
 
 

@@ -10,12 +10,12 @@ import pytest
 from ccmdist.config.loading import resolved
 from ccmdist.data.manifest import commit_manifest, read_manifest
 from ccmdist.data.reader import read_split
+from ccmdist.data.triple import mask_sha256
 from ccmdist.data.views import views
 from ccmdist.data.writer import write_shard
 from ccmdist.errors import ShardError
 from ccmdist.jobs.synthesize import describe
 from ccmdist.synthesis.output import SyntheticSet
-from ccmdist.synthesis.plan import mask_sha256
 from ccmdist.synthesis.verify import verify_against_plan
 
 
