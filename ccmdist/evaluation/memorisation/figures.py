@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.random import Generator
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 
 from ccmdist.ccm.groups import UNLABELLED
 from ccmdist.evaluation.statistics import interval
@@ -107,8 +107,7 @@ def membership(likeness: pd.DataFrame, num_bootstrap: int, rng: Generator) -> Me
 
 def area(members: Floats, others: Floats) -> float:
     """Area under the ROC curve: the share of pairs in which the member has the larger value, ties counted half."""
-    ranks = rankdata(np.concatenate([members, others]))[: len(members)]
-    u = ranks.sum() - len(members) * (len(members) + 1) / 2
+    u = mannwhitneyu(members, others, method="asymptotic").statistic
     return float(u / (len(members) * len(others)))
 
 
