@@ -11,6 +11,7 @@ from scipy import stats
 from ccmdist.config.select import Metric
 from ccmdist.evaluation.biomarkers.summary import Adherence, adherence_of
 from ccmdist.evaluation.columns import FOUND
+from ccmdist.evaluation.statistics import subject_means
 
 LENGTH: Final = "cnfl"
 DEFINITIONS: Final[dict[Metric, str]] = {
@@ -65,7 +66,7 @@ def equivalence_margin(real: pd.DataFrame, drawn: pd.DataFrame, column: str, alp
     Source:
         Schuirmann 1987: TOST accepts at level alpha where the 1 - 2 alpha interval lies within the margins.
     """
-    by_subject = [table.groupby("subject")[column].mean() for table in (real, drawn)]
+    by_subject = [subject_means(table, column) for table in (real, drawn)]
     pairs = pd.concat(by_subject, axis=1, join="inner", keys=["real", "drawn"]).dropna()
     mean = float(pairs["real"].mean())
     if len(pairs) < 2 or not mean:
