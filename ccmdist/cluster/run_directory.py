@@ -141,6 +141,18 @@ class RunDirectory:
         commit_json(self.config, {"digest": digest(config), "settings": values})
         (self.path / "outcome.json").unlink(missing_ok=True)
 
+    def settings(self) -> dict[str, Any]:
+        """The resolved settings of the run's last start.
+
+        Raises:
+            OSError: If there are none, or they may not be read.
+            ValueError: If what is there is not what a run writes.
+        """
+        try:
+            return dict(json.loads(self.config.read_text())["settings"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.config}: holds no settings") from error
+
     def committed_step(self) -> int:
         """Step of the newest checkpoint by its name, whether or not it verifies; 0 if there is none."""
         return max((step_of(path) for path in committed_paths(self.checkpoints)), default=0)

@@ -3,7 +3,6 @@
 The lock itself is never tried: a try that succeeds would, for that moment, refuse a run that is just starting.
 """
 
-import json
 import re
 import shutil
 import socket
@@ -118,8 +117,7 @@ def quiet_limit_s(run: RunDirectory) -> float:
 
 def settings(run: RunDirectory) -> dict[str, Any]:
     """The resolved settings of the run's last start; empty when it has none that can be read."""
-    values = known(lambda: json.loads(run.config.read_text())["settings"])
-    return values if isinstance(values, dict) else {}
+    return known(run.settings) or {}
 
 
 def known(read: Callable[[], T]) -> T | None:

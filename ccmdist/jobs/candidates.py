@@ -1,6 +1,5 @@
 """The checkpoints that are to be chosen from, what each of them draws, and what of it is done; imports no torch."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -137,8 +136,8 @@ def open_candidates(config: SelectConfig) -> Candidates:
 
 def _trained(run: RunDirectory) -> TrainConfig:
     try:
-        return validate(TrainConfig, json.loads(run.config.read_text())["settings"], str(run.config))
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        return validate(TrainConfig, run.settings(), str(run.config))
+    except (OSError, ValueError, ConfigError) as error:
         problem = error.strerror if isinstance(error, OSError) else error
         raise EvaluationError(
             f"run: {run.path} is not the folder of a training run ({run.config.name}: {problem})",

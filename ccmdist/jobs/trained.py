@@ -1,6 +1,5 @@
 """What a run has trained, an adapter or a network of its own: found wherever it lies, and where it comes from."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -88,8 +87,8 @@ def settings_of(run: RunDirectory) -> TrainConfig:
         ModelError: If they are not there.
     """
     try:
-        values = json.loads(run.config.read_text())["settings"]
-    except (OSError, ValueError, KeyError):
+        values = run.settings()
+    except (OSError, ValueError):
         raise ModelError(
             f"{run.config}: is missing or cannot be read, so the settings of what was trained are not known",
             "keep checkpoints in the folder of their run",
