@@ -144,11 +144,7 @@ def synthetic_sets(config: EvaluateConfig) -> list[ImageSet]:
     found = []
     for name, folder in config.synthetic.items():
         one = _opened(f"synthetic.{name}", folder, config.split, "`ccmdist synthesize` makes one")
-        if one.manifest.kind != "synthetic":
-            raise EvaluationError(
-                f"synthetic.{name}: {folder} is a {one.manifest.kind} set, expected one drawn by a model",
-                "name the out folder of `ccmdist synthesize`; real frames and phantoms belong in `real`",
-            )
+        refuse_undrawn(f"synthetic.{name}", folder, one.manifest)
         found.append(replace(one, name=name))
     names: dict[str, str] = {}
     for one in found:
@@ -158,6 +154,19 @@ def synthetic_sets(config: EvaluateConfig) -> list[ImageSet]:
                 "name each set once; a set drawn anew with another seed is another set",
             )
     return found
+
+
+def refuse_undrawn(setting: str, folder: Path, manifest: Manifest) -> None:
+    """Check that a set was drawn by a model.
+
+    Raises:
+        EvaluationError: If it was not.
+    """
+    if manifest.kind != "synthetic":
+        raise EvaluationError(
+            f"{setting}: {folder} is a {manifest.kind} set, expected one drawn by a model",
+            "name the out folder of `ccmdist synthesize`; real frames and phantoms belong in `real`",
+        )
 
 
 def common_shape(sets: list[ImageSet]) -> tuple[int, int]:

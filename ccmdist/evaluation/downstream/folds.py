@@ -20,7 +20,7 @@ from ccmdist.data.reader import read_metas
 from ccmdist.data.splits import Subject, fold_splits
 from ccmdist.data.trained_on import subjects_trained_on, why_unknown
 from ccmdist.errors import EvaluationError
-from ccmdist.evaluation.sets import OpenedSets
+from ccmdist.evaluation.sets import OpenedSets, refuse_undrawn
 
 NUM_REMEMBERED: Final = 64
 """Sets whose samples are listed once per process."""
@@ -156,11 +156,7 @@ def _refuse_seen(fold: Fold, source: Source, seen: frozenset[str]) -> None:
 
 def _synthetic(name: str, folder: Path) -> Source:
     source = _source(name, folder)
-    if source.manifest.kind != "synthetic":
-        raise EvaluationError(
-            f"synthetic.{name}: {folder} is a {source.manifest.kind} set, expected one drawn by a model",
-            "name the out folder of `ccmdist synthesize`",
-        )
+    refuse_undrawn(f"synthetic.{name}", folder, source.manifest)
     return source
 
 
