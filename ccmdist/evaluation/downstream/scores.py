@@ -91,6 +91,7 @@ def mean(weights: Floats, values: Floats) -> Floats:
 DIAGNOSIS: Final[dict[str, Score]] = {
     "macro_auc": macro_auc,
     "balanced_accuracy": balanced_accuracy,
+    "accuracy": accuracy,
     "macro_f1": macro_f1,
     "calibration_error": calibration_error,
 }

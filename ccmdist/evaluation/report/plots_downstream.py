@@ -18,6 +18,7 @@ PHANTOM_COLOUR: Final = "#a3875a"
 LABELS: Final = {
     "macro_auc": "macro-AUC",
     "balanced_accuracy": "balanced accuracy",
+    "accuracy": "accuracy",
     "macro_f1": "macro-F1",
     "calibration_error": "ECE",
     "dice": "Dice",
