@@ -9,6 +9,7 @@ B: images of a batch. H, W: their size. D: features of an image.
 import json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
@@ -30,6 +31,7 @@ Images = NDArray[np.uint8]
 """(B, H, W), 8-bit grey."""
 EXTRACTORS_VERSION: Final = 1
 """Raised whenever an image is given to a network in another way."""
+FIDELITY_EXTRA: Final = 'install the extra: pip install "ccmdist[fidelity]", where torchvision exists for this torch'
 INCEPTION_URL: Final = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
@@ -318,11 +320,13 @@ def chosen(settings: ExtractorSettings) -> list[FeatureExtractor]:
     """The extractors that the settings name; reads no weights.
 
     Raises:
-        EvaluationError: If weights are not where the settings say.
+        EvaluationError: If weights are not where the settings say, or the packages that read them are not installed.
     """
     found: list[FeatureExtractor] = [WeightFree()] if settings.weight_free else []
     if settings.inception:
         found.append(Inception(settings.inception))
+        if missing := [name for name in ("torch_fidelity", "torchvision") if find_spec(name) is None]:
+            raise EvaluationError(f"extractors.inception: {missing[0]} is not installed here", FIDELITY_EXTRA)
     if settings.dinov2:
         found.append(Transformer(DINOV2, settings.dinov2))
     if settings.clip:

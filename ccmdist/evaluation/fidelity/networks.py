@@ -6,7 +6,7 @@ B: images of a batch. H, W: their size. S: side of a network's input. D: feature
 import io
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -17,9 +17,7 @@ from torch import Tensor
 from ccmdist.ccm.skeleton import Floats
 from ccmdist.cluster.device import current_device
 from ccmdist.errors import EvaluationError
-
-if TYPE_CHECKING:
-    from ccmdist.evaluation.fidelity.extractors import Preprocessing
+from ccmdist.evaluation.fidelity.extractors import FIDELITY_EXTRA, Preprocessing
 
 NUM_LAYERS: Final = 4
 """Layers whose patches make the perceptual distance, evenly over the depth of the network."""
@@ -39,7 +37,7 @@ class Inception:
         except ImportError as error:
             raise EvaluationError(
                 f"extractors.inception: torch-fidelity cannot be imported here ({error})",
-                'install the extra: pip install "ccmdist[fidelity]", where torchvision exists for this torch',
+                FIDELITY_EXTRA,
             ) from error
         # torch-fidelity unpickles whatever it is given, so it is given only what was read as tensors and no more.
         held = io.BytesIO()
@@ -85,7 +83,7 @@ def _not_inception(weights: Path, why: object) -> EvaluationError:
 class VisionTransformer:
     """A DINOv2, or the image side of a CLIP."""
 
-    def __init__(self, setting: str, folder: Path, dim: int, preprocessing: "Preprocessing") -> None:
+    def __init__(self, setting: str, folder: Path, dim: int, preprocessing: Preprocessing) -> None:
         """Load the weights.
 
         Raises:

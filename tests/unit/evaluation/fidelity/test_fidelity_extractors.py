@@ -21,6 +21,7 @@ from transformers import (
 from ccmdist.ccm.phantom import make_phantom
 from ccmdist.config.evaluate import ExtractorSettings
 from ccmdist.errors import EvaluationError
+from ccmdist.evaluation.fidelity import extractors
 from ccmdist.evaluation.fidelity.appearance import features
 from ccmdist.evaluation.fidelity.distances import INCEPTION
 from ccmdist.evaluation.fidelity.extractors import (
@@ -227,6 +228,9 @@ def test_inception_without_torch_fidelity_is_told_by_the_extra_to_install(tmp_pa
     (tmp_path / "inception.pth").write_bytes(b"anything")
     with pytest.raises(EvaluationError, match=r"torch-fidelity cannot be imported here .*ccmdist\[fidelity\]"):
         Inception(tmp_path / "inception.pth").features(images)
+    monkeypatch.setattr(extractors, "find_spec", lambda name: None)
+    with pytest.raises(EvaluationError, match=r"torch_fidelity is not installed here; .*ccmdist\[fidelity\]"):
+        chosen(ExtractorSettings(inception=tmp_path / "inception.pth"))
 
 
 def test_inception_of_other_weights_has_another_name_so_that_no_fid_is_told_of_it(tmp_path):
