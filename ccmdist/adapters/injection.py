@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ccmdist.adapters.frozen import dense
-from ccmdist.adapters.lora import LoRALinear, update_scale
+from ccmdist.adapters.lora import LoRALinear
 from ccmdist.adapters.wdlora import ROWS_AT_ONCE, NormClock, WDLoRALinear
 from ccmdist.config.train import AdapterSettings, WDLoRASettings
 
@@ -141,7 +141,7 @@ def inject(
         row_squares: From :class:`RowSquares` or :func:`row_squares_of`.
         seed: Of the initial A.
     """
-    clock, scale = NormClock(), update_scale(settings)
+    clock, scale = NormClock(), settings.scale
     modules: dict[str, nn.Module] = {}
     for name in names:
         base = model.get_submodule(name)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ccmdist.adapters.frozen import frozen_product
 from ccmdist.adapters.kept import is_on_tape
 from ccmdist.adapters.wdlora import adapter_dtype, initial_down
-from ccmdist.config.train import AdapterSettings
 
 
 class LoRALinear(nn.Module):
@@ -39,8 +38,3 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         return f"{self.in_features}, {self.out_features}, lora_rank={self.lora_A.shape[0]}, scale={self.scale:g}"
-
-
-def update_scale(settings: AdapterSettings) -> float:
-    """The scale s = alpha / lora_rank, by which every adapter multiplies B A."""
-    return (settings.alpha or settings.lora_rank) / settings.lora_rank

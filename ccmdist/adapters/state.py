@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ccmdist.adapters.lora import update_scale
 from ccmdist.adapters.model_card import model_card
 from ccmdist.commit import commit_json, commit_text, committed_file
 from ccmdist.config.train import AdapterSettings
@@ -58,7 +57,7 @@ class AdapterState:
     @property
     def scale(self) -> float:
         """s, by which B A is multiplied."""
-        return update_scale(self.settings)
+        return self.settings.scale
 
     @property
     def alpha(self) -> float:

@@ -11,6 +11,10 @@ Split = Literal["train", "val", "test"]
 Dtype = Literal["bf16", "fp32"]
 Flip = Literal["hflip", "vflip", "rot180"]
 Prompts = Literal["given", "next_group"]
+HoleShape = Literal["rectangle", "stroke", "band", "quadrant", "everything"]
+Structure = Literal["mask", "points", "mask_and_points"]
+USUAL: Final = {"prompts": "given", "structure": "mask", "holes": None}
+"""Settings of data that were added later, and what they mean where they are not told."""
 PX_PER_TOKEN: Final = 16
 """Of an edge of an image: the VAE divides edges by 8, and a token is a patch of 2 x 2 latents."""
 
@@ -69,6 +73,16 @@ class FoldShardsConfig(Settings):
         return self
 
 
+class HoleSettings(Settings):
+    """Holes that are cut into images for a model to fill. A frame that brings a hole of its own keeps that one."""
+
+    shapes: tuple[HoleShape, ...] = Field(("rectangle", "stroke", "band", "quadrant", "everything"), min_length=1)
+    """Drawn equally often: rectangles, freehand strokes, bands like pressure lines, a quarter, the whole frame."""
+    per_sample: int = Field(4, ge=1, le=64)
+    """Holes of each sample, and of each flipped view of it, that are cached."""
+    seed: int = Field(0, ge=0)
+
+
 class DataSettings(Settings):
     """Which shards, seen by which encoders, at which size: the section that names one cache."""
 
@@ -87,15 +101,19 @@ class DataSettings(Settings):
     prompts: Prompts = "given"
     """What a mask is encoded with: its own prompt or, as a control of synthesis, that of the next clinical group
     (Control, T1NoDPN, T1DPN, Control). What such images lack beside others is what the prompt contributes."""
+    structure: Structure = "mask"
+    """What stands for the nerves: their mask, a map of points (branch points, ends, dendritic cells), or both."""
+    holes: HoleSettings | None = None
+    """Cache each image with holes too, for a model that fills them (`objective.kind: dual`)."""
     stage_model: bool = free(False)
     """Copy the transformer to each node's own disk ($CCMDIST_NODE_TMP) once, and read it from there in training and
     synthesis: 41 GB, which the next start on the node finds again."""
 
     @model_serializer(mode="wrap")
-    def _without_the_usual_prompts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Written as before there was a control, and so with the same digest, unless it is one."""
+    def _without_what_is_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Written as before these settings existed, and so with the same digest, unless they are set."""
         values: dict[str, Any] = handler(self)
-        return {name: value for name, value in values.items() if name != "prompts" or value != "given"}
+        return {name: value for name, value in values.items() if name not in USUAL or value != USUAL[name]}
 
 
 class PrecomputeConfig(Settings):

@@ -7,7 +7,9 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from ccmdist.config.data import PX_PER_TOKEN
 from ccmdist.config.settings import Settings
 
-ObjectiveKind = Literal["edit", "spade", "maisi"]
+ObjectiveKind = Literal["edit", "dual", "spade", "maisi"]
+AdapterName = Literal["synthesis", "completion"]
+"""What an adapter of `dual` does: draw whole images, or fill holes in images."""
 NetworkKind = Literal["spade", "maisi"]
 """Objectives that train a network of their own from scratch, instead of an adapter on a frozen model."""
 
@@ -37,6 +39,35 @@ class EditSettings(OfObjective):
     sees = "latents"
     has_noise_levels = True
     kind: Literal["edit"] = "edit"
+
+
+class DualSettings(OfObjective):
+    """Two adapters on one frozen Qwen-Image-Edit (Dual-LoRA): one draws whole images, one fills holes in them.
+
+    What a step trains is a function of the seed and its number. Fraction and weights are ours: the paper's were not
+    found.
+    """
+
+    trains = "adapter"
+    sees = "latents"
+    has_noise_levels = True
+    kind: Literal["dual"] = "dual"
+    adapters: tuple[AdapterName, ...] = ("synthesis", "completion")
+    """Which are trained: both in turn, or one alone."""
+    completion_fraction: float = Field(0.5, gt=0, lt=1)
+    """Of the steps, where both are trained: that of the completion adapter."""
+    min_snr_gamma: float | None = Field(5.0, gt=0)
+    """Bound of the weights of noise levels, carried over to the flow; None for equal weights. Min-SNR's own default."""
+    layout_weight: float = Field(1.0, ge=0)
+    """How much more a token on the structure counts than one beside it: stands for the paper's layout regulariser."""
+
+    @model_validator(mode="after")
+    def _adapters_are_distinct(self) -> Self:
+        if not self.adapters or len(set(self.adapters)) < len(self.adapters):
+            raise ValueError(
+                f"objective.adapters: {list(self.adapters)} must name synthesis, completion or both, each once"
+            )
+        return self
 
 
 class SpadeSettings(OfObjective):
@@ -120,6 +151,7 @@ def objective_kind(values: Any) -> str:
 
 ObjectiveSettings = Annotated[
     Annotated[EditSettings, Tag("edit")]
+    | Annotated[DualSettings, Tag("dual")]
     | Annotated[SpadeSettings, Tag("spade")]
     | Annotated[MaisiSettings, Tag("maisi")],
     Discriminator(objective_kind),

@@ -20,6 +20,10 @@ class SynthesizeConfig(Settings):
     adapter: Path | None = None
     """Folder of an exported adapter, or of a run, whose newest checkpoint is taken; or RUN/best.json, for the one that
     `ccmdist select` chose. Without one, the untuned model draws."""
+    objective: Literal["synthesis", "completion", "both"] = "synthesis"
+    """Draw whole images, fill the holes of images (data.holes, or those that frames bring with them), or both in one
+    set: with the adapter of that name where a run of `dual` has trained two. Outside its hole an image keeps every
+    byte."""
     network: Path | None = None
     """Folder of a network that was trained from scratch (RUN/network), or of its run or a checkpoint: draws instead."""
     base: Literal["auto", "bf16", "nf4"] = "auto"
@@ -45,12 +49,24 @@ class SynthesizeConfig(Settings):
             raise ValueError(f"base: bf16, but data.dtype is {self.data.dtype}; set base=auto, or data.dtype=bf16")
         return self
 
+    @property
+    def completes(self) -> bool:
+        """Whether holes are filled."""
+        return self.objective != "synthesis"
+
+    @model_validator(mode="after")
+    def _holes_are_cached(self) -> Self:
+        if self.completes and self.data.holes is None:
+            raise ValueError(f"data.holes: objective {self.objective} fills holes; set data.holes, for precompute too")
+        return self
+
     @model_validator(mode="after")
     def _network_draws_alone(self) -> Self:
         given = {
             "adapter": self.adapter is not None,
             "base": self.base != "auto",
             "compile_blocks": self.compile_blocks,
+            "objective": self.completes,
         }
         if self.network is not None and any(given.values()):
             names = ", ".join(name for name, is_given in given.items() if is_given)

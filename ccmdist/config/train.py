@@ -15,24 +15,64 @@ OF_EDIT: Final = ("adapter", "base", "activation_checkpointing", "tabulate_modul
 """Fields that mean nothing where there is no frozen model; null, as a YAML file may say, is not set."""
 
 
-class WDLoRASettings(Settings):
+class GrowthSettings(Settings):
+    """Ranks that grow, layer by layer, where the Fisher information says that one more would help (SeLoRA)."""
+
+    start_rank: int = Field(1, ge=1, le=1024)
+    """Of every layer. `adapter.lora_rank` is then the largest that a layer may reach."""
+    fisher_ratio: float = Field(1.3, gt=1)
+    """Of a layer with one more rank over the layer as it is, at which it grows: lambda in the paper. The default and
+    that of every_steps are those of the authors' released code."""
+    every_steps: int = Field(40, ge=1)
+    """Optimizer steps between two tests, over which the ratio is averaged: t in the paper."""
+    rank_budget: int | None = Field(None, ge=1)
+    """Ranks of all layers together; the largest ratios get what is left. None: as many as `lora_rank` lets. Ours."""
+
+
+class LowRankSettings(Settings):
+    """What low-rank adapters of both kinds have in common."""
+
+    lora_rank: int = Field(16, ge=1, le=1024)
+    alpha: float | None = Field(None, gt=0)
+    """Scale s = alpha / lora_rank; by default alpha = lora_rank, so s = 1. Where ranks grow, s = alpha / start_rank
+    and stays as it is. Ours, not the paper's."""
+    targets: tuple[str, ...] = ("attn", "mlp")
+    """Which linears of every block: the groups "attn" and "mlp", or suffixes of module names such as "attn.to_q"."""
+    growth: GrowthSettings | None = None
+    """Let ranks grow: with kind lora SeLoRA, with kind wdlora the same with weight decomposition."""
+
+    @property
+    def scale(self) -> float:
+        """s, by which B A is multiplied."""
+        rank = self.growth.start_rank if self.growth else self.lora_rank
+        return (self.alpha or rank) / rank
+
+    @model_validator(mode="after")
+    def _ranks_can_grow(self) -> Self:
+        if self.growth and self.growth.start_rank >= self.lora_rank:
+            raise ValueError(
+                f"growth.start_rank {self.growth.start_rank} must be below lora_rank {self.lora_rank}, the largest "
+                "rank that a layer may reach"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_growth_where_there_is_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Written as before ranks could grow, and so with the same digest, unless they do."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name != "growth" or value is not None}
+
+
+class WDLoRASettings(LowRankSettings):
     """Weight-decomposed low-rank adaptation: W' = m (W + s BA) / ||W + s BA||."""
 
     kind: Literal["wdlora"] = "wdlora"
-    lora_rank: int = Field(16, ge=1, le=1024)
-    alpha: float | None = Field(None, gt=0)
-    """Scale s = alpha / lora_rank; by default alpha = lora_rank, so s = 1. Ours, not the paper's."""
-    targets: tuple[str, ...] = ("attn", "mlp")
-    """Which linears of every block: the groups "attn" and "mlp", or suffixes of module names such as "attn.to_q"."""
 
 
-class LoRASettings(Settings):
+class LoRASettings(LowRankSettings):
     """Plain low-rank adaptation: W' = W + s BA."""
 
     kind: Literal["lora"] = "lora"
-    lora_rank: int = Field(16, ge=1, le=1024)
-    alpha: float | None = Field(None, gt=0)
-    targets: tuple[str, ...] = ("attn", "mlp")
 
 
 def _adapter_kind(values: Any) -> str:
@@ -180,7 +220,8 @@ class TrainConfig(Settings):
     def _what_applies(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """What applies. Settings of `edit` are written as before there were other objectives: so are their digests."""
         values: dict[str, Any] = handler(self)
-        silent = ("objective",) if self.objective.trains == "adapter" else OF_EDIT
+        is_edit = self.objective.kind == "edit"
+        silent = () if self.objective.kind == "dual" else ("objective",) if is_edit else OF_EDIT
         return {name: value for name, value in values.items() if name not in silent}
 
     @model_validator(mode="after")
@@ -194,6 +235,28 @@ class TrainConfig(Settings):
         are_set = self.sigma_sampling != "logit_normal" or self.validation.sigmas != ValidationSettings().sigmas
         if are_set and not self.objective.has_noise_levels:
             raise ValueError(f"sigma_sampling, validation.sigmas: objective.kind {kind} has no noise levels; leave out")
+        return self
+
+    @model_validator(mode="after")
+    def _growth_can_be_carried_out(self) -> Self:
+        if self.objective.trains != "adapter" or self.adapter.growth is None:
+            return self
+        if self.objective.kind == "dual":
+            raise ValueError("adapter.growth: ranks of objective.kind dual do not grow; leave out, or train edit")
+        if self.optim.kind == "adamw8bit":
+            raise ValueError(
+                "adapter.growth: a new rank counts its own steps, which optim.kind adamw8bit cannot; set adamw"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _holes_are_cached(self) -> Self:
+        completes = self.objective.kind == "dual" and "completion" in self.objective.adapters
+        if completes and self.data.holes is None:
+            raise ValueError(
+                "data.holes: objective.adapters has completion, which needs images with holes in the cache; set "
+                "data.holes, for precompute too"
+            )
         return self
 
     @model_validator(mode="after")

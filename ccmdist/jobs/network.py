@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ccmdist.config.objectives import EditSettings, SpadeSettings
+from ccmdist.config.objectives import DualSettings, EditSettings, SpadeSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.errors import ModelError
 from ccmdist.jobs.trained import facts_of, find_trained, quantity_of
@@ -33,7 +33,7 @@ def network_of(checkpoint: Checkpoint, config: TrainConfig) -> NetworkState:
     Raises:
         ModelError: If the run trained an adapter.
     """
-    if isinstance(settings := config.objective, EditSettings):
+    if isinstance(settings := config.objective, EditSettings | DualSettings):
         raise ModelError(
             f"{checkpoint.path}: is of an adapter, not of a network", "give it as adapter= to `ccmdist synthesize`"
         )

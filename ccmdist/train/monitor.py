@@ -62,7 +62,7 @@ class Monitor:
         log.info("training %s on %d ranks from step %d", sizes, self.group.ranks.world_size, self.first_step)
         if self._writer and self.first_step == 0 and self.config.monitor.images_every_steps:
             picture = objective.first_batch_image()
-            self._write(lambda w: w.add_image("first_batch/mask_target_input", picture, 0, dataformats="HW"))
+            self._add_image("first_batch/mask_target_input", picture, 0)
 
     def after_step(self, done: int, report: StepReport, objective: Objective, nonfinite_in_a_row: int) -> None:
         """Gather a step's figures and, every so many steps, write them."""
@@ -98,11 +98,15 @@ class Monitor:
             log.info("step %d held out: %s", done, "  ".join(f"{name} {value:.4f}" for name, value in losses.items()))
         self._add_scalars(done, {f"held_out/{name}": value for name, value in losses.items()})
 
-    def add_images(self, done: int, grid: torch.Tensor | None) -> None:
-        """Write a grid of sampled images. Local."""
-        if grid is not None:
-            self._write(lambda w: w.add_image("samples/mask_real_sampled", grid, done, dataformats="HW"))
+    def add_images(self, done: int, pictures: dict[str, torch.Tensor]) -> None:
+        """Write pictures, such as grids of sampled images. Local."""
+        for name, picture in pictures.items():
+            self._add_image(name, picture, done)
+        if pictures:
             self._write(lambda w: w.flush())
+
+    def _add_image(self, name: str, picture: torch.Tensor, done: int) -> None:
+        self._write(lambda w: w.add_image(name, picture, done, dataformats="HWC"[: picture.dim()]))
 
     def saved(self, done: int, seconds: float) -> None:
         """Note that a checkpoint was committed. Local."""

@@ -95,7 +95,7 @@ class LatentFlow(ABC):
         named = {f"sigma_{s:g}": loss for s, loss in zip(self.config.validation.sigmas, losses, strict=True)}
         return {"mean": sum(losses) / len(losses)} | named
 
-    def images(self, model: torch.nn.Module) -> torch.Tensor | None:
+    def images(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Rows of mask, real and sampled image for some held-out samples, on rank 0. Collective."""
         num_images = self.config.monitor.num_images
         entries = spread_over(self.cache.entries("val"), num_images) or self.entries[:num_images]
@@ -117,7 +117,7 @@ class LatentFlow(ABC):
                 sample(velocity, noise_BSC.to(self.group.device), sigmas, 1.0), *self.latent_hw
             )
             rows.append((batch["mask_latents"], batch["image_latents"], sampled))
-        return self._decoded_grid(rows) if self.group.ranks.is_first else None
+        return {"samples/mask_real_sampled": self._decoded_grid(rows)} if self.group.ranks.is_first else {}
 
     def first_batch_image(self) -> torch.Tensor:
         """Rows of mask, target and noisy target of the first samples of the run; local."""

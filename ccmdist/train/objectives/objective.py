@@ -53,8 +53,8 @@ class Objective(Protocol):
         """
         ...
 
-    def images(self, model: torch.nn.Module) -> torch.Tensor | None:
-        """A grid of sampled images, uint8 of shape (H, W), on rank 0; None elsewhere."""
+    def images(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Pictures by name, uint8 of shape (H, W) or (H, W, 3), on rank 0: grids of sampled images; none elsewhere."""
         ...
 
     def first_batch_image(self) -> torch.Tensor:

@@ -151,7 +151,7 @@ class SpadeObjective:
         counts = self.group.total([float(len(values)) for values in noted.values()])
         return {name: total / count for name, total, count in zip(FIGURES, sums, counts, strict=True) if count}
 
-    def images(self, model: torch.nn.Module) -> torch.Tensor | None:
+    def images(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Rows of mask, real and drawn image for some held-out samples, on rank 0. Collective."""
         num_images = self.config.monitor.num_images
         entries = spread_over(self.samples.entries("val"), num_images) or self.entries[:num_images]
@@ -159,7 +159,7 @@ class SpadeObjective:
         for entry in entries:
             batch = collated(self.source, [entry])
             rows.append(_row(batch, self._drawn(model, batch).cpu()))
-        return torch.cat(rows) if self.group.ranks.is_first else None
+        return {"samples/mask_real_sampled": torch.cat(rows)} if self.group.ranks.is_first else {}
 
     def first_batch_image(self) -> torch.Tensor:
         """Rows of mask and image of the first samples of the run; local."""

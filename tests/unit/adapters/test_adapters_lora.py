@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ccmdist.adapters.lora import LoRALinear, update_scale
+from ccmdist.adapters.lora import LoRALinear
 from ccmdist.config.train import LoRASettings, WDLoRASettings
 
 
@@ -37,5 +37,5 @@ def test_output_and_gradients_equal_those_of_the_lora_of_peft():
 
 
 def test_its_scale_is_alpha_over_the_rank_and_one_by_default():
-    assert update_scale(LoRASettings(lora_rank=4, alpha=6.0)) == 1.5
-    assert update_scale(WDLoRASettings(lora_rank=4)) == 1.0
+    assert LoRASettings(lora_rank=4, alpha=6.0).scale == 1.5
+    assert WDLoRASettings(lora_rank=4).scale == 1.0

@@ -80,7 +80,7 @@ def test_a_small_baseline_has_the_data_of_the_small_adapter(kind):
             ["objective.noise_dim=3"],
             "noise_dim: no such field; a field of kind spade; is a file missing that sets objective.kind?",
         ),
-        (["objective.kind=gan"], "objective.kind: must be one of 'edit', 'spade', 'maisi'"),
+        (["objective.kind=gan"], "objective.kind: must be one of 'edit', 'dual', 'spade', 'maisi'"),
     ],
 )
 def test_what_does_not_apply_or_fit_is_refused_in_a_sentence(overrides, problem):
