@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, SerializerFunctionWrapHandler, Tag, m
 from ccmdist.config.data import DataSettings
 from ccmdist.config.objectives import EditSettings, NetworkKind, ObjectiveSettings, objective_kind
 from ccmdist.config.settings import Settings, free
+from ccmdist.errors import ConfigError
 
 QUANTIZED: Final = ("nf4", "int8")
 """Forms of the base that are not cut over ranks."""
@@ -27,6 +28,20 @@ class GrowthSettings(Settings):
     """Optimizer steps between two tests, over which the ratio is averaged: t in the paper."""
     rank_budget: int | None = Field(None, ge=1)
     """Ranks of all layers together; the largest ratios get what is left. None: as many as `lora_rank` lets. Ours."""
+
+    def check_budget(self, num_linears: int) -> None:
+        """Refuse a budget that does not suffice for the ranks with which the adapted linears start.
+
+        Raises:
+            ConfigError: With both numbers.
+        """
+        needed = num_linears * self.start_rank
+        if self.rank_budget is not None and self.rank_budget < needed:
+            raise ConfigError(
+                f"adapter.growth.rank_budget: {self.rank_budget} ranks do not suffice for {num_linears} adapted "
+                f"linears of start_rank {self.start_rank}",
+                f"set adapter.growth.rank_budget to more than {needed}, or name fewer adapter.targets",
+            )
 
 
 class LowRankSettings(Settings):

@@ -45,6 +45,12 @@ class Checkpoint:
         """Optimizer steps that the state has seen."""
         return self.manifest["step"]
 
+    @property
+    def objective_state(self) -> dict[str, Any]:
+        """What the objective keeps beside its parameters; empty of a checkpoint from before there was such."""
+        state: dict[str, Any] = self.manifest.get("objective_state", {})
+        return state
+
     def read(self, name: str, quantity: str, start: int, stop: int) -> torch.Tensor:
         """Elements ``start`` to ``stop`` of a flattened quantity, whichever ranks wrote them; 1-D fp32."""
         key = f"{name}|{quantity}"
