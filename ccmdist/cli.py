@@ -273,30 +273,34 @@ def plan_training(
 Source = Annotated[
     Path, typer.Argument(help="Folder of an adapter, a run or a checkpoint; or RUN/best.json, which `select` wrote.")
 ]
+Name = Annotated[
+    str | None,
+    typer.Option("--name", help="synthesis or completion, where a run of objective dual has trained both."),
+]
 
 
 @adapter.command(epilog=example("ccmdist adapter export runs/tiny --model models/tiny --out adapters/tiny"))
-def export(source: Source, model_folder: Model, out: Out) -> None:
+def export(source: Source, model_folder: Model, out: Out, name: Name = None) -> None:
     """Write the adapter for diffusers and for ComfyUI, with a model card, and verify what was written."""
-    importlib.import_module("ccmdist.jobs.adapter").export(source, model_folder, out)
+    importlib.import_module("ccmdist.jobs.adapter").export(source, model_folder, out, name)
 
 
 @adapter.command(epilog=example("ccmdist adapter merge runs/tiny --model models/tiny --out models/tiny-merged"))
-def merge(source: Source, model_folder: Model, out: Out) -> None:
+def merge(source: Source, model_folder: Model, out: Out, name: Name = None) -> None:
     """Write a transformer folder with the adapter merged into its weights."""
-    importlib.import_module("ccmdist.jobs.adapter").merge(source, model_folder, out)
+    importlib.import_module("ccmdist.jobs.adapter").merge(source, model_folder, out, name)
 
 
 @adapter.command("verify", epilog=example("ccmdist adapter verify adapters/tiny --model models/tiny"))
-def verify_adapter(source: Source, model_folder: Model) -> None:
+def verify_adapter(source: Source, model_folder: Model, name: Name = None) -> None:
     """Load the adapter with stock diffusers and compare its output with ours."""
-    importlib.import_module("ccmdist.jobs.adapter").verify(source, model_folder)
+    importlib.import_module("ccmdist.jobs.adapter").verify(source, model_folder, name)
 
 
 @adapter.command(epilog=example("ccmdist adapter show runs/tiny"))
-def show(source: Source) -> None:
-    """Print what an adapter adapts, how large it is and how far it has moved."""
-    importlib.import_module("ccmdist.jobs.adapter").show(source)
+def show(source: Source, name: Name = None) -> None:
+    """Print what an adapter adapts, how large it is, the ranks it has grown to and how far it has moved."""
+    importlib.import_module("ccmdist.jobs.adapter").show(source, name)
 
 
 Stage = Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGES))]

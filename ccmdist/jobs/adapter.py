@@ -3,10 +3,10 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, get_args
 
 import torch
 from rich.console import Console
@@ -20,6 +20,7 @@ from ccmdist.adapters.merge import merged_rows, row_slices
 from ccmdist.adapters.state import WEIGHTS_FILE, AdapterState, read_adapter, write_adapter
 from ccmdist.adapters.wdlora import RowState
 from ccmdist.commit import commit_bytes, committed_file, sync_folder, temporary_name
+from ccmdist.config.objectives import AdapterName, DualSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import log, tracked
 from ccmdist.errors import AdapterError, ModelError
@@ -29,22 +30,34 @@ from ccmdist.models.model_folder import REPOSITORIES, ModelFolder
 from ccmdist.models.sizes import PIPELINES
 from ccmdist.train.checkpoint import Checkpoint
 
+NAMES: Final = get_args(AdapterName)
 PUBLISHED_WIDTH = {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128}
 """Of the published transformers, which are what their class builds by default."""
 
 
-def find(path: Path) -> AdapterState:
+def find(path: Path, name: str | None = None) -> AdapterState:
     """The adapter in a folder: an exported one, that of a run's newest checkpoint, or that of one checkpoint.
 
     Args:
         path: The folder; or the file RUN/best.json, for that of the checkpoint it points at.
+        name: Which of two adapters of objective `dual`: "synthesis" or "completion". An adapter without a name is one
+            that draws whole images, and so is "synthesis" too.
 
     Raises:
-        AdapterError: If there is none, or it cannot be read.
+        AdapterError: If there is none, none of this name, or more than one and no name; or it cannot be read.
         CheckpointError: If the checkpoint asked for is broken, or the pointer points at none.
         ModelError: If the settings of the run are not known.
     """
-    if (found := find_trained(path, "adapter", WEIGHTS_FILE, read_adapter, adapter_of)) is not None:
+
+    def exported(folder: Path) -> AdapterState | None:
+        found = _exported(folder, name)
+        return None if found is None else read_adapter(found)
+
+    def of_checkpoint(checkpoint: Checkpoint, config: TrainConfig) -> AdapterState:
+        return adapter_of(checkpoint, config, name)
+
+    if (found := find_trained(path, "adapter", exported, of_checkpoint)) is not None:
+        chosen_name([found.facts.get("adapter_name", "synthesis")], name, path)
         return found
     raise AdapterError(
         f"{path}: holds neither {WEIGHTS_FILE} nor a checkpoint that is whole",
@@ -53,32 +66,65 @@ def find(path: Path) -> AdapterState:
     )
 
 
-def adapter_of(checkpoint: Checkpoint, config: TrainConfig) -> AdapterState:
-    """The adapter in a training checkpoint; its moving average where the run kept one.
+def _exported(folder: Path, name: str | None) -> Path | None:
+    """The exported adapter that a folder is, or that it holds under a name; None if it is or holds none."""
+    if (folder / WEIGHTS_FILE).is_file():
+        return folder
+    there = [one for one in NAMES if (folder / one / WEIGHTS_FILE).is_file()]
+    return folder / chosen_name(there, name, folder) if there else None
+
+
+def chosen_name(there: Sequence[str], name: str | None, where: Path) -> str:
+    """Which of the adapters ``there`` is meant: the one called ``name`` or, if no name is given, the only one.
 
     Raises:
-        AdapterError: If the checkpoint does not hold the adapter that ``config`` describes.
+        AdapterError: With the names there are.
+    """
+    chosen = there[0] if name is None and len(there) == 1 else name
+    if chosen is None or chosen not in there:
+        told = f"adapters {' and '.join(there)}" if there[1:] else f"adapter {there[0]}"
+        what = f"none called {name}" if name else "and which of them is meant is not said"
+        raise AdapterError(f"{where}: holds the {told}, {what}", f"name one that it holds: --name {' or '.join(there)}")
+    return chosen
+
+
+def adapter_of(checkpoint: Checkpoint, config: TrainConfig, name: str | None = None) -> AdapterState:
+    """The adapter in a training checkpoint; its moving average where the run kept one.
+
+    Args:
+        checkpoint: Of the run.
+        config: Settings of the run.
+        name: As of :func:`find`.
+
+    Raises:
+        AdapterError: If the checkpoint does not hold the adapter that ``config`` and ``name`` describe.
     """
     if config.objective.trains != "adapter":
         raise AdapterError(
             f"{checkpoint.path}: is of a {config.objective.kind} network, not of an adapter",
             "give it as network= to `ccmdist synthesize`",
         )
-    quantity = quantity_of(checkpoint)
+    settings, facts = config.objective, _facts(checkpoint, config)
+    suffix = ""
+    if isinstance(settings, DualSettings):
+        facts["adapter_name"] = chosen_name(settings.adapters, name, checkpoint.path)
+        suffix = f".{facts['adapter_name']}"
     tensors: dict[str, dict[str, Tensor]] = {}
     for parameter in checkpoint.manifest["parameters"]:
-        name, _, kind = parameter.rpartition(".")
+        owner, _, kind = parameter.rpartition(".")
         if kind not in KINDS:
             raise AdapterError(
                 f"{checkpoint.path}: {parameter} is not a parameter of an adapter", "give another checkpoint"
             )
-        tensors.setdefault(name, {})[kind] = checkpoint.whole(parameter, quantity)
-    state = AdapterState(config.adapter, tensors, _facts(checkpoint, config))
+        if owner.endswith(suffix):
+            values = checkpoint.whole(parameter, quantity_of(checkpoint))
+            tensors.setdefault(owner.removesuffix(suffix), {})[kind] = values
+    state = AdapterState(config.adapter, tensors, facts)
     state.check(checkpoint.path)
     return state
 
 
-def export(source: Path, model: Path, out: Path) -> None:
+def export(source: Path, model: Path, out: Path, name: str | None = None) -> None:
     """Write an adapter for diffusers, PEFT and ComfyUI; it appears in ``out`` once stock diffusers has agreed with us.
 
     Raises:
@@ -87,7 +133,7 @@ def export(source: Path, model: Path, out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AdapterError(f"{out}: already exists", "choose another folder")
     folder = ModelFolder.open(model)
-    state = _on_base(find(source), folder)
+    state = _on_base(find(source, name), folder)
     rows = rows_of(state, folder)
     state = replace(state, facts={**state.facts, **_base_facts(folder), "movement": json.dumps(movement(rows))})
     temporary = temporary_name(out)
@@ -102,23 +148,22 @@ def export(source: Path, model: Path, out: Path) -> None:
     log.info("%s: adapter for diffusers and PEFT, and %s", out, COMFYUI_FILE)
 
 
-def verify(source: Path, model: Path) -> None:
+def verify(source: Path, model: Path, name: str | None = None) -> None:
     """Load an adapter with stock diffusers and compare it with ours.
 
     Raises:
         AdapterError: If it belongs to another base, or anything differs.
     """
     folder = ModelFolder.open(model)
-    state = _on_base(find(source), folder)
+    state = _on_base(find(source, name), folder)
     with tempfile.TemporaryDirectory(prefix="ccmdist-") as temporary:
-        exported = source
-        if not (source / WEIGHTS_FILE).is_file():
+        if (exported := _exported(source, name)) is None:
             exported = Path(temporary)
             write_adapter(exported, state)
         log.info("%s: %s", source, compare(folder, exported))
 
 
-def merge(source: Path, model: Path, out: Path) -> None:
+def merge(source: Path, model: Path, out: Path, name: str | None = None) -> None:
     """Write the base's transformer with the adapter merged: same files, names and dtypes, nothing else changed.
 
     Needs the memory of one tensor. When interrupted, the same command writes the folder anew.
@@ -129,7 +174,7 @@ def merge(source: Path, model: Path, out: Path) -> None:
     if (out / "config.json").exists():
         raise AdapterError(f"{out}: already holds a model", "choose another folder")
     folder = ModelFolder.open(model)
-    state = _on_base(find(source), folder)
+    state = _on_base(find(source, name), folder)
     files = folder.weight_files("transformer")
     names_of_file: dict[Path, list[str]] = {file: [] for file in files.values()}
     for name in state.tensors:
@@ -145,9 +190,9 @@ def merge(source: Path, model: Path, out: Path) -> None:
     log.info("%s: load it with QwenImageTransformer2DModel.from_pretrained, or put it in place of the base's", out)
 
 
-def show(source: Path) -> None:
+def show(source: Path, name: str | None = None) -> None:
     """Print what an adapter adapts, how large it is and how far it has moved."""
-    state = find(source)
+    state = find(source, name)
     moved = json.loads(state.facts["movement"]) if "movement" in state.facts else _movement_in_run(source, state)
     table = Table("layers", "linears", "parameters", "magnitude moved", "direction moved")
     for group, names in _by_group(state).items():

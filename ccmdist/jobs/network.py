@@ -22,9 +22,13 @@ def find_network(path: Path) -> NetworkState:
         ModelError: If there is none, or it cannot be read.
         CheckpointError: If the checkpoint asked for is broken, or the pointer points at none.
     """
-    if (found := find_trained(path, "network", ABOUT_FILE, read_network, network_of)) is not None:
+    if (found := find_trained(path, "network", _exported, network_of)) is not None:
         return found
     raise ModelError(f"{path}: holds neither {ABOUT_FILE} nor a checkpoint that is whole", REMEDY)
+
+
+def _exported(folder: Path) -> NetworkState | None:
+    return read_network(folder) if (folder / ABOUT_FILE).is_file() else None
 
 
 def network_of(checkpoint: Checkpoint, config: TrainConfig) -> NetworkState:

@@ -19,6 +19,7 @@ from ccmdist.cluster.run_directory import Outcome, RunDirectory
 from ccmdist.cluster.sections import Sections, job_began
 from ccmdist.cluster.watchdog import Watchdog
 from ccmdist.config.loading import validate
+from ccmdist.config.objectives import DualSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import log, start_logging
 from ccmdist.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_REFUSED, CcmdistError
@@ -157,10 +158,13 @@ def _finish(run: RunDirectory, config: TrainConfig, outcome: Outcome) -> Outcome
 
 
 def export(run: RunDirectory, config: TrainConfig) -> None:
-    """Write what the newest checkpoint has trained to the run's folder: an adapter, or a network."""
+    """Write what the newest checkpoint has trained to the run's folder: an adapter, two, or a network."""
     checkpoint = newest_valid(run.checkpoints)
     assert checkpoint is not None, "a finished run has committed its last step"
-    if config.objective.trains == "adapter":
+    if isinstance(config.objective, DualSettings):
+        for name in config.objective.adapters:
+            write_adapter(run.adapter / name, adapter_of(checkpoint, config, name))
+    elif config.objective.trains == "adapter":
         write_adapter(run.adapter, adapter_of(checkpoint, config))
     else:
         write_network(run.network, network_of(checkpoint, config))

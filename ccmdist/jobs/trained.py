@@ -18,8 +18,7 @@ State = TypeVar("State")
 def find_trained(
     path: Path,
     what: Literal["adapter", "network"],
-    file: str,
-    read: Callable[[Path], State],
+    exported: Callable[[Path], State | None],
     of_checkpoint: Callable[[Checkpoint, TrainConfig], State],
 ) -> State | None:
     """What lies in a folder: an exported one, that of a run's newest checkpoint, or that of one checkpoint.
@@ -27,8 +26,7 @@ def find_trained(
     Args:
         path: The folder; or the file RUN/best.json, for that of the checkpoint it points at.
         what: Is looked for.
-        file: That every exported folder has.
-        read: Reads such a folder.
+        exported: Reads an exported folder; None for a folder of another kind.
         of_checkpoint: Takes it from a checkpoint, given the settings of the run.
 
     Returns:
@@ -40,16 +38,14 @@ def find_trained(
     """
     if path.name == BEST:
         path = pointed_checkpoint(path)
-    if (path / file).is_file():
-        return read(path)
+    if (found := exported(path)) is not None:
+        return found
     if COMMITTED.fullmatch(path.name) and path.is_dir():
         return of_checkpoint(verified(path), settings_of(run_of(path)))
     run = run_of(path)
     if (checkpoint := newest_valid(run.checkpoints)) is not None:
         return of_checkpoint(checkpoint, settings_of(run))
-    if (run.trained(what) / file).is_file():
-        return read(run.trained(what))
-    return None
+    return exported(run.trained(what))
 
 
 def quantity_of(checkpoint: Checkpoint) -> Literal["average", "weight"]:

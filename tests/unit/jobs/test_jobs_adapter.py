@@ -110,7 +110,7 @@ def test_the_file_loads_to_the_very_output_of_peft_with_the_same_tensors(tiny, s
 def test_without_its_alpha_an_adapter_is_not_published(tiny, written, tmp_path, monkeypatch):
     whole = state_module.peft_settings
     monkeypatch.setattr(state_module, "peft_settings", lambda state: {**whole(state), "lora_alpha": 4.0})
-    monkeypatch.setattr(adapter, "find", lambda path: moved_state(tiny, "wdlora"))
+    monkeypatch.setattr(adapter, "find", lambda path, name: moved_state(tiny, "wdlora"))
     with pytest.raises(AdapterError, match=r"has scale 1\.0 there, 2\.0 here"):
         adapter.export(written, tiny.path, tmp_path / "out")
     assert files(tmp_path) == ["adapter"]
