@@ -111,6 +111,30 @@ def draw_sigma(kind: str, grid: Tensor, source: torch.Generator) -> Tensor:
     return grid[min(int(place * len(grid)), len(grid) - 1)]
 
 
+def sigma_shares(kind: str, grid: Tensor) -> Tensor:
+    """How often :func:`draw_sigma` draws each level of the grid, shape (N,), fp64; sums to 1."""
+    edges = torch.linspace(0, 1, len(grid) + 1, dtype=torch.float64)
+    # P(sigmoid(z) < place) = P(z < logit(place)) of a standard normal z.
+    below = torch.special.ndtr(torch.logit(edges)) if kind == "logit_normal" else edges
+    return below.diff()
+
+
+def min_snr_weights(sigma_B: Tensor, gamma: float) -> Tensor:
+    """Weights of squared errors of the velocity that are Min-SNR's weights of squared errors of x; not normalised.
+
+    Min-SNR bounds the weight of a noise level when x is predicted: min(SNR, gamma). Here the velocity is, and the image
+    that it implies is x = x_sigma - sigma v; so an error of the velocity is one of x that is sigma times as large:
+    ||x' - x||^2 = sigma^2 ||v' - v||^2. With SNR = ((1 - sigma) / sigma)^2 the weight becomes
+
+        sigma^2 min(SNR, gamma) = min((1 - sigma)^2, gamma sigma^2),
+
+    largest at sigma = 1 / (1 + sqrt(gamma)), and 0 where there is only noise, for the SNR is.
+
+    Source: Hang et al. 2023 (arXiv:2303.09556), Min-SNR-gamma: the weights of x; for the flow derived here.
+    """
+    return torch.minimum((1 - sigma_B).square(), gamma * sigma_B.square())
+
+
 def nearest_on_grid(sigma: float, grid: Tensor) -> Tensor:
     """The level of the grid that is closest to ``sigma``, shape ()."""
     return grid[(grid - sigma).abs().argmin()]

@@ -6,11 +6,14 @@ without a word; here both predictions are asserted.
 Shape suffixes: B samples, S packed latent tokens, C channels.
 """
 
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from ccmdist.diffusion.flow import interpolate
 
 
 class Velocity(Protocol):
@@ -21,8 +24,28 @@ class Velocity(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of images of which a part is to be filled.
+
+    Attributes:
+        latents_BSC: Clean packed latents; what they hold of open tokens is not looked at.
+        is_open_BS: Boolean: the tokens that are drawn. All others are known.
+    """
+
+    latents_BSC: Tensor
+    is_open_BS: Tensor
+
+    def kept(self, latents_BSC: Tensor, noise_BSC: Tensor, sigma: Tensor) -> Tensor:
+        """``latents_BSC`` with the known tokens as they are at the noise level ``sigma``, of shape ()."""
+        at_level_BSC = interpolate(self.latents_BSC.float(), noise_BSC, sigma.expand(len(noise_BSC)))
+        return torch.where(self.is_open_BS.unsqueeze(-1), latents_BSC, at_level_BSC)
+
+
 @torch.no_grad()
-def sample(velocity: Velocity, noise_BSC: Tensor, sigmas: Tensor, guidance_scale: float) -> Tensor:
+def sample(
+    velocity: Velocity, noise_BSC: Tensor, sigmas: Tensor, guidance_scale: float, known: Known | None = None
+) -> Tensor:
     """Packed latents of images, drawn from noise.
 
     Args:
@@ -30,14 +53,20 @@ def sample(velocity: Velocity, noise_BSC: Tensor, sigmas: Tensor, guidance_scale
         noise_BSC: Standard normal noise.
         sigmas: Descending noise levels that end with 0, from :func:`ccmdist.diffusion.flow.sampling_sigmas`.
         guidance_scale: 1 for none: ``velocity`` then has one prediction, else two.
+        known: Tokens that are not drawn. Before each prediction they are what they are at its noise level, with the
+            same noise throughout; at the end they are exactly the given latents.
 
     Source: diffusers' QwenImageEditPlusPipeline; its guidance keeps the norm of the conditional prediction, per token.
+    What is known is kept as in Lugmayr et al. 2022 (arXiv:2201.09865), Eq. 8, without their resampling.
     """
-    latents_BSC = noise_BSC.float()
+    noise_BSC = noise_BSC.float()
+    latents_BSC = noise_BSC
     for sigma, following in pairwise(sigmas):
+        if known is not None:
+            latents_BSC = known.kept(latents_BSC, noise_BSC, sigma)
         predicted_BSC = _predicted(velocity, latents_BSC, sigma, guidance_scale)
         latents_BSC = latents_BSC + (following - sigma).to(latents_BSC) * predicted_BSC
-    return latents_BSC
+    return latents_BSC if known is None else known.kept(latents_BSC, noise_BSC, sigmas[-1])
 
 
 def _predicted(velocity: Velocity, latents_BSC: Tensor, sigma: Tensor, guidance_scale: float) -> Tensor:

@@ -176,11 +176,11 @@ def velocity(
     Args:
         model: The MMDiT, or an engine around it.
         latents_BSC: Noisy packed latents of the target, in the model's dtype.
-        mask_latents_BSC: Packed latents of the mask image.
+        mask_latents_BSC: Packed latents of the mask image; or of several condition images, one after the other.
         prompt_embeds_BLD: Embeddings of one length; there is no padding and so no padding mask.
         sigma_B: Noise level of each sample, in [0, 1]; 1 is pure noise.
         target_hw: Rows and columns of the target's tokens.
-        mask_hw: Rows and columns of the mask's tokens.
+        mask_hw: Rows and columns of the mask's tokens, and of those of every other condition image.
     """
     B, S, _ = latents_BSC.shape
     tokens = torch.cat([latents_BSC, mask_latents_BSC], dim=1)
@@ -191,9 +191,24 @@ def velocity(
         hidden_states=tokens,
         encoder_hidden_states=prompt_embeds_BLD,
         timestep=sigma_B.to(tokens.dtype),  # the pipelines hand over t / 1000, which is sigma
-        img_shapes=[[(1, *target_hw), (1, *mask_hw)]] * B,
+        img_shapes=[image_shapes(target_hw, mask_hw, mask_latents_BSC.shape[1])] * B,
         return_dict=False,
     )[0][:, :S]
+
+
+def image_shapes(
+    target_hw: tuple[int, int], mask_hw: tuple[int, int], num_mask_tokens: int
+) -> list[tuple[int, int, int]]:
+    """Frames, rows and columns of the target and of each condition image, as the model asks for them.
+
+    Args:
+        target_hw: Rows and columns of the target's tokens.
+        mask_hw: Of each condition image.
+        num_mask_tokens: Of all condition images together.
+    """
+    num_images, rest = divmod(num_mask_tokens, mask_hw[0] * mask_hw[1])
+    assert num_images and not rest, f"{num_mask_tokens} tokens are not whole images of {mask_hw}"
+    return [(1, *target_hw), *[(1, *mask_hw)] * num_images]
 
 
 class PositionalBlock(QwenImageTransformerBlock):

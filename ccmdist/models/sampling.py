@@ -11,7 +11,8 @@ them, and attention runs branch by branch, so that nothing is padded or masked. 
 
 Shape suffixes: B samples, T target tokens, M mask tokens, L text tokens, S tokens of a stream, N branches, C channels,
 D width of the model, H heads, E channels of a head. A stream of image tokens holds the target's tokens of all branches,
-then the mask's of all branches; a stream of text tokens the text of all branches.
+then the mask's of all branches; a stream of text tokens the text of all branches. Where there are several condition
+images, the mask's tokens are those of all of them, one image after the other.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 from torch import Tensor, nn
+
+from ccmdist.models.mmdit import image_shapes
 
 
 @dataclass(frozen=True)
@@ -151,10 +154,11 @@ class GuidedVelocity:
 
     Args:
         model: The MMDiT, whole, in this process; not one that DeepSpeed has partitioned.
-        mask_latents_BMC: Packed latents of the mask images, in the model's dtype.
+        mask_latents_BMC: Packed latents of the mask images, in the model's dtype; or of several condition images for
+            each sample, one after the other.
         prompt_embeds: (B, L, D) for each branch, the prompt first; unpadded, of any lengths.
         target_hw: Rows and columns of the target's tokens.
-        mask_hw: Rows and columns of the mask's tokens.
+        mask_hw: Rows and columns of the mask's tokens, and of those of every other condition image.
         run_block: :func:`block_pass`, or what compiles to the same; for all blocks but the first and the last, whose
             shapes are others, so that there is one thing to compile.
     """
@@ -171,12 +175,15 @@ class GuidedVelocity:
     ) -> None:
         self.model, self.run_block = model, run_block
         num_text = tuple(embeds_BLD.shape[1] for embeds_BLD in prompt_embeds)
-        self.tokens = Tokens(target_hw[0] * target_hw[1], mask_hw[0] * mask_hw[1], num_text)
+        num_mask = mask_latents_BMC.shape[1]
+        self.tokens = Tokens(target_hw[0] * target_hw[1], num_mask, num_text)
         self.mask_BMD = model.img_in(mask_latents_BMC)
         self.text_BLD = torch.cat([model.txt_in(model.txt_norm(embeds_BLD)) for embeds_BLD in prompt_embeds], dim=1)
         self.places = self._places(
             *model.pos_embed(
-                [[(1, *target_hw), (1, *mask_hw)]], max_txt_seq_len=max(num_text), device=mask_latents_BMC.device
+                [image_shapes(target_hw, mask_hw, num_mask)],
+                max_txt_seq_len=max(num_text),
+                device=mask_latents_BMC.device,
             )
         )
 

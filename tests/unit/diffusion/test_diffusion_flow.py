@@ -120,3 +120,35 @@ def test_an_unknown_way_to_draw_levels_is_refused():
 def test_a_level_is_snapped_to_the_nearest_of_the_grid():
     grid = torch.tensor([1.0, 0.6, 0.5, 0.1])
     assert [float(flow.nearest_on_grid(sigma, grid)) for sigma in (0.9, 0.56, 0.0)] == pytest.approx([1.0, 0.6, 0.1])
+
+
+@pytest.mark.parametrize("kind", ["uniform", "logit_normal"])
+def test_levels_are_drawn_as_often_as_is_said(kind):
+    grid, source, num_draws = flow.training_sigmas(0.5), torch.Generator().manual_seed(0), 20_000
+    shares = flow.sigma_shares(kind, grid)
+    assert float(shares.sum()) == pytest.approx(1, abs=1e-12)
+    drawn = torch.stack([flow.draw_sigma(kind, grid, source) for _ in range(num_draws)])
+    found = torch.stack([(drawn == level).sum() for level in grid]).view(10, 100).sum(1) / num_draws
+    # Of tenths of the grid; a share of 20 000 draws has a standard deviation of 0.003 at most.
+    torch.testing.assert_close(found.double(), shares.view(10, 100).sum(1), rtol=0, atol=0.012)
+
+
+@given(sigma=st.floats(1e-3, 1 - 1e-3), gamma=st.floats(0.1, 50))
+def test_weights_of_the_velocity_are_those_of_min_snr_by_its_definition(sigma, gamma):
+    """Against the weighted error of the image that each of two velocities implies."""
+    source = torch.Generator().manual_seed(0)
+    x, noise, error = torch.randn(3, 1, 4, 8, generator=source, dtype=torch.float64)
+    level = torch.tensor([sigma], dtype=torch.float64)
+    noisy, target = flow.interpolate(x, noise, level), flow.velocity_target(x, noise)
+    implied = noisy - sigma * (target + error)
+    snr = (1 - sigma) ** 2 / sigma**2
+    by_definition = min(snr, gamma) * (implied - x).square().mean()
+    found = flow.min_snr_weights(level, gamma) * error.square().mean()
+    torch.testing.assert_close(found.squeeze(), by_definition, rtol=1e-9, atol=1e-12)
+
+
+def test_the_weight_is_largest_where_the_signal_to_noise_ratio_meets_its_bound():
+    grid = flow.training_sigmas(0.0)
+    weights = flow.min_snr_weights(grid, 4.0)
+    assert float(grid[weights.argmax()]) == pytest.approx(1 / 3, abs=1e-3)
+    assert float(flow.min_snr_weights(torch.ones(1), 4.0)) == 0

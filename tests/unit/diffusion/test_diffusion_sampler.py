@@ -8,7 +8,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
 from PIL import Image
 
 from ccmdist.diffusion import flow
-from ccmdist.diffusion.sampler import guided, sample
+from ccmdist.diffusion.sampler import Known, guided, sample
 from ccmdist.models import mmdit
 from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.make import make_model
@@ -134,3 +134,34 @@ def test_a_prediction_too_few_or_too_many_is_not_passed_over(guidance_scale, giv
 
     with pytest.raises(AssertionError, match=f"guidance {guidance_scale} needs {expected} predictions, got {given}"):
         sample(velocity, torch.randn(2, 4, 64), flow.sampling_sigmas(4, 0.6, {}), guidance_scale)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_what_is_known_is_seen_at_every_noise_level_and_is_there_at_the_end(guidance_scale):
+    x_BSC, noise_BSC = torch.randn(2, 2, 6, 64)
+    is_open_BS = torch.tensor([[True] * 6, [True, False, False, True, False, True]])
+    sigmas, seen = flow.sampling_sigmas(5, 0.6, {"shift_terminal": 0.02}), []
+
+    def velocity(latents_BSC, sigma_B):
+        seen.append((latents_BSC, sigma_B))
+        return (torch.tanh(latents_BSC), torch.sin(latents_BSC))[: 1 + (guidance_scale > 1)]
+
+    found = sample(velocity, noise_BSC, sigmas, guidance_scale, Known(x_BSC, is_open_BS))
+    assert [float(sigma_B[0]) for _, sigma_B in seen] == sigmas[:-1].tolist()
+    for latents_BSC, sigma_B in seen:
+        at_level = flow.interpolate(x_BSC, noise_BSC, sigma_B)
+        assert torch.equal(latents_BSC[~is_open_BS], at_level[~is_open_BS])
+    assert torch.equal(found[~is_open_BS], x_BSC[~is_open_BS])
+    free = sample(velocity, noise_BSC, sigmas, guidance_scale)
+    assert torch.equal(found[0], free[0]), "all of it was open, and so it is drawn as without anything known"
+    assert torch.equal(found[is_open_BS], free[is_open_BS]), "this velocity looks at one token at a time"
+    assert not torch.equal(found[1], free[1])
+
+
+def test_the_exact_velocity_fills_a_hole_with_the_image():
+    x_BSC, noise_BSC = torch.randn(2, 2, 4, 64)
+    is_open_BS = torch.tensor([[True, False, True, False], [False, True, True, True]])
+    holed_BSC = torch.where(is_open_BS.unsqueeze(-1), 0, x_BSC)
+    sigmas = flow.sampling_sigmas(5, 0.6, {"shift_terminal": 0.02})
+    found = sample(lambda *_: (noise_BSC - x_BSC,), noise_BSC, sigmas, 1.0, Known(holed_BSC, is_open_BS))
+    torch.testing.assert_close(found, x_BSC, rtol=0, atol=1e-5)

@@ -41,9 +41,9 @@ def inputs(num_text, dtype=torch.float32):
     return latents, mask_latents, embeds, torch.tensor([0.9, 0.3])
 
 
-def branch_by_branch(model, latents, mask_latents, embeds, sigma):
+def branch_by_branch(model, latents, mask_latents, embeds, sigma, num_masks=1):
     """A forward of the stock class for each branch."""
-    shapes = [[(1, *TARGET_HW), (1, *MASK_HW)]] * NUM_SAMPLES
+    shapes = [[(1, *TARGET_HW), *[(1, *MASK_HW)] * num_masks]] * NUM_SAMPLES
     tokens, timestep = torch.cat([latents, mask_latents], dim=1), sigma.to(latents.dtype)
     given = {"hidden_states": tokens, "timestep": timestep, "img_shapes": shapes, "return_dict": False}
     return [model(encoder_hidden_states=one, **given)[0][:, :NUM_TARGET] for one in embeds]
@@ -65,6 +65,36 @@ def test_every_branch_equals_a_forward_of_its_own(model, num_text):
         # What is kept over the denoise steps must not depend on the first of them.
         expected = branch_by_branch(model, later, mask_latents, embeds, sigma.flip(0))
         assert_equal(predict(later, sigma.flip(0)), expected, 1e-6)
+
+
+@pytest.mark.parametrize("num_text", [(9, 5), (9,)])
+@torch.no_grad()
+def test_several_condition_images_are_seen_as_the_stock_class_sees_them(model, num_text):
+    latents, mask_latents, embeds, sigma = inputs(num_text)
+    both = torch.cat([mask_latents, mask_latents.flip(0, 1)], dim=1)
+    expected = branch_by_branch(model, latents, both, embeds, sigma, num_masks=2)
+    assert_equal(GuidedVelocity(model, both, embeds, TARGET_HW, MASK_HW)(latents, sigma), expected, 1e-6)
+    asked = [mmdit.velocity(model, latents, both, one, sigma, TARGET_HW, MASK_HW) for one in embeds]
+    assert all(torch.equal(ours, stock) for ours, stock in zip(asked, expected, strict=True))
+    alone = branch_by_branch(model, latents, mask_latents, embeds, sigma)
+    assert (alone[0] - expected[0]).abs().max() > 0.01
+    swapped = GuidedVelocity(model, both.roll(NUM_MASK, 1), embeds, TARGET_HW, MASK_HW)(latents, sigma)
+    assert (swapped[0] - expected[0]).abs().max() > 1e-3, "which image comes first is told by its place"
+
+
+@torch.no_grad()
+def test_one_condition_image_is_asked_for_as_the_stock_class_is(model):
+    latents, mask_latents, (embeds,), sigma = inputs((9,))
+    found = mmdit.velocity(model, latents, mask_latents, embeds, sigma, TARGET_HW, MASK_HW)
+    (expected,) = branch_by_branch(model, latents, mask_latents, [embeds], sigma)
+    assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_tokens_that_are_no_whole_images_are_not_passed_over(model):
+    latents, mask_latents, (embeds,), sigma = inputs((9,))
+    with pytest.raises(AssertionError, match=r"^15 tokens are not whole images of \(4, 4\)$"):
+        mmdit.velocity(model, latents, mask_latents[:, 1:], embeds, sigma, TARGET_HW, MASK_HW)
 
 
 @torch.no_grad()
