@@ -6,17 +6,20 @@
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 
+from ccmdist.adapters.growth import Piece, RankGrowth
 from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.config.train import TrainConfig
+from ccmdist.console import log
 from ccmdist.planner.memory import LIVE_BLOCKS, REDUCE_BUCKET
-from ccmdist.train.optim import MOMENTS, optimizer, update_average
+from ccmdist.train.optim import MOMENTS, GrowingAdamW, optimizer, update_average
 from ccmdist.train.sharding import forget_node_copies
 
 
@@ -35,6 +38,9 @@ class LocalParameter:
     start: int
     values: dict[str, torch.Tensor]
 
+
+NAMED: Final = 4
+"""Layers that have grown which a line of the log names."""
 
 # (parameter name, quantity, start, stop) -> that stretch of the flattened quantity
 ReadStretch = Callable[[str, str, int, int], torch.Tensor]
@@ -79,6 +85,7 @@ class Engine:
         parameter_sets: dict[str, dict[str, torch.nn.Parameter]],
         config: TrainConfig,
         group: ProcessGroup,
+        growth: RankGrowth | None = None,
     ) -> None:
         """Partition ``model`` over the ranks. Collective.
 
@@ -87,11 +94,13 @@ class Engine:
             parameter_sets: Name of set -> parameter name -> parameter.
             config: Settings of the run.
             group: The ranks.
+            growth: What decides of the lora_ranks of the one set there is, if they grow.
         """
         import deepspeed
 
-        self.parameter_sets = parameter_sets
-        self.optimizer = optimizer({name: list(s.values()) for name, s in parameter_sets.items()}, config.optim)
+        self.parameter_sets, self._group, self._growth = parameter_sets, group, growth
+        sets = {name: list(parameters.values()) for name, parameters in parameter_sets.items()}
+        self.optimizer = optimizer(sets, config.optim, grows=growth is not None)
         self.module, self._zero, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.optimizer,
@@ -102,6 +111,11 @@ class Engine:
         for flat in self._flat_by_set().values():
             self.optimizer.begin(flat)
         self._places = self._places_in_flats()
+        if growth is not None:
+            ((_, flat),) = self._flat_by_set().items()
+            growth.place({name: place.piece for name, place in self._places.items()}, flat)
+            assert isinstance(self.optimizer, GrowingAdamW)
+            self.optimizer.set_births(flat, growth.born)
         self._ema_decay = config.optim.ema_decay
         self._averages = self._started_averages()
         self._let_adapter_persist()
@@ -132,13 +146,18 @@ class Engine:
         Collective. Every micro-step ends with this call. When the norm of all ranks' gradients is not finite,
         no rank updates anything and the norm is infinite.
         """
-        is_last = self.is_last_accumulation
-        self.module.step()
-        if not is_last:
+        if not self.is_last_accumulation:
+            self.module.step()
             return 0.0  # without asking the device for anything
+        # DeepSpeed takes norm and update from this buffer, which holds the averages over all micro-steps and ranks.
+        squares = self._growth.look(self._zero.grad_partitions_flat_buffer) if self._growth else None
+        self.module.step()
         self._gather_adapter()  # a step without an update, for a norm that is not finite, leaves it cut
-        norm = self.module.get_global_grad_norm()
-        return float(norm) if norm is not None else 0.0
+        found = self.module.get_global_grad_norm()
+        norm = float(found) if found is not None else 0.0
+        if squares is not None and math.isfinite(norm):
+            self._grow(squares)
+        return norm
 
     @property
     def is_last_accumulation(self) -> bool:
@@ -176,6 +195,17 @@ class Engine:
             self.optimizer.set_moments(flat, {moment: quantities[moment][name] for moment in MOMENTS})
             self.optimizer.state[flat]["step"].fill_(float(adam_steps[name]))
 
+    def _grow(self, squares: torch.Tensor) -> None:
+        """Count a step that was taken among those that decide which ranks grow; let them if it is time. Collective."""
+        assert self._growth is not None
+        self._growth.add(squares, self._group.total)
+        (num_steps,) = self.adam_steps().values()
+        if grown := self._growth.grow(num_steps):
+            named = ", ".join(f"{name} (ratio {ratio:.2f})" for name, ratio in list(grown.items())[:NAMED])
+            more = f" and {len(grown) - NAMED} more" if len(grown) > NAMED else ""
+            total = sum(self._growth.active.values())
+            log.info("one rank more, %d in all, after %d updates: %s%s", total, num_steps, named, more)
+
     def _let_adapter_persist(self) -> None:
         """Gather what is trained once per optimizer step, instead of twice per block and micro-step. Collective."""
         for _, parameter in self._named_parameters():
@@ -212,7 +242,7 @@ class Engine:
             values = {quantity: place.of(flats) for quantity, flats in quantities.items()}
             if name in self._averages:
                 values["average"] = self._averages[name]
-            slices[name] = LocalParameter(place.shape, place.start, values)
+            slices[name] = LocalParameter(place.piece.shape, place.piece.start, values)
         return slices
 
     def _places_in_flats(self) -> dict[str, "_Place"]:
@@ -226,7 +256,7 @@ class Engine:
                 start = min(rank * length, parameter.ds_numel)
                 count = min(start + length, parameter.ds_numel) - start  # the last slices are padded
                 offset = safe_get_local_fp32_param(parameter).storage_offset() - first
-                places[name] = _Place(set_name, offset, count, start, tuple(parameter.ds_shape))
+                places[name] = _Place(set_name, Piece(offset, count, start, tuple(parameter.ds_shape)))
         return places
 
     def _started_averages(self) -> dict[str, torch.Tensor]:
@@ -237,17 +267,14 @@ class Engine:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where this rank's slice of a parameter lies: ``count`` numbers from ``offset`` in the flat tensors of its set."""
+    """Where this rank's slice of a parameter lies in the flat tensors of its set."""
 
     set_name: str
-    offset: int
-    count: int
-    start: int
-    shape: tuple[int, ...]
+    piece: Piece
 
     def of(self, flats: dict[str, torch.Tensor]) -> torch.Tensor:
         """The slice."""
-        return flats[self.set_name].detach()[self.offset : self.offset + self.count]
+        return self.piece.of(flats[self.set_name].detach())
 
 
 def _gathering_one_block_ahead(

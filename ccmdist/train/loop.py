@@ -41,10 +41,9 @@ def train(
     with ledger.sections("startup"):
         quiet_libraries()
         model = objective.build(zero_config(config, group.ranks.world_size, group.ranks_per_node))
-        engine = Engine(model, objective.parameter_sets(), config, group)
+        engine = Engine(model, objective.parameter_sets(), config, group, objective.growth)
     with ledger.sections("restore"):
-        attempt = group.from_first(len(run.attempts()))
-        store = CheckpointStore(run.checkpoints, group, config.checkpoint.keep, attempt)
+        store = CheckpointStore(run.checkpoints, group, config.checkpoint.keep, group.from_first(len(run.attempts())))
         start = resume(engine, objective, store)
     ledger.resumed(start)
     with ledger.sections("startup", start):
@@ -189,6 +188,7 @@ class _Loop:
             "data_digest": self.objective.data_digest,
             "training_set_digest": source_set_digest(self.config.data, self.objective.data_digest),
             "adam_steps": self.engine.adam_steps(),
+            "objective_state": {"growth": growth.state()} if (growth := self.objective.growth) else {},
             "has_average": self.config.optim.ema_decay is not None,
             "world_size": self.group.ranks.world_size,
         }

@@ -17,7 +17,10 @@ def resume(engine: Engine, objective: Objective, store: CheckpointStore) -> int:
     if checkpoint is not None:
         _check_lineage(checkpoint, objective)
         _check_shapes(checkpoint, engine)
+        _check_growth(checkpoint, objective)
         engine.load(checkpoint.read, checkpoint.manifest["adam_steps"])
+        if objective.growth:
+            objective.growth.load_state(checkpoint.objective_state["growth"])
         log.info("resumed from %s", checkpoint.path)
     objective.after_step()
     return checkpoint.step if checkpoint else 0
@@ -41,4 +44,14 @@ def _check_shapes(checkpoint: Checkpoint, engine: Engine) -> None:
             f"{checkpoint.path}: {first} has shape {saved.get(first)}, this run has {now.get(first)}, "
             f"and {len(differing) - 1} others differ too",
             "restore the adapter's settings, or choose another run folder",
+        )
+
+
+def _check_growth(checkpoint: Checkpoint, objective: Objective) -> None:
+    did_grow, grows = "growth" in checkpoint.objective_state, objective.growth is not None
+    if did_grow != grows:
+        told = {True: "ranks that grow", False: "ranks that do not grow"}
+        raise CheckpointError(
+            f"{checkpoint.path}: was trained with {told[did_grow]}, this run has {told[grows]}",
+            "restore adapter.growth, or choose another run folder",
         )

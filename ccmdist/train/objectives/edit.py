@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from ccmdist.adapters.frozen import freeze_linears
+from ccmdist.adapters.growth import RankGrowth
 from ccmdist.adapters.injection import AdaptedLinears, RowSquares, inject, row_squares_of
+from ccmdist.adapters.rank_map import RankMap
 from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import log
@@ -20,6 +22,7 @@ from ccmdist.models.modulation_table import ModulationTable, is_tabled
 from ccmdist.models.quantized import build_quantized
 from ccmdist.models.staging import staged
 from ccmdist.models.tabulation import table_for
+from ccmdist.planner.transformer import Transformer
 from ccmdist.train.flat_blocks import flatten_blocks
 from ccmdist.train.objectives.latent_flow import LatentFlow
 from ccmdist.train.objectives.objective import Batch
@@ -41,13 +44,19 @@ class EditObjective(LatentFlow):
 
         Raises:
             CacheError: If the cache is missing or was made for something else.
-            ConfigError: If there are too few samples, or the batch does not divide over the ranks.
+            ConfigError: If there are too few samples, the batch does not divide over the ranks, or a budget of ranks
+                does not suffice.
         """
         super().__init__(config, group)
+        if config.adapter.growth:
+            adapted = Transformer.from_config(self.folder.config("transformer")).adapted(config.adapter.targets)
+            config.adapter.growth.check_budget(len(list(adapted)))
         self.base_digest = self.folder.transformer_digest()
         self.dtype = DTYPES[config.base]
         self._is_tabled = False
         self._num_updates = -1  # the first call of after_step only says that the state was loaded
+        self.growth: RankGrowth | None = None
+        self._told_ranks: dict[str, int] = {}
 
     def build(self, zero_config: dict[str, Any]) -> torch.nn.Module:
         """The MMDiT with its base where ``sharding`` says and the adapter injected. Collective."""
@@ -85,7 +94,9 @@ class EditObjective(LatentFlow):
         model.requires_grad_(False)
         if self.config.sharding != "replicated":
             flatten_blocks(model.transformer_blocks)
-        self.adapted: AdaptedLinears = inject(model, names, self.config.adapter, row_squares, self.config.seed)
+        self._inject(model, names, row_squares)
+        if settings := self.config.adapter.growth:
+            self.growth = RankGrowth(names, self.config.adapter.lora_rank, settings)
         hide_frozen_weights(model, vectors_alone=self.config.sharding != "replicated")
         model.train()
         freeze_linears(model)
@@ -93,6 +104,11 @@ class EditObjective(LatentFlow):
         attention.set_backend(model, self.group.device, self.dtype)
         mmdit.make_blocks_leaves(model)
         return model
+
+    def _inject(
+        self, model: mmdit.QwenImageTransformer2DModel, names: list[str], row_squares: Mapping[str, torch.Tensor]
+    ) -> None:
+        self.adapted: AdaptedLinears = inject(model, names, self.config.adapter, row_squares, self.config.seed)
 
     def _table(self, adapted: list[str]) -> ModulationTable | None:
         """What takes the place of the modulation layers, unless the adapter changes them."""
@@ -120,17 +136,36 @@ class EditObjective(LatentFlow):
         self._num_updates += 1
 
     def describe(self) -> dict[str, float]:
-        """How far magnitudes and directions have moved, per group of blocks.
+        """How far magnitudes and directions have moved, per group of blocks; and how far ranks have grown.
+
+        The rank of a layer is told when it has changed, and once in every attempt.
 
         Raises:
             RunError: If no magnitude has moved at all: what is called WDLoRA would then be a LoRA of fixed norms.
         """
-        if self._num_updates >= MIN_UPDATES_TO_JUDGE and self.adapted.has_frozen_magnitudes():
-            raise RunError(
-                f"not one magnitude has moved in {self._num_updates} updates: they are smaller than its last bit",
-                "raise optim.lr, or train kind: lora, which has no magnitude",
-            )
-        return {f"moved/{name}": value for name, value in self.adapted.movement().items()}
+        return movement_of(self.adapted, self._num_updates) | self._ranks()
+
+    def images(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """See :meth:`LatentFlow.images`; and a map of the ranks, if they grow."""
+        pictures = super().images(model)
+        if self.growth and self.group.ranks.is_first:
+            pictures["lora_rank/map"] = torch.from_numpy(RankMap.of(self.growth.active).picture())
+        return pictures
+
+    def _ranks(self) -> dict[str, float]:
+        """Figures on ranks that grow."""
+        if self.growth is None:
+            return {}
+        active, ratios = self.growth.active, list(self.growth.ratios().values())
+        changed = {name: rank for name, rank in active.items() if self._told_ranks.get(name) != rank}
+        self._told_ranks = active
+        return {
+            "lora_ranks/mean": sum(active.values()) / len(active),
+            "lora_ranks/max": max(active.values()),
+            "lora_ranks/total": sum(active.values()),
+            **({"lora_ranks/fisher_ratio": sum(ratios) / len(ratios)} if ratios else {}),
+            **{f"lora_rank/{name}": rank for name, rank in changed.items()},
+        }
 
     def _velocity(
         self, model: torch.nn.Module, batch: Batch, latents_BSC: torch.Tensor, sigma_B: torch.Tensor
@@ -139,9 +174,27 @@ class EditObjective(LatentFlow):
         return mmdit.velocity(
             model,
             latents_BSC.to(device, self.dtype),
-            flow.pack_latents(batch["mask_latents"]).to(device, self.dtype),
+            self._conditions_BSC(batch).to(device, self.dtype),
             batch["prompt_embeds"].to(device, self.dtype),
             sigma_B.to("cpu" if self._is_tabled else device),  # the host looks into the table, and never waits
             self.token_hw,
             self.token_hw,
         )
+
+    def _conditions_BSC(self, batch: Batch) -> torch.Tensor:
+        """Packed latents of all condition images of the samples, one image after the other: here of the mask alone."""
+        return flow.pack_latents(batch["mask_latents"])
+
+
+def movement_of(adapted: AdaptedLinears, num_updates: int) -> dict[str, float]:
+    """Figures on how far an adapter has moved, see :meth:`AdaptedLinears.movement`.
+
+    Raises:
+        RunError: If no magnitude has moved at all in more than a few updates.
+    """
+    if num_updates >= MIN_UPDATES_TO_JUDGE and adapted.has_frozen_magnitudes():
+        raise RunError(
+            f"not one magnitude has moved in {num_updates} updates: they are smaller than its last bit",
+            "raise optim.lr, or train kind: lora, which has no magnitude",
+        )
+    return {f"moved/{name}": value for name, value in adapted.movement().items()}

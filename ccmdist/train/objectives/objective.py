@@ -5,6 +5,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ccmdist.adapters.growth import RankGrowth
+
 Batch = dict[str, Any]
 
 
@@ -16,6 +18,9 @@ class Objective(Protocol):
 
     data_digest: str
     """Identity of the training samples and of what was cached of them."""
+
+    growth: RankGrowth | None
+    """What decides of lora_ranks that grow, once the model is built; asked by the engine, kept in checkpoints."""
 
     def build(self, zero_config: dict[str, Any]) -> torch.nn.Module:
         """The model, partitioned and loaded; afterwards the parameter sets exist."""

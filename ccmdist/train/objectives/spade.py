@@ -69,6 +69,8 @@ class _Pair(torch.nn.Module):
 class SpadeObjective:
     """Even steps train the discriminators, odd ones the generator; all in fp32. A step sees samples of its own."""
 
+    growth = None
+
     def __init__(self, config: TrainConfig, group: ProcessGroup) -> None:
         """Look through the shards and plan the order. Neither the cache nor the model folder is needed.
 
