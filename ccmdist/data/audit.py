@@ -16,11 +16,14 @@ from typing import Any, Final
 from ccmdist.ccm.groups import CLINICAL_GROUPS
 from ccmdist.data.manifest import MANIFEST, SPLITS, Manifest, ShardEntry
 from ccmdist.data.reader import read_shard
-from ccmdist.data.triple import IMAGE, MASK, META, SYNTHETIC_MARK, check_key
+from ccmdist.data.triple import META, SYNTHETIC_MARK, check_key
 from ccmdist.errors import ShardError
 
 NUM_TOLD: Final = 10
-WORDS: Final = (*CLINICAL_GROUPS, *SPLITS, "untuned", "unknown", "bf16", "fp32", "nf4", "given", "next_group")
+WORDS: Final = (
+    *(*CLINICAL_GROUPS, *SPLITS, "untuned", "unknown", "bf16", "fp32", "nf4", "given", "next_group"),
+    *("points", "mask_and_points", "completion"),
+)
 """Texts that a field of a provenance may hold besides digests and the key of its source."""
 SOURCE_KEY: Final = "source_key"
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -95,7 +98,7 @@ def _of_member(name: str, content: bytes) -> Iterator[str]:
     key, _, ending = name.partition(".")
     if ending == META:
         yield from _of_fields(key, content)
-    elif ending in (IMAGE, MASK):
+    else:
         yield from _of_png(content)
 
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ccmdist.ccm.groups import ClinicalGroup
 from ccmdist.ccm.prompts import NEGATIVE_PROMPT, TEMPLATE_VERSION
 from ccmdist.commit import commit_json, digest_of
-from ccmdist.config.data import DataSettings, Flip, PrecomputeConfig
+from ccmdist.config.data import USUAL, DataSettings, Flip, PrecomputeConfig
 from ccmdist.config.loading import flat, resolved
 from ccmdist.data.manifest import ShardEntry, read_manifest
 from ccmdist.errors import CacheError, ShardError
@@ -51,7 +51,7 @@ class CacheEntry:
     num_text_tokens: int
     """Length of its prompt embeddings."""
     sample: Member
-    """KEY.safetensors: prompt_embeds, image_latents, mask_latents."""
+    """KEY.safetensors: prompt_embeds, image_latents, mask_latents; with holes, what belongs to them."""
     negative: Member
     """KEY.negative.safetensors: prompt_embeds of the negative prompt with the same mask."""
 
@@ -75,8 +75,8 @@ def fingerprint(data: DataSettings, manifest_digest: str, encoders: dict[str, An
         manifest_digest: Of the shard set.
         encoders: Identity of the encoders, as the model folder gives it.
     """
-    wrong_prompts = {} if data.prompts == "given" else {"prompts": data.prompts}
-    return wrong_prompts | {
+    later = {name: value for name, value in resolved(data).items() if name in USUAL}
+    return later | {
         "content_version": CONTENT_VERSION,
         "shards": manifest_digest,
         "encoders": encoders,
@@ -215,12 +215,11 @@ def _no_cache(data: DataSettings, wanted: dict[str, Any]) -> CacheError:
 def command(data: DataSettings) -> str:
     """The command that fills the cache of ``data``, complete in itself."""
     values = flat(resolved(PrecomputeConfig(data=data)), "")
-    defaults = {name: field.default for name, field in DataSettings.model_fields.items()}
+    told = [name for name, field in DataSettings.model_fields.items() if getattr(data, name) != field.default]
     words = [
         f"{name}={_as_yaml(value)}"
         for name, value in values.items()
-        if name.startswith("data.")
-        and getattr(data, name.removeprefix("data.")) != defaults[name.removeprefix("data.")]
+        if name.startswith("data.") and name.split(".")[1] in told
     ]
     return shlex.join(["ccmdist", "precompute", *words])
 

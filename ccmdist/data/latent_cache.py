@@ -5,7 +5,7 @@
 * Reading keeps no file open and shares no offset, so a cache may be handed to any number of worker processes.
 * Each read compares a checksum: damage is told with shard and key instead of being trained on.
 
-Shapes: L text tokens, D text width, C latent channels, h w latent rows and columns.
+Shapes: L text tokens, D text width, C latent channels, H W pixels, h w = H/8 W/8, K holes.
 """
 
 import hashlib
@@ -46,6 +46,8 @@ from ccmdist.errors import OF_THE_MACHINE, CacheError
 __all__ = ["CacheEntry", "EncodedSample", "LatentCache", "cache_folder", "fingerprint", "write_cache_shard"]
 
 SAMPLE, NEGATIVE = ".safetensors", ".negative.safetensors"
+TENSORS = ("prompt_embeds", "image_latents", "mask_latents", "holed_latents", "holes", "layout")
+"""Of SAMPLE; the last three in a cache with holes only."""
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
@@ -63,7 +65,13 @@ class EncodedSample:
     image_latents: Tensor
     """(C, h, w), normalised."""
     mask_latents: Tensor
-    """(C, h, w), normalised."""
+    """(C, h, w), normalised, of the picture that stands for the nerves."""
+    holed_latents: Tensor | None = None
+    """(K, C, h, w), normalised, of the image without what each hole hides. This and the next two: only with holes."""
+    holes: Tensor | None = None
+    """uint8 (K, H, ceil(W/8)), see :func:`ccmdist.data.holes.packed`."""
+    layout: Tensor | None = None
+    """uint8 (H/16, W/16), see :func:`ccmdist.data.holes.layout_of`."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,8 @@ class LatentCache:
 
     def read(self, entry: CacheEntry) -> dict[str, Tensor]:
         """``prompt_embeds`` (L, D), ``image_latents`` and ``mask_latents`` (C, h, w), in the dtype of the cache.
+
+        In a cache with holes also ``holed_latents`` (K, C, h, w), ``holes`` and ``layout`` as in EncodedSample.
 
         Raises:
             CacheError: If the bytes are not those that were written.
@@ -239,7 +249,8 @@ def _index_of(tar: io.BufferedReader, shard: str) -> dict[str, Any]:
 
 
 def _sample_bytes(sample: EncodedSample) -> bytes:
-    tensors = {name: _stored(getattr(sample, name)) for name in ("prompt_embeds", "image_latents", "mask_latents")}
+    found = {name: getattr(sample, name) for name in TENSORS}
+    tensors = {name: _stored(tensor) for name, tensor in found.items() if tensor is not None}
     about = {"clinical_group": sample.clinical_group, "subject": sample.subject}
     # One field only: safetensors writes several in an order that changes from process to process.
     return safetensors.torch.save(tensors, metadata={"sample": json.dumps(about, sort_keys=True)})

@@ -1,7 +1,7 @@
 """Read shard sets. The manifest is trusted, a tar is not: it must be the very file that the manifest names.
 
 Its hash is compared before the first sample leaves, so damage never reaches a caller as other pixels, and nothing in
-a tar is a path, a link or code here: of the format, only plain members with the three known endings exist.
+a tar is a path, a link or code here: of the format, only plain members with the known endings exist.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 from ccmdist.ccm.groups import UNLABELLED
 from ccmdist.config.data import Split
 from ccmdist.data.manifest import MANIFEST, SPLITS, Kind, Manifest, ShardEntry, read_manifest
-from ccmdist.data.triple import MEMBERS, META, Source, Triple, TripleMeta, check_key, meta_of, triple_of
+from ccmdist.data.triple import MEMBERS, META, REQUIRED, Source, Triple, TripleMeta, check_key, meta_of, triple_of
 from ccmdist.errors import OF_THE_MACHINE, ShardError
 
 MAX_MEMBER_BYTES = 1 << 26
@@ -251,10 +251,13 @@ def _triples(tar: BufferedReader, path: Path) -> Iterator[Triple]:
         key = new_key
         if ending not in MEMBERS:
             raise ShardError(f"{path}: sample {key}: unknown member {name!a}, expected {', '.join(MEMBERS)}", ANEW)
-        if ending != (expected := MEMBERS[len(members)]):
-            raise ShardError(f"{path}: sample {key}: {expected} is missing before {ending}", ANEW)
+        before = MEMBERS[: MEMBERS.index(ending)]
+        if missing := [name for name in before if name in REQUIRED and name not in members]:
+            raise ShardError(f"{path}: sample {key}: {missing[0]} is missing before {ending}", ANEW)
+        if misplaced := [name for name in members if name not in before]:
+            raise ShardError(f"{path}: sample {key}: {ending} stands behind {misplaced[-1]}", ANEW)
         members[ending] = content
-        if len(members) == len(MEMBERS):
+        if ending == META:
             yield triple_of(key, members, str(path))
             members = {}
     if members:

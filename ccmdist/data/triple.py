@@ -2,6 +2,8 @@
 
 * ``KEY.image.png``: 8-bit grey. A synthetic image carries a machine-readable mark (XMP in an iTXt chunk).
 * ``KEY.mask.png``: 8-bit grey, 0 or 255 only, of the same size.
+* ``KEY.inpaint_mask.png``, if the sample has one: likewise, 255 where the image is to be filled, or was.
+* ``KEY.points.png``, if the sample has one: 8-bit grey, codes of :mod:`ccmdist.ccm.structure`, one pixel a point.
 * ``KEY.json``: the fields of :class:`TripleMeta`.
 """
 
@@ -23,15 +25,18 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ccmdist.ccm.groups import CLINICAL_GROUPS, ClinicalGroup
 from ccmdist.ccm.prompts import prompt
+from ccmdist.ccm.structure import POINT_CODES
 from ccmdist.errors import ShardError
 
 Eye = Literal["OD", "OS"]
 Source = Literal["phantom", "folders", "synthetic"]
 
 EYES: Final[tuple[Eye, ...]] = get_args(Eye)
-IMAGE, MASK, META = "image.png", "mask.png", "json"
-MEMBERS: Final = (IMAGE, MASK, META)
-"""Endings of a sample's members, in the order in which they stand in a tar."""
+IMAGE, MASK, INPAINT_MASK, POINTS, META = "image.png", "mask.png", "inpaint_mask.png", "points.png", "json"
+MEMBERS: Final = (IMAGE, MASK, INPAINT_MASK, POINTS, META)
+"""Endings of a sample's members, in the order in which they stand in a tar: META is the last of each sample."""
+OPTIONAL: Final = (INPAINT_MASK, POINTS)
+REQUIRED: Final = (IMAGE, MASK, META)
 
 MAX_KEY_LENGTH: Final = 64
 MAX_IMAGE_PIXELS: Final = 1 << 24
@@ -82,6 +87,11 @@ class Triple:
     nerve_mask: NDArray[np.bool_]
     """(H, W), True on nerves."""
     meta: TripleMeta
+    inpaint_mask: NDArray[np.bool_] | None = None
+    """(H, W), True where the image is to be filled: of a real frame, what cannot be seen; of a synthetic one, what was
+    drawn. Never empty."""
+    points: NDArray[np.uint8] | None = None
+    """(H, W), codes of :mod:`ccmdist.ccm.structure`, one pixel for each point."""
 
 
 _META: TypeAdapter[TripleMeta] = TypeAdapter(TripleMeta)
@@ -110,6 +120,9 @@ def members_of(triple: Triple) -> dict[str, bytes]:
             f"{where}: image {image.dtype} {image.shape} and nerve_mask {nerve_mask.dtype} {nerve_mask.shape}, "
             "expected uint8 and bool of one shape (H, W)"
         )
+    optional = _optional_pixels(triple)
+    for ending, pixels in optional.items():
+        _check_optional(ending, pixels, image, where)
     values = {name: value for name, value in asdict(triple.meta).items() if name != "provenance" or value is not None}
     try:
         text = json.dumps(values, sort_keys=True, allow_nan=False) + "\n"
@@ -117,7 +130,12 @@ def members_of(triple: Triple) -> dict[str, bytes]:
         raise ShardError(f"{where}: its fields cannot be written as JSON ({error})") from None
     meta_of(text.encode(), where)
     is_synthetic = triple.meta.provenance is not None
-    return {IMAGE: _png(image, is_synthetic), MASK: _png(nerve_mask.astype(np.uint8) * 255, False), META: text.encode()}
+    return {
+        IMAGE: _png(image, is_synthetic),
+        MASK: _png(nerve_mask.astype(np.uint8) * 255, False),
+        **{ending: _png(pixels, False) for ending, pixels in optional.items()},
+        META: text.encode(),
+    }
 
 
 def triple_of(key: str, members: Mapping[str, bytes], where: str) -> Triple:
@@ -133,7 +151,7 @@ def triple_of(key: str, members: Mapping[str, bytes], where: str) -> Triple:
     """
     check_key(key, where)
     where = f"{where}: sample {key}"
-    if missing := [ending for ending in MEMBERS if ending not in members]:
+    if missing := [ending for ending in REQUIRED if ending not in members]:
         raise ShardError(f"{where}: {' and '.join(missing)} is missing", "make or copy the shard anew")
     if unknown := [ending for ending in members if ending not in MEMBERS]:
         raise ShardError(
@@ -141,17 +159,17 @@ def triple_of(key: str, members: Mapping[str, bytes], where: str) -> Triple:
         )
     meta = meta_of(members[META], where)
     image, mask = _pixels(members[IMAGE], f"{where}: {IMAGE}"), _pixels(members[MASK], f"{where}: {MASK}")
-    if image.shape != mask.shape:
-        raise ShardError(f"{where}: {IMAGE} is {_size(image)} and {MASK} {_size(mask)}, expected one size")
-    if not np.isin(mask, (0, 255)).all():
-        raise ShardError(
-            f"{where}: {MASK} holds other values than 0 and 255", "make it two-valued and pack the set again"
-        )
+    _check_size(MASK, mask, image, where)
+    _check_two_valued(MASK, mask, where)
+    optional = {ending: _pixels(members[ending], f"{where}: {ending}") for ending in OPTIONAL if ending in members}
+    for ending, pixels in optional.items():
+        _check_optional(ending, pixels, image, where)
     if is_marked_synthetic(members[IMAGE]) != (meta.provenance is not None):
         raise ShardError(
             f"{where}: {IMAGE} and {META} disagree on whether it is synthetic", "make or copy the shard anew"
         )
-    return Triple(key, image, mask == 255, meta)
+    hole = optional.get(INPAINT_MASK)
+    return Triple(key, image, mask == 255, meta, None if hole is None else hole == 255, optional.get(POINTS))
 
 
 def meta_of(data: bytes, where: str) -> TripleMeta:
@@ -213,6 +231,43 @@ def is_marked_synthetic(data: bytes) -> bool:
     except DECODING_ERRORS:
         return False
     return any(_MARK in str(text) for text in texts.values())
+
+
+def _optional_pixels(triple: Triple) -> dict[str, NDArray[np.uint8]]:
+    """The optional members that a sample has, as 8-bit pictures."""
+    found: dict[str, NDArray[np.uint8]] = {}
+    if triple.inpaint_mask is not None:
+        found[INPAINT_MASK] = triple.inpaint_mask.astype(np.uint8) * 255
+    if triple.points is not None:
+        found[POINTS] = triple.points
+    return found
+
+
+def _check_optional(ending: str, pixels: NDArray[np.uint8], image: NDArray[np.uint8], where: str) -> None:
+    _check_size(ending, pixels, image, where)
+    if ending == INPAINT_MASK:
+        _check_two_valued(ending, pixels, where)
+        if not pixels.any():
+            raise ShardError(
+                f"{where}: {ending} covers nothing", "leave it out where the whole image is known, or draw the hole"
+            )
+    elif pixels.dtype != np.uint8 or not np.isin(pixels, POINT_CODES).all():
+        raise ShardError(
+            f"{where}: {ending} holds other values than the codes {', '.join(map(str, POINT_CODES))}",
+            "write one pixel for each point: 1 branch point, 2 end, 3 dendritic cell",
+        )
+
+
+def _check_size(ending: str, pixels: NDArray[np.uint8], image: NDArray[np.uint8], where: str) -> None:
+    if pixels.shape != image.shape:
+        raise ShardError(f"{where}: {IMAGE} is {_size(image)} and {ending} {_size(pixels)}, expected one size")
+
+
+def _check_two_valued(ending: str, pixels: NDArray[np.uint8], where: str) -> None:
+    if not np.isin(pixels, (0, 255)).all():
+        raise ShardError(
+            f"{where}: {ending} holds other values than 0 and 255", "make it two-valued and pack the set again"
+        )
 
 
 def _png(pixels: NDArray[np.uint8], is_synthetic: bool) -> bytes:

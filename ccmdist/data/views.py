@@ -6,6 +6,8 @@ At the wanted size nothing is touched. Else:
 * The mask, shrunk, has a nerve where nerves cover at least half of a pixel or the centre line of one passes through
   it. A thin nerve thus stays connected and does not vanish, and a thick one does not grow. Enlarged, it is copied
   pixel by pixel.
+* A hole, shrunk, has every pixel that it has a part in, so none vanishes; enlarged, it is copied likewise.
+* A point stays one pixel: the one that its middle lies in. Of points that meet, the higher code is kept.
 
 A flipped view keeps its prompt. Mind that hflip and vflip turn a right eye's whorl into a left eye's; rot180 does not.
 A change of any of this raises CONTENT_VERSION in data/cache_index.py.
@@ -25,6 +27,7 @@ from ccmdist.errors import ShardError
 
 Frame = NDArray[np.uint8]
 NerveMask = NDArray[np.bool_]
+InpaintMask = NDArray[np.bool_]
 
 FLIPS: dict[str, Callable[[NDArray], NDArray]] = {
     "hflip": lambda frame: frame[:, ::-1],
@@ -50,11 +53,36 @@ def views(triple: Triple, size_px: int, flips: Sequence[Flip], where: str) -> It
         raise ShardError(
             f"{where}: sample {triple.key} is {height}x{width} px, expected a square", "crop it before packing"
         )
-    image, nerve_mask = resized_image(triple.image, size_px), resized_mask(triple.nerve_mask, size_px)
-    yield replace(triple, image=image, nerve_mask=nerve_mask)
+    plain = resized(triple, size_px)
+    yield plain
     for flip in flips:
-        flipped = [np.ascontiguousarray(FLIPS[flip](frame)) for frame in (image, nerve_mask)]
-        yield replace(triple, key=f"{triple.key}-{flip}", image=flipped[0], nerve_mask=flipped[1])
+        yield replace(flipped(plain, flip), key=f"{triple.key}-{flip}")
+
+
+def resized(triple: Triple, size_px: int) -> Triple:
+    """All pictures of a square sample at another size; its fields, ``um_per_px`` among them, stay."""
+    return replace(
+        triple,
+        image=resized_image(triple.image, size_px),
+        nerve_mask=resized_mask(triple.nerve_mask, size_px),
+        inpaint_mask=None if triple.inpaint_mask is None else resized_hole(triple.inpaint_mask, size_px),
+        points=None if triple.points is None else resized_points(triple.points, size_px),
+    )
+
+
+def flipped(triple: Triple, flip: str) -> Triple:
+    """All pictures of a sample flipped alike, under the same key."""
+
+    def turned(frame: NDArray) -> NDArray:
+        return np.ascontiguousarray(FLIPS[flip](frame))
+
+    return replace(
+        triple,
+        image=turned(triple.image),
+        nerve_mask=turned(triple.nerve_mask),
+        inpaint_mask=None if triple.inpaint_mask is None else turned(triple.inpaint_mask),
+        points=None if triple.points is None else turned(triple.points),
+    )
 
 
 def resized_image(image: Frame, size_px: int) -> Frame:
@@ -70,10 +98,42 @@ def resized_mask(nerve_mask: NerveMask, size_px: int) -> NerveMask:
     if edge_px == size_px:
         return nerve_mask
     if edge_px < size_px:
-        source = np.arange(size_px) * edge_px // size_px
-        return nerve_mask[np.ix_(source, source)]
+        return _enlarged(nerve_mask, size_px)
     cover = Image.fromarray(nerve_mask.astype(np.float32)).resize((size_px, size_px), Image.Resampling.BOX)
     resized = np.asarray(cover) >= 0.5
     rows, columns = np.nonzero(skeletonize(nerve_mask))
     resized[rows * size_px // edge_px, columns * size_px // edge_px] = True
     return resized
+
+
+def resized_hole(inpaint_mask: InpaintMask, size_px: int) -> InpaintMask:
+    """A square hole at another size, no part of it lost."""
+    edge_px = inpaint_mask.shape[0]
+    if edge_px == size_px:
+        return inpaint_mask
+    if edge_px < size_px:
+        return _enlarged(inpaint_mask, size_px)
+    resized = np.zeros((size_px, size_px), bool)
+    rows, columns = np.nonzero(inpaint_mask)
+    # Shrunk, a pixel has a part in one or two along each edge: those of its first and of its last point.
+    for down in (rows * size_px // edge_px, ((rows + 1) * size_px - 1) // edge_px):
+        for right in (columns * size_px // edge_px, ((columns + 1) * size_px - 1) // edge_px):
+            resized[down, right] = True
+    return resized
+
+
+def resized_points(points: Frame, size_px: int) -> Frame:
+    """A square map of points at another size."""
+    edge_px = points.shape[0]
+    if edge_px == size_px:
+        return points
+    resized = np.zeros((size_px, size_px), np.uint8)
+    rows, columns = np.nonzero(points)
+    at = tuple((2 * places + 1) * size_px // (2 * edge_px) for places in (rows, columns))
+    np.maximum.at(resized, at, points[rows, columns])
+    return resized
+
+
+def _enlarged(mask: NDArray[np.bool_], size_px: int) -> NDArray[np.bool_]:
+    source = np.arange(size_px) * mask.shape[0] // size_px
+    return mask[np.ix_(source, source)]

@@ -7,14 +7,12 @@ from math import isclose
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from ccmdist.config.data import Split
 from ccmdist.config.evaluate import EvaluateConfig
 from ccmdist.data.manifest import MANIFEST, SPLITS, Manifest, ShardEntry, read_manifest
 from ccmdist.data.reader import read_keys, read_shard
 from ccmdist.data.triple import Triple
-from ccmdist.data.views import FLIPS, resized_image, resized_mask
+from ccmdist.data.views import FLIPS, flipped, resized
 from ccmdist.errors import EvaluationError
 
 PIXEL_TOLERANCE: Final = 0.01
@@ -200,12 +198,8 @@ def scaled(triple: Triple, shape: tuple[int, int], where: str) -> Triple:
             "pack square frames, or synthesize at the size of the real ones",
         )
     size_px = shape[0]
-    return replace(
-        triple,
-        image=resized_image(triple.image, size_px),
-        nerve_mask=resized_mask(triple.nerve_mask, size_px),
-        meta=replace(triple.meta, um_per_px=triple.meta.um_per_px * height / size_px),
-    )
+    meta = replace(triple.meta, um_per_px=triple.meta.um_per_px * height / size_px)
+    return replace(resized(triple, size_px), meta=meta)
 
 
 class SourceFrames:
@@ -235,9 +229,7 @@ class SourceFrames:
         key, _, flip = source_key.rpartition("-")
         if flip not in FLIPS or key not in self._shard_of:
             return None
-        triple = self._triples(self._shard_of[key])[key]
-        image, nerve_mask = (np.ascontiguousarray(FLIPS[flip](frame)) for frame in (triple.image, triple.nerve_mask))
-        return replace(triple, image=image, nerve_mask=nerve_mask)
+        return flipped(self._triples(self._shard_of[key])[key], flip)
 
     @cached_property
     def _shard_of(self) -> dict[str, str]:

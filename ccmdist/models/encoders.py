@@ -1,9 +1,10 @@
-"""Mask and prompt to embeddings, frames to latents and back: the two frozen encoders of Qwen-Image-Edit.
+"""Structure picture and prompt to embeddings, frames to latents and back: the frozen encoders of Qwen-Image-Edit.
 
 * Prompts are encoded by our own call, which hands over every output of the processor. The stock pipelines drop
   ``mm_token_type_ids`` under transformers 5, and the encoder then falls back to 1-D positions without a word.
 * Embeddings are not padded, so no padding mask exists anywhere downstream.
-* Grey is a contract: one channel goes in three times, and the mean of three comes out.
+* Grey is a contract: one channel goes in three times, and the mean of three comes out. A picture with colours, such
+  as a map of points, goes in as it is.
 
 Shape suffixes: B samples, L text tokens, D text width, C latent channels, H W pixels, h w = H/8 W/8.
 """
@@ -29,7 +30,7 @@ from ccmdist.models.vae import denormalised, for_single_frames, normalised
 
 
 class PromptEncoder:
-    """Qwen2.5-VL as Qwen-Image-Edit uses it: the last hidden states of a prompt with its mask."""
+    """Qwen2.5-VL as Qwen-Image-Edit uses it: the last hidden states of a prompt with its picture."""
 
     def __init__(
         self, encoder: Qwen2_5_VLForConditionalGeneration, processor: ImageTextProcessor, folder: ModelFolder
@@ -69,35 +70,34 @@ class PromptEncoder:
         return cls(encoder.to(device).eval(), load_processor(folder.path), folder)
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], nerve_masks: list[np.ndarray]) -> list[Tensor]:
-        """Embeddings of each prompt with its mask, shape (L, D) each, L without padding.
+    def encode(self, prompts: list[str], pictures: list[np.ndarray]) -> list[Tensor]:
+        """Embeddings of each prompt with its picture, shape (L, D) each, L without padding.
 
         Args:
             prompts: One per sample.
-            nerve_masks: Boolean masks of shape (H, W), of any size.
+            pictures: What stands for the nerves of each: uint8, (H, W) or (H, W, 3), of any size.
         """
         texts = [encoder_text(prompt, self.version) for prompt in prompts]
-        images = [self.condition_image(nerve_mask) for nerve_mask in nerve_masks]
+        images = [self.condition_image(picture) for picture in pictures]
         inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
         inputs = {name: value.to(self.encoder.device) for name, value in inputs.items() if name in self._inputs}
         states_BLD = self.encoder(**inputs, output_hidden_states=True).hidden_states[-1]
         attended_BL = inputs["attention_mask"].bool()
         return [s_LD[kept_L][NUM_DROPPED_TOKENS:] for s_LD, kept_L in zip(states_BLD, attended_BL, strict=True)]
 
-    def condition_image(self, nerve_mask: np.ndarray) -> Image.Image:
-        """The mask as the pipelines show it to the encoder: RGB, of a fixed area, edges multiples of 32 px.
+    def condition_image(self, picture: np.ndarray) -> Image.Image:
+        """The picture as the pipelines show it to the encoder: RGB, of a fixed area, edges multiples of 32 px.
 
         Source: calculate_dimensions in diffusers' Qwen-Image-Edit pipelines.
         """
-        height, width = nerve_mask.shape
+        height, width = picture.shape[:2]
         wide_px = CONDITION_EDGE_PX[self.version] * math.sqrt(width / height)
         size = (round(wide_px / 32) * 32, round(wide_px * height / width / 32) * 32)
-        image = Image.fromarray(nerve_mask.astype(np.uint8) * 255).convert("RGB")
-        return image.resize(size, Image.Resampling.LANCZOS)
+        return Image.fromarray(picture).convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
 class LatentCodec:
-    """The VAE of Qwen-Image on grey frames."""
+    """The VAE of Qwen-Image on frames, which are grey, and on pictures with colours that stand for their nerves."""
 
     def __init__(self, vae: AutoencoderKLQwenImage) -> None:
         """Take a VAE, which is changed in place to work on single frames."""
@@ -117,14 +117,15 @@ class LatentCodec:
         return cls(vae.eval())
 
     @torch.no_grad()
-    def encode(self, images_BHW: np.ndarray) -> Tensor:
+    def encode(self, pictures: np.ndarray) -> Tensor:
         """Normalised latents, the mode of the posterior, shape (B, C, h, w), in the VAE's dtype.
 
         Args:
-            images_BHW: Grey frames, uint8; height and width are multiples of 8.
+            pictures: uint8, grey (B, H, W) or with colours (B, H, W, 3); height and width are multiples of 8.
         """
-        grey_BHW = torch.from_numpy(np.ascontiguousarray(images_BHW)).to(self.vae.device)
-        rgb = rgb_of_grey(grey_BHW).to(self.vae.dtype).unsqueeze(2)
+        given = torch.from_numpy(np.ascontiguousarray(pictures)).to(self.vae.device)
+        scaled = rgb_of_grey(given) if given.dim() == 3 else scaled_rgb(given)
+        rgb = scaled.to(self.vae.dtype).unsqueeze(2)
         return normalised(self.vae.encode(rgb).latent_dist.mode(), self.vae).squeeze(2)
 
     @torch.no_grad()
@@ -137,6 +138,11 @@ class LatentCodec:
 def rgb_of_grey(grey_BHW: Tensor) -> Tensor:
     """uint8 (B, H, W) to three equal float channels in [-1, 1], (B, 3, H, W)."""
     return (grey_BHW.float() / 127.5 - 1).unsqueeze(1).expand(-1, 3, -1, -1)
+
+
+def scaled_rgb(rgb_BHW3: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) to float channels in [-1, 1], (B, 3, H, W)."""
+    return (rgb_BHW3.float() / 127.5 - 1).permute(0, 3, 1, 2)
 
 
 def grey_of_rgb(rgb_B3HW: Tensor) -> Tensor:

@@ -1,27 +1,31 @@
 """Fill the cache, shard by shard: any number of workers, each may be stopped and started again at any time.
 
-The negative prompt is encoded with each mask too, because the stock pipelines show the encoder the image beside it.
+The negative prompt is encoded with each picture too, because the stock pipelines show the encoder the image beside it.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ccmdist.ccm.prompts import NEGATIVE_PROMPT
+from ccmdist.ccm.structure import points_of_mask, structure_picture
 from ccmdist.cluster.device import current_device
 from ccmdist.config.data import DataSettings, PrecomputeConfig
 from ccmdist.console import log, tracked
 from ccmdist.data.cache_index import commit_fingerprint, flips
 from ccmdist.data.given_prompts import given_prompt
+from ccmdist.data.holes import holed_image, holes_of, layout_of, packed
 from ccmdist.data.latent_cache import EncodedSample, write_cache_shard
 from ccmdist.data.manifest import ShardEntry
 from ccmdist.data.reader import read_shard
 from ccmdist.data.triple import Triple
 from ccmdist.data.views import views
-from ccmdist.errors import Preempted
+from ccmdist.errors import Preempted, ShardError
 from ccmdist.models.encoders import LatentCodec, PromptEncoder
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.precompute.plan import FillPlan, fill_plan
@@ -42,8 +46,8 @@ def fill_cache(
 
     Raises:
         Preempted: If ``should_stop`` said so while there was work left; what was encoded is committed.
-        ShardError: If a source shard is damaged, a frame is not square, or one that is to get the next group's prompt
-            has no group.
+        ShardError: If a source shard is damaged, a frame is not square, one that is to get the next group's prompt
+            has no group, or one that is to teach how holes are filled hides something itself.
         ModelError: If the model folder is not complete.
     """
     model = ModelFolder.open(config.data.model)
@@ -87,20 +91,50 @@ class Encoders:
         """The samples of a source shard and, of train, their flipped views."""
         where = str(self.data.shards / shard.name)
         wanted = flips(self.data) if shard.split == "train" else []
-        triples = read_shard(self.data.shards, shard)
+        triples = (self._checked(triple, shard, where) for triple in read_shard(self.data.shards, shard))
         frames = chain.from_iterable(views(triple, self.data.image_size_px, wanted, where) for triple in triples)
         for triples_together in _batched(frames, self.batch_size):
             yield from self._encoded(triples_together, where)
 
+    def _checked(self, triple: Triple, shard: ShardEntry, where: str) -> Triple:
+        """The sample as its shard has it, with a map of points where one is to be drawn.
+
+        A graph of a mask is not that of its mirror image to the pixel: one map for all views of a sample.
+        """
+        if self.data.holes and triple.inpaint_mask is not None and shard.split == "train":
+            raise ShardError(
+                f"{where}: sample {triple.key} of train has an inpaint_mask of its own: what it hides is unknown and "
+                "cannot teach a model to fill holes",
+                "pack the frames that are to be repaired as a set of their own, or leave out data.holes",
+            )
+        if self.data.structure != "mask" and triple.points is None:
+            return replace(triple, points=points_of_mask(triple.nerve_mask))
+        return triple
+
     def _encoded(self, triples: list[Triple], where: str) -> Iterator[EncodedSample]:
-        nerve_masks = [triple.nerve_mask for triple in triples]
+        pictures = [structure_picture(one.nerve_mask, one.points, self.data.structure) for one in triples]
         prompts = [given_prompt(one.meta, self.data.prompts, f"{where}: sample {one.key}") for one in triples]
-        positive = self.prompts.encode(prompts, nerve_masks)
-        negative = self.prompts.encode([NEGATIVE_PROMPT] * len(triples), nerve_masks)
+        positive = self.prompts.encode(prompts, pictures)
+        negative = self.prompts.encode([NEGATIVE_PROMPT] * len(triples), pictures)
         images = self.codec.encode(np.stack([triple.image for triple in triples]))
-        masks = self.codec.encode(np.stack(nerve_masks).astype(np.uint8) * 255)
-        for triple, *tensors in zip(triples, positive, negative, images, masks, strict=True):
-            yield EncodedSample(triple.key, triple.meta.clinical_group, triple.meta.subject, *tensors)
+        structures = self.codec.encode(np.stack(pictures))
+        holed = [self._holed(*one) for one in zip(triples, pictures, strict=True)]
+        for triple, *tensors, with_holes in zip(triples, positive, negative, images, structures, holed, strict=True):
+            yield EncodedSample(triple.key, triple.meta.clinical_group, triple.meta.subject, *tensors, **with_holes)
+
+    def _holed(self, triple: Triple, picture: np.ndarray) -> dict[str, Tensor]:
+        """What a cache with holes holds of a sample besides; its images with holes are encoded together."""
+        if self.data.holes is None:
+            return {}
+        holes = holes_of(triple, self.data.holes, self.data.image_size_px)
+        images = holed_image(triple.image, holes)
+        # Not more at once than asked for, however many holes a sample has.
+        parts = [self.codec.encode(images[at : at + self.batch_size]) for at in range(0, len(images), self.batch_size)]
+        return {
+            "holed_latents": torch.cat(parts),
+            "holes": torch.from_numpy(packed(holes)),
+            "layout": torch.from_numpy(layout_of(picture)),
+        }
 
 
 def _batched(triples: Iterator[Triple], size: int) -> Iterator[list[Triple]]:

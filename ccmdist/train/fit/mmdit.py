@@ -207,8 +207,8 @@ def _packed(codec: LatentCodec, images_BHW: NDArray[np.uint8]) -> Tensor:
     return torch.cat([flow.pack_latents(codec.encode(part)) for part in parts])
 
 
-def _blobs(seed: int) -> list[NDArray[np.bool_]]:
+def _blobs(seed: int) -> list[NDArray[np.uint8]]:
     """Random shapes; an embedding depends on the image, but these say nothing about nerves."""
     rng = np.random.default_rng([seed, NUM_SHOWN])
     smooth = [gaussian_filter(rng.standard_normal((SIZE_PX, SIZE_PX)), rng.uniform(2, 20)) for _ in range(NUM_SHOWN)]
-    return [field > np.quantile(field, rng.uniform(0.3, 1.0)) for field in smooth]
+    return [np.uint8(255) * (field > np.quantile(field, rng.uniform(0.3, 1.0))) for field in smooth]

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ccmdist.ccm.groups import CLINICAL_GROUPS
 from ccmdist.data.triple import (
-    MEMBERS,
+    REQUIRED,
     Triple,
     TripleMeta,
     check_key,
@@ -66,7 +66,7 @@ frames = shapes.flatmap(lambda shape: st.tuples(arrays(np.uint8, shape), arrays(
 @given(keys, frames, metas)
 def test_a_sample_comes_back_from_its_members_bit_for_bit(key, frame, about):
     members = members_of(Triple(key, *frame, about))
-    assert tuple(members) == MEMBERS
+    assert tuple(members) == REQUIRED
     found = triple_of(key, members, "here")
     assert found.key == key
     assert found.meta == about
@@ -176,7 +176,7 @@ BOMB = BOMB + zlib.crc32(BOMB[12:29]).to_bytes(4) + png(np.zeros((1, 1), np.uint
     [
         ({"mask.png": None}, "mask.png is missing; make or copy the shard anew"),
         ({"image.png": None, "json": None}, "image.png and json is missing"),
-        ({"pkl": b"cos\nsystem"}, "unknown member 'pkl', expected only image.png, mask.png, json"),
+        ({"pkl": b"cos\nsystem"}, "unknown member 'pkl', expected only image.png, mask.png, inpaint_mask.png"),
         ({"image.png": b"\x89PNG"}, "image.png is not a PNG that can be read"),
         ({"image.png": BOMB}, "image.png is not a PNG that can be read"),
         ({"image.png": png(np.zeros((8, 8), np.uint8), "RGB")}, "image.png is of mode RGB, expected 8-bit grey"),
