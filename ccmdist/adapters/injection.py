@@ -103,10 +103,14 @@ class AdaptedLinears:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over trained tensors, name of linear -> kind -> values; not under ZeRO-3."""
+        """Take over trained tensors, name of linear -> kind -> values; not under ZeRO-3.
+
+        Where they have fewer ranks than the linears, as a grown adapter has, the others add nothing.
+        """
         for name, module in self.modules.items():
             for kind, values in tensors[name].items():
-                getattr(module, kind).copy_(values)
+                parameter = getattr(module, kind)
+                parameter.zero_()[tuple(slice(size) for size in values.shape)].copy_(values)
         self.advance()
 
     def movement(self) -> dict[str, float]:
@@ -141,17 +145,31 @@ def inject(
         row_squares: From :class:`RowSquares` or :func:`row_squares_of`.
         seed: Of the initial A.
     """
-    clock, scale = NormClock(), settings.scale
+    clock = NormClock()
     modules: dict[str, nn.Module] = {}
     for name in names:
-        base = model.get_submodule(name)
-        assert isinstance(base, nn.Linear), f"{name} is a {type(base).__name__}"
-        if isinstance(settings, WDLoRASettings):
-            modules[name] = WDLoRALinear(base, settings.lora_rank, scale, row_squares[name], clock, name, seed)
-        else:
-            modules[name] = LoRALinear(base, settings.lora_rank, scale, name, seed)
+        modules[name] = adapted_linear(model.get_submodule(name), settings, row_squares[name], clock, name, seed)
         model.set_submodule(name, modules[name])
     return AdaptedLinears(modules, clock)
+
+
+def adapted_linear(
+    base: nn.Module, settings: AdapterSettings, row_squares: Tensor, clock: NormClock, name: str, seed: int
+) -> nn.Module:
+    """A linear of the kind that the settings name, which owns the weights of ``base``.
+
+    Args:
+        base: An ``nn.Linear``.
+        settings: Kind, rank, scale.
+        row_squares: ||W||^2 of its rows.
+        clock: Of the adapter.
+        name: With ``seed`` it decides the initial A.
+        seed: Of the run.
+    """
+    assert isinstance(base, nn.Linear), f"{name} is a {type(base).__name__}"
+    if isinstance(settings, WDLoRASettings):
+        return WDLoRALinear(base, settings.lora_rank, settings.scale, row_squares, clock, name, seed)
+    return LoRALinear(base, settings.lora_rank, settings.scale, name, seed)
 
 
 def layer_group(name: str) -> str:

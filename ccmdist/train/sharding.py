@@ -67,13 +67,16 @@ def hide_frozen_weights(model: torch.nn.Module, vectors_alone: bool = False) -> 
     import deepspeed  # seconds of import that tests of small parts must not pay
 
     parameter: Any
+    buffers: dict[torch.nn.Parameter, torch.Tensor] = {}  # modules that share a parameter share its buffer
     for module in model.modules():
         own = [(name, p) for name, p in module.named_parameters(recurse=False) if not p.requires_grad]
         hidden = [(name, p) for name, p in own if not vectors_alone or len(getattr(p, "ds_shape", p.shape)) < 2]
         with deepspeed.zero.GatheredParameters([parameter for _, parameter in hidden]):
             for name, parameter in hidden:
                 delattr(module, name)
-                module.register_buffer(name, parameter.data.clone() if is_cut(parameter) else parameter.data)
+                if parameter not in buffers:
+                    buffers[parameter] = parameter.data.clone() if is_cut(parameter) else parameter.data
+                module.register_buffer(name, buffers[parameter])
 
 
 def is_cut(parameter: torch.nn.Parameter) -> bool:

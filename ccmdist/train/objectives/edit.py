@@ -186,15 +186,16 @@ class EditObjective(LatentFlow):
         return flow.pack_latents(batch["mask_latents"])
 
 
-def movement_of(adapted: AdaptedLinears, num_updates: int) -> dict[str, float]:
-    """Figures on how far an adapter has moved, see :meth:`AdaptedLinears.movement`.
+def movement_of(adapted: AdaptedLinears, num_updates: int, name: str = "") -> dict[str, float]:
+    """Figures on how far an adapter has moved, see :meth:`AdaptedLinears.movement`; of one of several, with its name.
 
     Raises:
         RunError: If no magnitude has moved at all in more than a few updates.
     """
     if num_updates >= MIN_UPDATES_TO_JUDGE and adapted.has_frozen_magnitudes():
+        one = f"one magnitude of {name}" if name else "one magnitude"
         raise RunError(
-            f"not one magnitude has moved in {num_updates} updates: they are smaller than its last bit",
+            f"not {one} has moved in {num_updates} updates: they are smaller than its last bit",
             "raise optim.lr, or train kind: lora, which has no magnitude",
         )
     return {f"moved/{name}": value for name, value in adapted.movement().items()}

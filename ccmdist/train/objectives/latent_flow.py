@@ -20,7 +20,7 @@ from ccmdist.data.latent_cache import LatentCache
 from ccmdist.data.order import Order
 from ccmdist.data.stream import SampleStream, batches, collated
 from ccmdist.diffusion import flow
-from ccmdist.diffusion.sampler import sample
+from ccmdist.diffusion.sampler import Known, sample
 from ccmdist.diffusion.seeding import generator
 from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.model_folder import ModelFolder
@@ -76,10 +76,12 @@ class LatentFlow(ABC):
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Mean squared error of the predicted velocity over the target tokens of a micro-batch."""
+        batch = self._posed(batch, batch["positions"])
         x_BSC = flow.pack_latents(batch["image_latents"].float())
         noise, sigmas = zip(*(self._draw(position, x_BSC.shape[1:]) for position in batch["positions"]), strict=True)
         self._drawn += [float(sigma) for sigma in sigmas]
-        return self._flow_loss_B(model, batch, x_BSC, torch.stack(noise), torch.stack(sigmas)).mean()
+        sigma_B = torch.stack(sigmas)
+        return self._training_loss(self._errors_BSC(model, batch, x_BSC, torch.stack(noise), sigma_B), batch, sigma_B)
 
     def validate(self, model: torch.nn.Module) -> dict[str, float]:
         """Held-out loss at each fixed noise level and their mean; noise is fixed per sample. Collective."""
@@ -97,11 +99,57 @@ class LatentFlow(ABC):
 
     def images(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Rows of mask, real and sampled image for some held-out samples, on rank 0. Collective."""
+        rows = self._sampled_rows(model)
+        return {"samples/mask_real_sampled": self._decoded_grid(rows)} if self.group.ranks.is_first else {}
+
+    def first_batch_image(self) -> torch.Tensor:
+        """Rows of mask, target and noisy target of the first samples of the run; local."""
+        rows = []
+        for position, index in enumerate(self.order.cell(0)[: self.config.monitor.num_images]):
+            batch = self._posed(collated(self.cache, [self.entries[index]]), [position])
+            x_BSC = flow.pack_latents(batch["image_latents"].float())
+            noise, sigma = self._draw(position, x_BSC.shape[1:])
+            noisy = flow.interpolate(x_BSC, noise[None], sigma[None])
+            rows.append((*self._shown(batch), flow.unpack_latents(noisy, *self.latent_hw)))
+        return self._decoded_grid(rows)
+
+    def drawn_sigmas(self) -> torch.Tensor:
+        """Noise levels drawn by this rank since the last call."""
+        drawn, self._drawn = self._drawn, []
+        return torch.tensor(drawn)
+
+    def _posed(self, batch: Batch, places: Sequence[int | str]) -> Batch:
+        """The samples as the model is asked about them; here as they were read.
+
+        Args:
+            batch: As collated.
+            places: On which what is drawn for a sample depends: its position in the run, or its key.
+        """
+        return batch
+
+    def _training_loss(self, errors_BSC: torch.Tensor, batch: Batch, sigma_B: torch.Tensor) -> torch.Tensor:
+        """What a step makes smaller: here the mean of all squared errors."""
+        return self._held_out_loss_B(errors_BSC, batch).mean()
+
+    def _held_out_loss_B(self, errors_BSC: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The mean squared error of each sample over the tokens that count: here over all."""
+        return errors_BSC.mean(dim=(1, 2))
+
+    def _known(self, batch: Batch) -> Known | None:
+        """What of the images is not to be drawn: here nothing."""
+        return None
+
+    def _shown(self, batch: Batch) -> tuple[torch.Tensor, ...]:
+        """Latents that a picture shows of samples beside what was drawn."""
+        return batch["mask_latents"], batch["image_latents"]
+
+    def _sampled_rows(self, model: torch.nn.Module) -> list[tuple[torch.Tensor, ...]]:
+        """Latents of some held-out samples, what is shown of each and what the model draws of it. Collective."""
         num_images = self.config.monitor.num_images
         entries = spread_over(self.cache.entries("val"), num_images) or self.entries[:num_images]
         rows = []
         for entry in entries:
-            batch = collated(self.cache, [entry])
+            batch = self._posed(collated(self.cache, [entry]), [entry.key])
             noise_BSC = torch.randn(
                 (1, self.token_hw[0] * self.token_hw[1], 64),
                 generator=generator(self.config.seed, "images", entry.key),
@@ -113,27 +161,10 @@ class LatentFlow(ABC):
             ) -> tuple[torch.Tensor, ...]:
                 return (self._velocity(model, batch, latents_BSC, sigma_B),)
 
-            sampled = flow.unpack_latents(
-                sample(velocity, noise_BSC.to(self.group.device), sigmas, 1.0), *self.latent_hw
-            )
-            rows.append((batch["mask_latents"], batch["image_latents"], sampled))
-        return {"samples/mask_real_sampled": self._decoded_grid(rows)} if self.group.ranks.is_first else {}
-
-    def first_batch_image(self) -> torch.Tensor:
-        """Rows of mask, target and noisy target of the first samples of the run; local."""
-        rows = []
-        for position, index in enumerate(self.order.cell(0)[: self.config.monitor.num_images]):
-            batch = collated(self.cache, [self.entries[index]])
-            x_BSC = flow.pack_latents(batch["image_latents"].float())
-            noise, sigma = self._draw(position, x_BSC.shape[1:])
-            noisy = flow.interpolate(x_BSC, noise[None], sigma[None])
-            rows.append((batch["mask_latents"], batch["image_latents"], flow.unpack_latents(noisy, *self.latent_hw)))
-        return self._decoded_grid(rows)
-
-    def drawn_sigmas(self) -> torch.Tensor:
-        """Noise levels drawn by this rank since the last call."""
-        drawn, self._drawn = self._drawn, []
-        return torch.tensor(drawn)
+            noise_BSC = noise_BSC.to(self.group.device)
+            sampled_BSC = sample(velocity, noise_BSC, sigmas, 1.0, self._known(batch))
+            rows.append((*self._shown(batch), flow.unpack_latents(sampled_BSC, *self.latent_hw)))
+        return rows
 
     def _draw(self, position: int, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise and noise level of the sample at ``position`` of the run, whichever rank it falls to."""
@@ -142,12 +173,14 @@ class LatentFlow(ABC):
         return torch.randn(shape, generator=source), sigma
 
     def _held_out_losses(self, model: torch.nn.Module, entry: CacheEntry, sigmas_Q: torch.Tensor) -> torch.Tensor:
-        batch = collated(self.cache, [entry] * len(sigmas_Q))
+        num = len(sigmas_Q)
+        batch = self._posed(collated(self.cache, [entry] * num), [entry.key] * num)
         x_BSC = flow.pack_latents(batch["image_latents"].float())
         noise = torch.randn(x_BSC.shape[1:], generator=generator(self.config.seed, "held out", entry.key))
-        return self._flow_loss_B(model, batch, x_BSC, noise.expand_as(x_BSC), sigmas_Q)
+        errors_BSC = self._errors_BSC(model, batch, x_BSC, noise.expand_as(x_BSC), sigmas_Q)
+        return self._held_out_loss_B(errors_BSC, batch)
 
-    def _flow_loss_B(
+    def _errors_BSC(
         self,
         model: torch.nn.Module,
         batch: Batch,
@@ -155,10 +188,11 @@ class LatentFlow(ABC):
         noise_BSC: torch.Tensor,
         sigma_B: torch.Tensor,
     ) -> torch.Tensor:
+        """Squared errors of the predicted velocity."""
         device = self.group.device
         x_BSC, noise_BSC = x_BSC.to(device), noise_BSC.to(device)
         predicted_BSC = self._velocity(model, batch, flow.interpolate(x_BSC, noise_BSC, sigma_B), sigma_B)
-        return (predicted_BSC.float() - flow.velocity_target(x_BSC, noise_BSC)).square().mean(dim=(1, 2))
+        return (predicted_BSC.float() - flow.velocity_target(x_BSC, noise_BSC)).square()
 
     def _decoded_grid(self, rows: Iterable[tuple[torch.Tensor, ...]]) -> torch.Tensor:
         """Decode latents row by row and set them in a grid, uint8 (H, W)."""
