@@ -47,7 +47,7 @@ def comfyui_tensors(state: AdapterState, rows: Mapping[str, RowState]) -> dict[s
         key = PREFIX + name
         found[f"{key}.lora_down.weight"] = tensors["lora_A"].contiguous()
         found[f"{key}.lora_up.weight"] = tensors["lora_B"].contiguous()
-        found[f"{key}.alpha"] = torch.tensor(state.alpha)
+        found[f"{key}.alpha"] = torch.tensor(state.settings.alpha_of(len(tensors["lora_A"])))
         if "magnitude" in tensors:
             base_norm = rows[name].base_squares.sqrt()
             found[f"{key}.dora_scale"] = (rows[name].gain * (base_norm + EPS)).float()[:, None].contiguous()

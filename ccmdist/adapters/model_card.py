@@ -1,13 +1,16 @@
 """The README.md of an exported adapter: what it is, what it was made from, how it is loaded, what it is not for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Final
 
-from ccmdist.config.train import QUANTIZED, AdapterSettings
+from ccmdist.config.train import QUANTIZED, AdapterSettings, system_of
 
+GROWN: Final = "the ranks of A and B grown layer by layer while the Fisher information said that one more would help"
 FORMULAS: Final = {
     "wdlora": "WDLoRA (DoRA with a constant norm in the backward pass): `W' = m (W + s B A) / ||W + s B A||`",
     "lora": "LoRA: `W' = W + s B A`",
+    "se-wdlora": f"Se-WDLoRA: `W' = m (W + s B A) / ||W + s B A||`, norm constant in the backward pass, {GROWN}",
+    "selora": f"SeLoRA: `W' = W + s B A`, {GROWN}",
 }
 
 CARD: Final = """---
@@ -42,7 +45,7 @@ The base has to be the one named below. What to know of stock loaders and pipeli
   `ccmdist adapter merge` computes them in float32 and rounds once.
 - The pipeline enlarges the mask to about one megapixel, and under transformers 5 encodes it without its positions in
   the image (diffusers issue 14194). `ccmdist synthesize` conditions as in training.
-{quantized}- Where there is a `comfyui.safetensors`, it is the same adapter for ComfyUI's LoRA loader, at strength 1.
+{notes}- Where there is a `comfyui.safetensors`, it is the same adapter for ComfyUI's LoRA loader, at strength 1.
 
 | | |
 |---|---|
@@ -65,10 +68,14 @@ TRAINED_ON: Final = """- It was trained on the base in {base}. On the base as pu
 """
 
 
+COMPLETION: Final = """- It fills holes, seeing two images: the structure and the image with its hole in grey, in this
+  order. `ccmdist synthesize objective=completion` gives it both, and keeps what lies outside of the hole.
+"""
+
+
 def model_card(
     settings: AdapterSettings,
-    scale: float,
-    linears: Sequence[str],
+    lora_ranks: Mapping[str, int],
     num_parameters: int,
     facts: Mapping[str, str],
     weights_file: str,
@@ -77,27 +84,34 @@ def model_card(
 
     Args:
         settings: Of the adapter.
-        scale: s.
-        linears: Names of what is adapted.
+        lora_ranks: Name of adapted linear -> its r.
         num_parameters: Trained numbers.
         facts: Of the adapter's origin; "base_model" is the repository of a published base, "pipeline" the class
             that loads it.
         weights_file: Name of the file to load.
     """
     repository, held = facts.get("base_model", ""), facts.get("base_in_training")
+    notes = COMPLETION if facts.get("adapter_name") == "completion" else ""
+    notes += TRAINED_ON.format(base=held) if held in QUANTIZED else ""
     return CARD.format(
         base_model=f"base_model: {repository}\n" if repository else "",
         load_from=repository or "FOLDER_OF_THE_BASE",
         base=repository or "not a published model, see base_digest",
         pipeline=facts.get("pipeline", "QwenImageEditPlusPipeline"),
-        kind=settings.kind,
-        formula=FORMULAS[settings.kind],
+        kind=(system := system_of(settings)),
+        formula=FORMULAS[system],
         weights_file=weights_file,
-        quantized=TRAINED_ON.format(base=held) if held in QUANTIZED else "",
-        lora_rank=settings.lora_rank,
-        scale=scale,
-        num_linears=len(linears),
+        notes=notes,
+        lora_rank=told_ranks(lora_ranks.values()),
+        scale=settings.scale,
+        num_linears=len(lora_ranks),
         num_parameters=num_parameters,
         targets=", ".join(f"`{target}`" for target in settings.targets),
         facts="\n".join(f"| {name} | {value} |" for name, value in sorted(facts.items()) if name != "movement"),
     )
+
+
+def told_ranks(lora_ranks: Collection[int]) -> str:
+    """Ranks in words: "16" or, where layers differ, "1 to 16 (226 in all)"."""
+    least, most = min(lora_ranks), max(lora_ranks)
+    return str(most) if least == most else f"{least} to {most} ({sum(lora_ranks)} in all)"

@@ -10,6 +10,7 @@ The names of tensors and settings are PEFT's. The settings lie in the weight fil
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,8 @@ PEFT_METADATA, OUR_METADATA = "lora_adapter_metadata", "ccmdist"
 REMEDY: Final = "export it again with `ccmdist adapter export`"
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
-"""Name of an adapted linear -> "lora_A" (r, in), "lora_B" (out, r) and, for WDLoRA, "magnitude" (out,)."""
+"""Name of an adapted linear -> "lora_A" (r, in), "lora_B" (out, r) and, for WDLoRA, "magnitude" (out,). Where ranks
+grow, every linear has an r of its own, the active ranks alone."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class AdapterState:
     """A trained adapter.
 
     Attributes:
-        settings: Kind, lora_rank, alpha, targets.
+        settings: Kind, lora_rank, alpha, targets; where ranks grow, lora_rank is the largest that is allowed.
         tensors: fp32, on the CPU.
         facts: Where it comes from: "base_digest", "data_digest", "config_digest", "step", "model_version",
             "image_size_px" and so on, all as text.
@@ -60,9 +62,9 @@ class AdapterState:
         return self.settings.scale
 
     @property
-    def alpha(self) -> float:
-        """The scale times lora_rank, as PEFT and ComfyUI name it."""
-        return float(self.settings.alpha or self.settings.lora_rank)
+    def lora_ranks(self) -> dict[str, int]:
+        """Name of an adapted linear -> its r."""
+        return {name: len(tensors["lora_A"]) for name, tensors in self.tensors.items()}
 
     @property
     def num_parameters(self) -> int:
@@ -125,7 +127,7 @@ def write_adapter(folder: Path, state: AdapterState) -> None:
     with committed_file(folder / WEIGHTS_FILE) as temporary:
         save_file(tensors, temporary, metadata=metadata)
     commit_json(folder / CONFIG_FILE, {"peft_type": "LORA", "inference_mode": True} | peft_settings(state))
-    card = model_card(state.settings, state.scale, list(state.tensors), state.num_parameters, state.facts, WEIGHTS_FILE)
+    card = model_card(state.settings, state.lora_ranks, state.num_parameters, state.facts, WEIGHTS_FILE)
     commit_text(folder / CARD_FILE, card)
 
 
@@ -146,15 +148,25 @@ def read_adapter(folder: Path) -> AdapterState:
 
 
 def peft_settings(state: AdapterState) -> dict[str, Any]:
-    """Arguments of PEFT's LoraConfig. The targets are whole names, so no pattern can catch one linear too many."""
+    """Arguments of PEFT's LoraConfig. The targets are whole names, so no pattern can catch one linear too many.
+
+    r and lora_alpha are those of the most common rank; only linears of another have patterns, so that PEFT, which
+    compares each linear with every pattern, has few to look through. diffusers takes the prefix off the settings'
+    names and leaves those in the patterns as they are, so these are without it.
+    """
+    ranks, alpha_of = state.lora_ranks, state.settings.alpha_of
+    counts = Counter(ranks.values())
+    common = min(counts, key=lambda rank: (-counts[rank], rank))
+    others = {name: ranks[name] for name in sorted(ranks, key=_natural) if ranks[name] != common}
+    patterns = {"rank_pattern": others, "alpha_pattern": {name: alpha_of(rank) for name, rank in others.items()}}
     return {
-        "r": state.settings.lora_rank,
-        "lora_alpha": state.alpha,
+        "r": common,
+        "lora_alpha": alpha_of(common),
         "use_dora": state.settings.kind == "wdlora",
         "target_modules": sorted(state.tensors, key=_natural),
         "lora_dropout": 0.0,
         "bias": "none",
-    }
+    } | (patterns if others else {})
 
 
 def _problems(settings: AdapterSettings, tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -163,7 +175,10 @@ def _problems(settings: AdapterSettings, tensors: Mapping[str, Tensor]) -> Itera
     if expected_kinds != tensors.keys():
         yield f"holds {', '.join(sorted(tensors))}, expected {', '.join(sorted(expected_kinds))}"
         return
-    rank = settings.lora_rank
+    rank = len(tensors["lora_A"]) if settings.growth else settings.lora_rank
+    if not 1 <= rank <= settings.lora_rank:
+        yield f"has rank {rank}, expected 1 to {settings.lora_rank}"
+        return
     num_rows, num_columns = tensors["lora_B"].shape[0], tensors["lora_A"].shape[-1]
     shapes = {"lora_A": (rank, num_columns), "lora_B": (num_rows, rank), "magnitude": (num_rows,)}
     for kind, tensor in tensors.items():

@@ -59,8 +59,16 @@ class LowRankSettings(Settings):
     @property
     def scale(self) -> float:
         """s, by which B A is multiplied."""
-        rank = self.growth.start_rank if self.growth else self.lora_rank
-        return (self.alpha or rank) / rank
+        return (self.alpha or self._scaled_rank) / self._scaled_rank
+
+    def alpha_of(self, lora_rank: int) -> float:
+        """Alpha of a layer of this rank, as PEFT and ComfyUI name it: s times the rank."""
+        return (self.alpha or self._scaled_rank) * (lora_rank / self._scaled_rank)
+
+    @property
+    def _scaled_rank(self) -> int:
+        """The rank that `alpha` is meant for."""
+        return self.growth.start_rank if self.growth else self.lora_rank
 
     @model_validator(mode="after")
     def _ranks_can_grow(self) -> Self:
@@ -99,6 +107,11 @@ def _adapter_kind(values: Any) -> str:
 AdapterSettings = Annotated[
     Annotated[WDLoRASettings, Tag("wdlora")] | Annotated[LoRASettings, Tag("lora")], Discriminator(_adapter_kind)
 ]
+
+
+def system_of(settings: AdapterSettings) -> str:
+    """What an adapter is called: its kind or, where ranks grow, "selora" or "se-wdlora"."""
+    return {"lora": "selora", "wdlora": "se-wdlora"}[settings.kind] if settings.growth else settings.kind
 
 
 class OptimSettings(Settings):
@@ -266,11 +279,17 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _holes_are_cached(self) -> Self:
-        completes = self.objective.kind == "dual" and "completion" in self.objective.adapters
-        if completes and self.data.holes is None:
+        if self.objective.kind != "dual" or self.data.holes is not None:
+            return self
+        if "completion" in self.objective.adapters:
             raise ValueError(
                 "data.holes: objective.adapters has completion, which needs images with holes in the cache; set "
                 "data.holes, for precompute too"
+            )
+        if self.objective.layout_weight:
+            raise ValueError(
+                f"objective.layout_weight: {self.objective.layout_weight:g} needs the layout, which is cached where "
+                "data.holes is set; set data.holes, for precompute too, or layout_weight=0"
             )
         return self
 

@@ -15,13 +15,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ccmdist.adapters.comfyui import COMFYUI_FILE, write_comfyui
+from ccmdist.adapters.growth import active_ranks
 from ccmdist.adapters.injection import KINDS, layer_group
 from ccmdist.adapters.merge import merged_rows, row_slices
+from ccmdist.adapters.model_card import told_ranks
 from ccmdist.adapters.state import WEIGHTS_FILE, AdapterState, read_adapter, write_adapter
 from ccmdist.adapters.wdlora import RowState
 from ccmdist.commit import commit_bytes, committed_file, sync_folder, temporary_name
 from ccmdist.config.objectives import AdapterName, DualSettings
-from ccmdist.config.train import TrainConfig
+from ccmdist.config.train import TrainConfig, system_of
 from ccmdist.console import log, tracked
 from ccmdist.errors import AdapterError, ModelError
 from ccmdist.jobs.adapter_check import compare, linear_shapes
@@ -119,9 +121,24 @@ def adapter_of(checkpoint: Checkpoint, config: TrainConfig, name: str | None = N
         if owner.endswith(suffix):
             values = checkpoint.whole(parameter, quantity_of(checkpoint))
             tensors.setdefault(owner.removesuffix(suffix), {})[kind] = values
+    if config.adapter.growth:
+        tensors = _grown(tensors, active_ranks(checkpoint.objective_state), checkpoint.path)
     state = AdapterState(config.adapter, tensors, facts)
     state.check(checkpoint.path)
     return state
+
+
+def _grown(
+    tensors: Mapping[str, Mapping[str, Tensor]], lora_ranks: Mapping[str, int], where: Path
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors without the ranks that have not become active: those add nothing, and were not trained."""
+    if different := sorted(tensors.keys() ^ lora_ranks.keys()):
+        raise AdapterError(f"{where}: does not tell the active ranks of {different[0]}", "give another checkpoint")
+    cut = {"lora_A": lambda A, rank: A[:rank], "lora_B": lambda B, rank: B[:, :rank].contiguous()}
+    return {
+        name: {kind: cut[kind](values, lora_ranks[name]) if kind in cut else values for kind, values in of.items()}
+        for name, of in tensors.items()
+    }
 
 
 def export(source: Path, model: Path, out: Path, name: str | None = None) -> None:
@@ -201,14 +218,21 @@ def show(source: Path, name: str | None = None) -> None:
         told = "-" if magnitude is None else f"{magnitude:.2%}", "-" if angle is None else f"{angle:.4f} rad"
         table.add_row(group, str(len(names)), f"{parameters:,}", *told)
     console = Console()
-    kind, lora_rank = state.settings.kind, state.settings.lora_rank
-    console.print(f"{source}: {kind}, rank {lora_rank}, alpha {state.alpha:g}", highlight=False, soft_wrap=True)
+    console.print(f"{source}: {_title(state)}", highlight=False, soft_wrap=True)
     console.print(table)
     for name, value in sorted(state.facts.items()):
         if name != "movement":
             console.print(f"{name:14} {value}", highlight=False, soft_wrap=True)
     if not moved and state.settings.kind == "wdlora":
         console.print("how far it has moved is known once it is exported, for that takes the base")
+
+
+def _title(state: AdapterState) -> str:
+    """Name, kind, rank and scale of an adapter in one line."""
+    name, settings = state.facts.get("adapter_name"), state.settings
+    scale = f"scale {state.scale:g}" if settings.growth else f"alpha {settings.alpha_of(settings.lora_rank):g}"
+    ranks = told_ranks(state.lora_ranks.values())
+    return f"{f'{name}, ' if name else ''}{system_of(settings)}, rank {ranks}, {scale}"
 
 
 def rows_of(state: AdapterState, folder: ModelFolder) -> dict[str, RowState]:

@@ -9,6 +9,7 @@ class, their adapters are written by one rule, and names and shapes are checked 
 """
 
 import logging
+import math
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,7 +145,8 @@ def _check_loaded(model: nn.Module, state: AdapterState) -> None:
         held = {"lora_A": layer.lora_A[loaded_as].weight, "lora_B": layer.lora_B[loaded_as].weight}
         if layer.use_dora.get(loaded_as, False):
             held["magnitude"] = layer.lora_magnitude_vector[loaded_as].weight
-        if layer.scaling[loaded_as] != state.scale:
+        # Alpha = s r, divided by r again, may be off by its last bit.
+        if not math.isclose(layer.scaling[loaded_as], state.scale, rel_tol=1e-15):
             raise _mismatch(f"{name} has scale {layer.scaling[loaded_as]} there, {state.scale} here")
         if held.keys() != state.tensors[name].keys():
             raise _mismatch(f"{name} has {', '.join(held)} there, {', '.join(state.tensors[name])} here")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ccmdist.adapters.state import AdapterState
-from ccmdist.config.train import LoRASettings, WDLoRASettings
+from ccmdist.config.train import GrowthSettings, LoRASettings, WDLoRASettings
 from ccmdist.models import mmdit
 from ccmdist.models.make import make_model
 from ccmdist.models.model_folder import ModelFolder
@@ -12,6 +12,9 @@ from ccmdist.models.model_folder import ModelFolder
 SETTINGS = {
     "wdlora": WDLoRASettings(lora_rank=4, alpha=8.0),
     "lora": LoRASettings(lora_rank=4, alpha=6.0, targets=("attn",)),
+    # 0.7 / 3 is a scale whose multiples are rounded.
+    "selora": LoRASettings(lora_rank=6, alpha=0.7, growth=GrowthSettings(start_rank=3)),
+    "se-wdlora": WDLoRASettings(lora_rank=6, alpha=8.0, growth=GrowthSettings()),
 }
 
 
@@ -23,9 +26,15 @@ def tiny(tmp_path_factory):
     return ModelFolder.open(path)
 
 
-@pytest.fixture(params=sorted(SETTINGS))
+@pytest.fixture(params=["lora", "wdlora"])
 def moved(request, tiny):
     """An adapter of each kind whose alpha is not its rank, well away from its base."""
+    return moved_state(tiny, SETTINGS[request.param])
+
+
+@pytest.fixture(params=list(SETTINGS))
+def trained(request, tiny):
+    """The same of each kind, with ranks that have grown, of random size from 1 to the largest, and without."""
     return moved_state(tiny, SETTINGS[request.param])
 
 
@@ -34,10 +43,12 @@ def moved_state(folder, settings):
     model = mmdit.build(folder, torch.float32, None)
     tensors = {}
     for name in mmdit.linear_names(model, settings.targets):
-        W = model.get_submodule(name).weight.detach()
+        W, rank = model.get_submodule(name).weight.detach(), settings.lora_rank
+        if settings.growth:
+            rank = int(torch.randint(1, rank + 1, (), generator=source))
         tensors[name] = {
-            "lora_A": torch.randn(settings.lora_rank, W.shape[1], generator=source) / W.shape[1] ** 0.5,
-            "lora_B": 0.05 * torch.randn(W.shape[0], settings.lora_rank, generator=source),
+            "lora_A": torch.randn(rank, W.shape[1], generator=source) / W.shape[1] ** 0.5,
+            "lora_B": 0.05 * torch.randn(W.shape[0], rank, generator=source),
         }
         if settings.kind == "wdlora":
             tensors[name]["magnitude"] = W.norm(dim=1) * (1 + 0.1 * torch.randn(W.shape[0], generator=source))

@@ -22,15 +22,15 @@ def as_comfyui_computes(W, file, linear):
 
 
 @pytest.fixture
-def written(tiny, moved, tmp_path):
-    write_comfyui(tmp_path, moved, rows_of(moved, tiny))
+def written(tiny, trained, tmp_path):
+    write_comfyui(tmp_path, trained, rows_of(trained, tiny))
     return load_file(tmp_path / COMFYUI_FILE)
 
 
-def test_comfyui_makes_the_weights_that_merging_makes(tiny, moved, written):
+def test_comfyui_makes_the_weights_that_merging_makes(tiny, trained, written):
     model = mmdit.build(tiny, torch.float32, None)
-    for name, tensors in moved.tensors.items():
+    for name, tensors in trained.tensors.items():
         W = model.get_submodule(name).weight.detach()
-        expected = merged_rows(W, tensors, slice(0, len(W)), moved.scale)
+        expected = merged_rows(W, tensors, slice(0, len(W)), trained.scale)
         torch.testing.assert_close(as_comfyui_computes(W, written, name), expected, rtol=1e-5, atol=1e-6)
     assert not written, "every key belongs to a linear"

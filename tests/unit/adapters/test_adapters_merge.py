@@ -13,13 +13,13 @@ from ccmdist.errors import AdapterError
 from ccmdist.models import mmdit
 
 
-def test_a_merged_model_predicts_what_the_adapted_one_does(tiny, moved, velocity_of):
+def test_a_merged_model_predicts_what_the_adapted_one_does(tiny, trained, velocity_of):
     adapted = mmdit.build(tiny, torch.float32, None)
-    names = list(moved.tensors)
-    inject(adapted, names, moved.settings, row_squares_of(adapted, names), seed=0).load(moved.tensors)
+    names = list(trained.tensors)
+    inject(adapted, names, trained.settings, row_squares_of(adapted, names), seed=0).load(trained.tensors)
     merged = mmdit.build(tiny, torch.float32, None)
     base = velocity_of(merged)
-    merge_into(merged, moved)
+    merge_into(merged, trained)
     expected, found = velocity_of(adapted), velocity_of(merged)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (base - expected).abs().max() > 0.01 * expected.abs().max()
@@ -42,11 +42,11 @@ def test_an_untrained_adapter_merges_to_the_base_bit_for_bit(tiny, dtype):
         assert torch.equal(tensor, before[name]), name
 
 
-def test_merging_into_bf16_rounds_once(moved):
-    tensors = next(iter(moved.tensors.values()))
+def test_merging_into_bf16_rounds_once(trained):
+    tensors = next(iter(trained.tensors.values()))
     W = torch.randn(len(tensors["lora_B"]), tensors["lora_A"].shape[1]).bfloat16()
-    merged = merged_rows(W, tensors, slice(0, len(W)), moved.scale)
-    exact = W.double() + moved.scale * tensors["lora_B"].double() @ tensors["lora_A"].double()
+    merged = merged_rows(W, tensors, slice(0, len(W)), trained.scale)
+    exact = W.double() + trained.scale * tensors["lora_B"].double() @ tensors["lora_A"].double()
     if "magnitude" in tensors:
         exact *= (tensors["magnitude"].double() / exact.norm(dim=1))[:, None]
     assert merged.dtype == torch.bfloat16

@@ -34,12 +34,13 @@ def refusal(folder):
     return error.value.message
 
 
-def test_an_adapter_is_read_as_it_was_written(moved, written):
-    found = read_adapter(written)
-    assert found.settings == moved.settings
-    assert found.facts == moved.facts
-    assert found.tensors.keys() == moved.tensors.keys()
-    for name, tensors in moved.tensors.items():
+def test_an_adapter_is_read_as_it_was_written(trained, tmp_path):
+    write_adapter(tmp_path, trained)
+    found = read_adapter(tmp_path)
+    assert found.settings == trained.settings
+    assert found.facts == trained.facts
+    assert found.tensors.keys() == trained.tensors.keys()
+    for name, tensors in trained.tensors.items():
         assert tensors.keys() == found.tensors[name].keys()
         assert all(torch.equal(tensors[kind], found.tensors[name][kind]) for kind in tensors)
 
