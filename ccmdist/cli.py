@@ -124,11 +124,19 @@ def fold(arguments: Arguments = None, dry_run: DryRun = False) -> None:
 def verify(
     folder: Annotated[Path, typer.Argument(help="Folder of a shard set.")],
     plan: Annotated[bool, typer.Option("--plan", help="Also compare a synthetic set with its plan.")] = False,
+    source: Annotated[
+        Path | None, typer.Option("--source", help="With --plan: the set it was drawn from, to compare with it too.")
+    ] = None,
 ) -> None:
-    """Check every shard against the manifest, and a synthetic set against its plan: no gap, no duplicate."""
+    """Check every shard against the manifest, and a synthetic set against its plan: no gap, no duplicate.
+
+    Against its source too: the masks and, where holes were filled, every byte outside of them.
+    """
+    if source and not plan:
+        raise ConfigError("--source: is compared along with the plan", "add --plan")
     importlib.import_module("ccmdist.jobs.shards").verify(folder)
     if plan:
-        importlib.import_module("ccmdist.jobs.synthesize").verify(folder)
+        importlib.import_module("ccmdist.jobs.synthesize").verify(folder, source)
 
 
 @app.command(epilog=example("ccmdist precompute configs/precompute/tiny.yaml"))
@@ -154,10 +162,21 @@ def train(arguments: Arguments = None, dry_run: DryRun = False, allow_change: Al
     raise typer.Exit(job.start(config, frozenset(allow_change or ())))
 
 
-@app.command(epilog=example("ccmdist synthesize configs/synthesize/tiny.yaml adapter=runs/tiny/adapter"))
-def synthesize(arguments: Arguments = None, dry_run: DryRun = False) -> None:
-    """Draw images for the masks of a shard set, into shards of the same format."""
-    _stage(SynthesizeConfig, "synthesize", arguments, dry_run)
+@app.command(epilog=example("ccmdist synthesize configs/synthesize/completion.yaml adapter=runs/dual/adapter"))
+def synthesize(
+    arguments: Arguments = None,
+    objective: Annotated[
+        str, typer.Option("--objective", help="synthesis, completion or both; as objective=... does.")
+    ] = "",
+    dry_run: DryRun = False,
+) -> None:
+    """Draw images for the masks of a shard set, into shards of the same format.
+
+    `--objective completion` repairs frames instead: it fills holes (data.holes, or those that frames bring with them),
+    and outside of its hole an image keeps every byte of its frame.
+    """
+    words = [*(arguments or []), *([f"objective={objective}"] if objective else [])]
+    _stage(SynthesizeConfig, "synthesize", words, dry_run)
 
 
 @app.command(epilog=example("ccmdist evaluate configs/evaluate/tiny.yaml"))

@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ccmdist.config.data import DataSettings, Split
+from ccmdist.config.objectives import AdapterName
 from ccmdist.config.settings import Settings, free
 
 
@@ -50,9 +51,14 @@ class SynthesizeConfig(Settings):
         return self
 
     @property
+    def objectives(self) -> tuple[AdapterName, ...]:
+        """What is drawn, each with the adapter of that name: whole images, filled holes, or the ones and the others."""
+        return ("synthesis", "completion") if self.objective == "both" else (self.objective,)
+
+    @property
     def completes(self) -> bool:
         """Whether holes are filled."""
-        return self.objective != "synthesis"
+        return "completion" in self.objectives
 
     @model_validator(mode="after")
     def _holes_are_cached(self) -> Self:

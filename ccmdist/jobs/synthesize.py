@@ -46,9 +46,9 @@ def run(config_path: str) -> None:
         from ccmdist.synthesis.generate import synthesize
 
         take_device(ranks_from_environment())
-        adapter = find(config.adapter) if config.adapter else None
+        adapters = {name: find(config.adapter, name) for name in config.objectives} if config.adapter else None
         network = find_network(config.network) if config.network else None
-        synthesize(config, network or adapter, *worker_from_environment(), should_stop=lambda: bool(stop))
+        synthesize(config, network or adapters, *worker_from_environment(), should_stop=lambda: bool(stop))
 
 
 def describe(config: SynthesizeConfig) -> str:
@@ -60,20 +60,39 @@ def describe(config: SynthesizeConfig) -> str:
     if config.network is not None:
         return _described_network(config, config.network)
     model = ModelFolder.open(config.data.model)
-    adapter_digest = UNTUNED
+    digests: tuple[str, str | None] = (UNTUNED, None)
     if config.adapter is not None:
-        # Taken as the one that the set was begun with: to know it would need torch.
-        begun = (config.out / PLAN).exists()
-        adapter_digest = read_plan(config.out).settings.adapter_digest if begun else "(not read)"
+        # Taken as those that the set was begun with: to know them would need torch.
+        begun = read_plan(config.out).settings if (config.out / PLAN).exists() else None
+        digests = (begun.adapter_digest, begun.completion_digest) if begun else ("(not read)", None)
     base = base_of(config)
     # While the card has not decided yet, no set is begun either, and nothing that is told here depends on it.
-    plan = make_plan(config, model, model.encoder_identity(), adapter_digest, base or "nf4")
+    plan = make_plan(config, model, model.encoder_identity(), digests[0], base or "nf4", digests[1])
     refuse_other_set(config.out, plan)
     return (
-        f"{_described_batches(config, plan)}\n"
+        f"{_described_batches(config, plan)}\n{_described_holes(config)}"
         f"model: Qwen-Image-Edit {model.version} at {config.data.model}, base in {base or AUTO}, "
-        f"adapter {config.adapter or 'none'}, "
+        f"{_described_adapter(config)}, "
         f"{config.denoise_steps} denoise steps, guidance {config.guidance_scale:g}"
+    )
+
+
+def _described_adapter(config: SynthesizeConfig) -> str:
+    if config.adapter is None or not config.completes:
+        return f"adapter {config.adapter or 'none'}"
+    return f"adapter{'s' * (len(config.objectives) - 1)} {' and '.join(config.objectives)} of {config.adapter}"
+
+
+def _described_holes(config: SynthesizeConfig) -> str:
+    """What becomes of frames that are not drawn whole; empty where all are."""
+    if not config.completes:
+        return ""
+    assert config.data.holes is not None, "settings that fill holes say how they are cut"
+    what = "half of the images fill holes" if config.objective == "both" else "all images fill holes"
+    shapes = ", ".join(config.data.holes.shapes)
+    return (
+        f"{what} ({shapes}; {config.data.holes.per_sample} of each frame, or the one that a frame brings); outside of "
+        "it an image keeps the bytes of its frame, so `ccmdist release` refuses the set\n"
     )
 
 
@@ -92,10 +111,14 @@ def _described_network(config: SynthesizeConfig, folder: Path) -> str:
 
 def _described_batches(config: SynthesizeConfig, plan: Plan) -> str:
     return (
-        f"{config.out}: {plan.num_images} images of {plan.num_images // config.images_per_mask} masks in "
+        f"{config.out}: {plan.num_images} images of {_num_masks(config, plan)} masks in "
         f"{len(plan.batches)} batches and {plan.num_shards} shards; "
         f"{SyntheticSet(config.out, plan).num_committed()} batches are committed"
     )
+
+
+def _num_masks(config: SynthesizeConfig, plan: Plan) -> int:
+    return plan.num_images // (config.images_per_mask * len(config.objectives))
 
 
 def open_units(config: SynthesizeConfig) -> int:
@@ -112,10 +135,11 @@ def open_units(config: SynthesizeConfig) -> int:
     return len(SyntheticSet(config.out, read_plan(config.out)).open_batches())
 
 
-def verify(folder: Path) -> None:
-    """Compare a synthetic set with its plan, and tell what was found to be right.
+def verify(folder: Path, source: Path | None = None) -> None:
+    """Compare a synthetic set with its plan, and with the set it was drawn from; tell what was found to be right.
 
     Raises:
         ShardError: Naming samples that are missing, twice, foreign, or not as the plan asked for.
+        RunError: If ``source`` is another set.
     """
-    log.info("%s", verify_against_plan(folder))
+    log.info("%s", verify_against_plan(folder, source))

@@ -1,13 +1,13 @@
-"""Draw the batches of a plan: mask and prompt, from the cache, to image.
+"""Draw the batches of a plan: mask and prompt, from the cache, to image; or an image with a hole to one without.
 
-Shape suffixes: B samples, S packed latent tokens, C channels, L text tokens, D text width, h w latent rows and columns.
+Shape suffixes: B samples, S packed latent tokens, C channels, L text tokens, D text width, h w latent rows and columns,
+H W rows and columns.
 """
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,20 +18,19 @@ from torch import Tensor
 from ccmdist.adapters.state import AdapterState
 from ccmdist.cluster.device import current_device
 from ccmdist.config.data import PX_PER_TOKEN
+from ccmdist.config.objectives import AdapterName
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.console import log, tracked
 from ccmdist.data.cache_index import CacheEntry
 from ccmdist.data.cached_samples import CachedSamples
 from ccmdist.data.given_prompts import given_prompt
+from ccmdist.data.holes import hole_tokens, unpacked
 from ccmdist.data.latent_cache import LatentCache
 from ccmdist.data.manifest import read_manifest
-from ccmdist.data.reader import read_shard
-from ccmdist.data.shard_samples import scaled_um_per_px
 from ccmdist.data.trained_on import training_of
 from ccmdist.data.triple import Triple, mask_sha256
-from ccmdist.data.views import views
 from ccmdist.diffusion import flow
-from ccmdist.diffusion.sampler import sample
+from ccmdist.diffusion.sampler import Known, sample
 from ccmdist.errors import AdapterError, Preempted, RunError
 from ccmdist.models import attention
 from ccmdist.models.compiling import compiled_block_pass
@@ -44,17 +43,20 @@ from ccmdist.precompute.fill import DTYPES
 from ccmdist.synthesis import base
 from ccmdist.synthesis.networks import NetworkDrawing
 from ccmdist.synthesis.output import SyntheticSet
-from ccmdist.synthesis.plan import UNTUNED, Plan, Request, base_of, make_plan
+from ccmdist.synthesis.plan import NF4, UNTUNED, Plan, base_of, make_plan
+from ccmdist.synthesis.requests import Request
 from ccmdist.synthesis.sampler import Sampler, noise_of, refuse_non_finite
+from ccmdist.synthesis.sources import Sources
 
-NUM_SHARDS_REMEMBERED = 2
+Adapters = Mapping[AdapterName, AdapterState]
+"""What draws for each objective; none of the untuned model."""
 S_PER_HOUR = 3600
 REMEDY = "check the adapter with `ccmdist adapter verify`; lower guidance_scale, or use data.dtype=fp32"
 
 
 def synthesize(
     config: SynthesizeConfig,
-    weights: AdapterState | NetworkState | None,
+    weights: Adapters | AdapterState | NetworkState | None,
     worker_index: int = 0,
     num_workers: int = 1,
     should_stop: Callable[[], bool] = lambda: False,
@@ -65,54 +67,67 @@ def synthesize(
 
     Args:
         config: Which masks, how many images, which sampler.
-        weights: An adapter that is merged into the model, or None for the untuned model; or a network that was trained
-            from scratch.
+        weights: An adapter that is merged into the model, one for each objective, or None for the untuned model; or a
+            network that was trained from scratch.
         worker_index: This worker begins with the batches ``worker_index::num_workers`` of the plan.
         num_workers: Workers that share the batches without talking to each other.
         should_stop: Asked between batches.
 
     Raises:
         Preempted: If ``should_stop`` said so while there was work left; what was drawn is committed.
-        AdapterError: If the adapter was trained on another base.
+        AdapterError: If an adapter was trained on another base, or for another objective.
         ModelError: If the network draws images of another size, or was trained on the latents of another VAE.
         RunError: If the folder holds a set with another plan, the card cannot hold its base, or an image is not
             finite.
     """
-    drawing = NetworkDrawing(config, weights) if isinstance(weights, NetworkState) else _EditDrawing(config, weights)
+    drawing = NetworkDrawing(config, weights) if isinstance(weights, NetworkState) else _edit_drawing(config, weights)
     output = drawing.begin()
     plan = output.plan
     mine = output.open_batches(worker_index, num_workers)
     log.info("%s: %d of %d batches are this worker's and to be drawn", config.out, len(mine), len(plan.batches))
     # To load the model takes minutes, in which no batch is claimed.
-    if any(map(output.is_free, [*mine, *output.open_for_help(worker_index, num_workers)])):
-        sampler, entries = drawing.open(plan)
-        worker = Worker(config, output, sampler, Sources(config, entries), should_stop)
+    first = next(filter(output.is_free, [*mine, *output.open_for_help(worker_index, num_workers)]), None)
+    if first is not None:
+        objective = plan.batches[first].objective
+        sampler, entries = drawing.open(plan, objective)
+        worker = Worker(config, output, sampler, Sources.of_run(config, plan, entries), should_stop, objective)
         worker.draw(mine)
         while worker.draw(output.open_for_help(worker_index, num_workers)):
             log.info("%s: looking for batches that others have left meanwhile", config.out)
     return _told(output, output.finish())
 
 
-class _EditDrawing:
-    """A set that Qwen-Image-Edit draws, with an adapter or without one."""
+def _edit_drawing(config: SynthesizeConfig, weights: Adapters | AdapterState | None) -> "_EditDrawing":
+    if isinstance(weights, AdapterState):
+        weights = dict.fromkeys(config.objectives, weights)
+    return _EditDrawing(config, weights or {})
 
-    def __init__(self, config: SynthesizeConfig, adapter: AdapterState | None) -> None:
-        self.config, self.adapter = config, adapter
+
+class _EditDrawing:
+    """A set that Qwen-Image-Edit draws, with an adapter for each objective or without any."""
+
+    def __init__(self, config: SynthesizeConfig, adapters: Adapters) -> None:
+        self.config, self.adapters = config, adapters
         self.model = ModelFolder.open(config.data.model)
         self.encoders = self.model.encoder_identity()
 
     def begin(self) -> SyntheticSet:
         """The set, its plan accepted and fit to be drawn on this process's card."""
-        config, model, adapter = self.config, self.model, self.adapter
+        config, model = self.config, self.model
+        adapters: list[AdapterState | None] = [*self.adapters.values()] or [None]
         form = base_of(config)
-        digest = adapter_digest(adapter) if adapter else UNTUNED
-        chosen = form or base.base_for_card(model, config.data.dtype, adapter)
-        plan = make_plan(config, model, self.encoders, digest, chosen)
-        if adapter is not None:
-            # Before the plan is written: one with an adapter that does not fit would stand in the way of the right one.
+        forms = [form] if form else [base.base_for_card(model, config.data.dtype, adapter) for adapter in adapters]
+        digests = [adapter_digest(adapter) if adapter else UNTUNED for adapter in adapters]
+        completion_digest = digests[-1] if digests[-1] != digests[0] else None
+        chosen = NF4 if NF4 in forms else forms[0]
+        plan = make_plan(config, model, self.encoders, digests[0], chosen, completion_digest)
+        # Before the plan is written: one with an adapter that does not fit would stand in the way of the right one.
+        for objective, adapter in self.adapters.items():
+            _refuse_another_objective(adapter, objective, config)
             _refuse_another_base(adapter, plan, config)
-        base.refuse_small_card(config.out, model, plan.settings, adapter)
-        training = training_of(adapter.facts if adapter else None, read_manifest(config.data.shards))
+        for one in adapters:
+            base.refuse_small_card(config.out, model, plan.settings, one)
+        training = training_of(adapters[0].facts if adapters[0] else None, read_manifest(config.data.shards))
         output = SyntheticSet(config.out, plan, training)
         try:
             output.accept()
@@ -123,11 +138,11 @@ class _EditDrawing:
             return self.begin()
         return output
 
-    def open(self, plan: Plan) -> tuple[Sampler, CachedSamples]:
-        """The model, loaded, and the samples that are drawn from."""
+    def open(self, plan: Plan, objective: AdapterName) -> tuple[Sampler, CachedSamples]:
+        """The model, loaded for the objective that is drawn first, and the samples that are drawn from."""
         cache = LatentCache.open(self.config.data, self.encoders, (self.config.split,))
         model = staged(self.model, plan.settings.base_digest) if self.config.data.stage_model else self.model
-        return ImageSampler(plan, model, cache, self.adapter), cache.entries(self.config.split)
+        return ImageSampler(plan, model, cache, self.adapters, objective), cache.entries(self.config.split)
 
 
 def adapter_digest(adapter: AdapterState) -> str:
@@ -140,71 +155,78 @@ def adapter_digest(adapter: AdapterState) -> str:
     return digest.hexdigest()
 
 
-class Sources:
-    """Masks and prompts of the source set, as the encoders saw them; remembers the shards that were read last."""
-
-    def __init__(self, config: SynthesizeConfig, entries: Iterable[CacheEntry]) -> None:
-        """Read nothing but the manifest yet."""
-        self._data, self._split = config.data, config.split
-        self._places = {entry.key: entry.shard for entry in entries}
-        self._shards = {shard.name: shard for shard in read_manifest(config.data.shards).of_split(config.split)}
-        self._of_shard = lru_cache(maxsize=NUM_SHARDS_REMEMBERED)(self._read)
-
-    def triple(self, key: str) -> Triple:
-        """A sample, or flipped view of one, at the size of the run."""
-        return self._of_shard(self._places[key])[key]
-
-    def _read(self, name: str) -> dict[str, Triple]:
-        folder, size_px = self._data.shards, self._data.image_size_px
-        flips = self._data.flips if self._split == "train" else ()
-        found: dict[str, Triple] = {}
-        for triple in read_shard(folder, self._shards[name]):
-            scaled = replace(triple, meta=replace(triple.meta, um_per_px=scaled_um_per_px(triple, size_px)))
-            found |= {view.key: view for view in views(scaled, size_px, flips, str(folder / name))}
-        return found
-
-
 class ImageSampler:
-    """The model with its adapter merged, and how the requests of a batch go through it."""
+    """The model with an adapter merged, one at a time, and how the requests of a batch go through it."""
 
-    def __init__(self, plan: Plan, model: ModelFolder, cache: LatentCache, adapter: AdapterState | None) -> None:
-        """Load the MMDiT and the VAE, whole, onto this process's device. Encoders of prompts are not needed."""
+    def __init__(
+        self, plan: Plan, model: ModelFolder, cache: LatentCache, adapters: Adapters, objective: AdapterName
+    ) -> None:
+        """Load the VAE, and the MMDiT for an objective, whole, onto this process's device. Prompts need no encoder."""
         settings = plan.settings
+        self.settings, self.folder, self.adapters = settings, model, adapters
         self.device = current_device()
         self.dtype = DTYPES[settings.dtype]
-        self.model = base.load(model, settings, adapter, self.device)
-        attention.set_backend(self.model, self.device, self.dtype)
         self.run_block = compiled_block_pass(self.device) if settings.compile_blocks else block_pass
         self.codec = LatentCodec.load(model, self.dtype, self.device)
         self.cache = cache
         self.entries: dict[str, CacheEntry] = {entry.key: entry for entry in cache.entries(settings.split)}
-        self.seed, self.guidance_scale = settings.seed, settings.guidance_scale
         self.token_hw = 2 * (settings.image_size_px // PX_PER_TOKEN,)
         self.sigmas = base.noise_levels(model, settings)
+        self.model: Any = None
+        self.merged: AdapterState | None = None
+        self._load_for(objective)
 
     def draw(self, requests: Sequence[Request]) -> NDArray[np.uint8]:
-        """Grey images, uint8 (B, H, W), of requests with one text length.
+        """Grey images, uint8 (B, H, W), of requests with one text length and one objective.
+
+        Of a hole that is filled, what surrounds it is drawn as well, and to be replaced by what is known.
 
         Raises:
             RunError: If an image is not finite; names the request.
             CacheError: If a cached sample is damaged.
         """
+        self._load_for(requests[0].objective)
+        guidance_scale = self.settings.guidance_scale
         entries = [self.entries[request.source_key] for request in requests]
         samples = [self.cache.read(entry) for entry in entries]
         mask_latents_BSC = self._placed(flow.pack_latents(torch.stack([s["mask_latents"] for s in samples])))
         embeds = [self._placed(torch.stack([s["prompt_embeds"] for s in samples]))]
-        if self.guidance_scale > 1:
+        if guidance_scale > 1:
             embeds.append(self._placed(torch.stack([self.cache.read_negative(entry) for entry in entries])))
-        predict = GuidedVelocity(self.model, mask_latents_BSC, embeds, self.token_hw, self.token_hw, self.run_block)
+        known = self._known(requests, samples)
+        conditions = [mask_latents_BSC] if known is None else [mask_latents_BSC, known.latents_BSC]
+        predict = GuidedVelocity(
+            self.model, torch.cat(conditions, dim=1), embeds, self.token_hw, self.token_hw, self.run_block
+        )
 
         def velocity(latents_BSC: Tensor, sigma_B: Tensor) -> tuple[Tensor, ...]:
             return predict(self._placed(latents_BSC), sigma_B)
 
-        noise_BSC = torch.stack([noise_of(self.seed, request, mask_latents_BSC.shape[1:]) for request in requests])
-        latents_BSC = sample(velocity, noise_BSC.to(self.device), self.sigmas, self.guidance_scale)
+        noise = [noise_of(self.settings.seed, request, mask_latents_BSC.shape[1:]) for request in requests]
+        latents_BSC = sample(velocity, torch.stack(noise).to(self.device), self.sigmas, guidance_scale, known)
         refuse_non_finite(latents_BSC, requests, REMEDY)
         latents_hw = (2 * self.token_hw[0], 2 * self.token_hw[1])
         return self.codec.decode(flow.unpack_latents(latents_BSC, *latents_hw))
+
+    def _known(self, requests: Sequence[Request], samples: Sequence[Mapping[str, Tensor]]) -> Known | None:
+        """What surrounds the holes that are filled; None where whole images are drawn."""
+        if requests[0].objective == "synthesis":
+            return None
+        chosen = [(sample, request.hole) for sample, request in zip(samples, requests, strict=True)]
+        latents_BChw = torch.stack([sample["holed_latents"][hole] for sample, hole in chosen])
+        holes_BHW = unpacked(
+            torch.stack([sample["holes"][hole] for sample, hole in chosen]), self.settings.image_size_px
+        )
+        return Known(self._placed(flow.pack_latents(latents_BChw)), hole_tokens(holes_BHW).to(self.device))
+
+    def _load_for(self, objective: AdapterName) -> None:
+        """Have the model that draws for an objective: loaded anew only if another adapter is merged into it."""
+        adapter = self.adapters.get(objective)
+        if self.model is not None and adapter is self.merged:
+            return
+        self.model = None  # two may not fit
+        self.model, self.merged = base.load(self.folder, self.settings, adapter, self.device), adapter
+        attention.set_backend(self.model, self.device, self.dtype)
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype)
@@ -219,6 +241,7 @@ class Worker:
         sampler: Draws.
         sources: What is drawn from.
         should_stop: Asked before each batch that is to be drawn.
+        objective: For which the sampler is ready.
     """
 
     def __init__(
@@ -228,18 +251,22 @@ class Worker:
         sampler: Sampler,
         sources: Sources,
         should_stop: Callable[[], bool],
+        objective: AdapterName,
     ) -> None:
         self.config, self.output, self.sampler, self.sources = config, output, sampler, sources
-        self.should_stop = should_stop
+        self.should_stop, self.objective = should_stop, objective
         self.start, self.num_batches, self.num_images = time.monotonic(), 0, 0
 
     def draw(self, batches: Sequence[int]) -> int:
         """Draw and commit those of the batches that are open and that nobody else draws; how many that were.
 
+        First those of the objective that was drawn last, then the others: the adapter is changed once at most.
+
         Raises:
             Preempted: If ``should_stop`` said so while there was work left.
         """
-        before = self.num_batches
+        before, planned, last = self.num_batches, self.output.plan.batches, self.objective
+        batches = sorted(batches, key=lambda batch: planned[batch].objective != last)
         for batch in tracked(batches, "batches", len(batches)):
             with self.output.claim(batch) as is_mine:
                 if is_mine:
@@ -257,6 +284,7 @@ class Worker:
 
     def _draw(self, batch: int) -> None:
         requests = self.output.plan.batches[batch].requests
+        self.objective = requests[0].objective
         images = self.sampler.draw(requests)
         self.output.commit_batch(batch, _triples(self.output.plan, batch, images, self.sources))
         self.num_batches, self.num_images = self.num_batches + 1, self.num_images + len(requests)
@@ -267,13 +295,24 @@ class Worker:
 
 def _triples(plan: Plan, batch: int, images_BHW: NDArray[np.uint8], sources: Sources) -> Iterator[Triple]:
     """The samples of a batch, with all that is known about their origin."""
-    for request, image in zip(plan.batches[batch].requests, images_BHW, strict=True):
-        source = sources.triple(request.source_key)
-        about: dict[str, Any] = plan.provenance(batch, request, mask_sha256(source.nerve_mask))
+    for request, drawn in zip(plan.batches[batch].requests, images_BHW, strict=True):
+        source, hole = sources.triple(request.source_key), sources.hole(request)
+        image = drawn if hole is None else np.where(hole, drawn, source.image)
+        hole_sha256 = None if hole is None else mask_sha256(hole)
+        about: dict[str, Any] = plan.provenance(batch, request, mask_sha256(source.nerve_mask), hole_sha256)
         # What a phantom was constructed with does not hold for what a model draws.
         prompt = given_prompt(source.meta, plan.settings.prompts, f"sample {source.key}")
         meta = replace(source.meta, prompt=prompt, source="synthetic", labels={}, provenance=about)
-        yield replace(source, key=request.key, image=image, meta=meta)
+        yield replace(source, key=request.key, image=image, meta=meta, inpaint_mask=hole)
+
+
+def _refuse_another_objective(adapter: AdapterState, objective: AdapterName, config: SynthesizeConfig) -> None:
+    name = adapter.facts.get("adapter_name", "synthesis")
+    if name != objective:
+        raise AdapterError(
+            f"{config.adapter}: was trained for {name}, objective {config.objective} takes one for {objective}",
+            f"name the run of objective.kind dual that has trained {objective}, or set objective={name}",
+        )
 
 
 def _refuse_another_base(adapter: AdapterState, plan: Plan, config: SynthesizeConfig) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ccmdist.ccm.groups import ClinicalGroup
 from ccmdist.cluster.device import current_device
 from ccmdist.config.data import PX_PER_TOKEN
-from ccmdist.config.objectives import SpadeSettings
+from ccmdist.config.objectives import AdapterName, SpadeSettings
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.data.cache_index import CacheEntry
 from ccmdist.data.cached_samples import CachedSamples
@@ -32,7 +32,8 @@ from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.network_state import NetworkState
 from ccmdist.precompute.fill import DTYPES
 from ccmdist.synthesis.output import SyntheticSet
-from ccmdist.synthesis.plan import Plan, Request, make_network_plan
+from ccmdist.synthesis.plan import Plan, make_network_plan
+from ccmdist.synthesis.requests import Request
 from ccmdist.synthesis.sampler import Sampler, noise_of, refuse_non_finite
 
 REMEDY: Final = "train it anew with a lower optim.lr, or name an earlier checkpoint"
@@ -134,8 +135,8 @@ class NetworkDrawing:
         output.accept()
         return output
 
-    def open(self, plan: Plan) -> tuple[Sampler, CachedSamples]:
-        """The network, loaded, and the samples that are drawn from."""
+    def open(self, plan: Plan, _objective: AdapterName) -> tuple[Sampler, CachedSamples]:
+        """The network, loaded, and the samples that are drawn from; it draws whole images alone."""
         data, split = self.config.data, self.config.split
         samples = ShardSamples(data, (split,))
         if isinstance(self.state.about.settings, SpadeSettings):

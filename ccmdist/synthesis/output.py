@@ -30,7 +30,8 @@ from ccmdist.data.triple import Triple, mask_sha256, prompt_for
 from ccmdist.data.writer import write_shard
 from ccmdist.errors import ShardError
 from ccmdist.synthesis.claims import claimed, order_of_help, share
-from ccmdist.synthesis.plan import Plan, Request, accept_plan
+from ccmdist.synthesis.plan import Plan, accept_plan
+from ccmdist.synthesis.requests import Request
 
 BATCHES: Final = "batches"
 CLAIMS: Final = "claims"
@@ -187,7 +188,11 @@ def misfit(plan: Plan, batch: int, request: Request, triple: Triple) -> str:
     source = replace(triple.meta, prompt=prompt_for(request.clinical_group, triple.meta.eye, triple.meta.fields))
     if triple.meta.prompt != given_prompt(source, plan.settings.prompts, f"sample {request.source_key}"):
         return "has another prompt than in the plan"
-    expected = plan.provenance(batch, request, mask_sha256(triple.nerve_mask))
+    hole = triple.inpaint_mask
+    if (hole is None) != (request.hole is None):
+        return "has no hole that was filled" if hole is None else "has a hole, and the plan fills none"
+    hole_sha256 = None if hole is None else mask_sha256(hole)
+    expected = plan.provenance(batch, request, mask_sha256(triple.nerve_mask), hole_sha256)
     found = triple.meta.provenance or {}
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):

@@ -1,4 +1,4 @@
-"""What is to be drawn: one request per image, in fixed batches of one text length; imports no torch.
+"""What is to be drawn: one request per image, in fixed batches; imports no torch.
 
 The batch is the unit of work, and its members never change: worker i of n draws ``batches[i::n]``, whatever n is.
 The plan's digest covers all that decides the bytes of an image, and every image carries it.
@@ -6,18 +6,16 @@ The plan's digest covers all that decides the bytes of an image, and every image
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ccmdist.ccm.groups import ClinicalGroup
 from ccmdist.commit import commit_json, digest_of
-from ccmdist.config.data import Dtype, Prompts, Split
+from ccmdist.config.data import Dtype, HoleSettings, Prompts, Split, Structure
 from ccmdist.config.objectives import NetworkKind
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.console import log
@@ -25,11 +23,11 @@ from ccmdist.data.cache_index import CacheEntry, find_cache, flips, indexes
 from ccmdist.data.given_prompts import prompted_group
 from ccmdist.data.manifest import MANIFEST, ShardEntry, read_manifest
 from ccmdist.data.shard_samples import ShardSamples
-from ccmdist.data.triple import MAX_KEY_LENGTH
 from ccmdist.data.writer import shards_in
 from ccmdist.errors import OF_THE_MACHINE, ConfigError, RunError, ShardError
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.network_folder import NetworkAbout
+from ccmdist.synthesis.requests import Batch, Request, batches_of
 
 CONTENT_VERSION: Final = 2
 """Raised when the same plan gives other images: another sampler, another place of the noise, other members."""
@@ -38,32 +36,9 @@ UNTUNED: Final = "untuned"
 """Stands for the digest of an adapter where there is none."""
 NONE: Final = "none"
 """Stands for the digest of what a network from scratch does not have."""
-MAX_BATCHES: Final = 1_000_000
 Base = Literal["bf16", "fp32", "nf4"]
 """How the base model is held: in the dtype of the run, or its blocks in 4 bits."""
 NF4: Final = "nf4"
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One image that is to be drawn."""
-
-    key: str
-    """Of the synthetic sample: the source's key and the image number."""
-    source_key: str
-    """Sample of the source set, or flipped view of one, whose mask and prompt are used."""
-    image_number: int
-    """Counts the images of one mask; with the plan's seed and the source's key it decides the noise."""
-    subject: str
-    clinical_group: ClinicalGroup | None
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Images that are sampled together."""
-
-    num_text_tokens: int
-    requests: tuple[Request, ...]
 
 
 @dataclass(frozen=True)
@@ -77,7 +52,7 @@ class PlanSettings:
     base_digest: str
     """Of the MMDiT's config and weights."""
     adapter_digest: str
-    """Of the adapter's settings and tensors, or "untuned"."""
+    """Of the adapter's settings and tensors, or "untuned"; of the one that draws whole images where there are two."""
     noise_schedule_digest: str
     base: Base
     split: Split
@@ -96,9 +71,22 @@ class PlanSettings:
     network_kind: NetworkKind | None = None
     """Of a network that was trained from scratch and draws in place of the base and its adapter."""
     network_digest: str | None = None
+    structure: Structure = "mask"
+    """What stands for the nerves."""
+    holes: HoleSettings | None = None
+    """How holes are cut, where some are filled."""
+    completion_digest: str | None = None
+    """Of the adapter that fills holes, where it is not the one that draws whole images."""
 
 
-LATER: Final = {"prompts": "given", "network_kind": None, "network_digest": None}
+LATER: Final = {
+    "prompts": "given",
+    "network_kind": None,
+    "network_digest": None,
+    "structure": "mask",
+    "holes": None,
+    "completion_digest": None,
+}
 """Settings that were added without another CONTENT_VERSION, and what they mean where they are not told."""
 
 
@@ -130,9 +118,18 @@ class Plan(BaseModel):
         first = shard * self.settings.batches_per_shard
         return range(first, min(first + self.settings.batches_per_shard, len(self.batches)))
 
-    def provenance(self, batch: int, request: Request, mask_sha256: str) -> dict[str, Any]:
-        """What a synthetic sample says of its origin: enough to draw it again."""
-        settings = self.settings
+    def provenance(
+        self, batch: int, request: Request, mask_sha256: str, inpaint_mask_sha256: str | None = None
+    ) -> dict[str, Any]:
+        """What a synthetic sample says of its origin: enough to draw it again.
+
+        Args:
+            batch: Its place in the plan.
+            request: Of the sample.
+            mask_sha256: Identity of its nerve mask.
+            inpaint_mask_sha256: Identity of the hole that was filled, if one was.
+        """
+        settings, is_completion = self.settings, request.objective == "completion"
         about = {
             "source_key": request.source_key,
             "source_set_digest": settings.source_set_digest,
@@ -141,7 +138,7 @@ class Plan(BaseModel):
             "seed": settings.seed,
             "base_digest": settings.base_digest,
             "base": settings.base,
-            "adapter_digest": settings.adapter_digest,
+            "adapter_digest": (is_completion and settings.completion_digest) or settings.adapter_digest,
             "denoise_steps": settings.denoise_steps,
             "guidance_scale": settings.guidance_scale,
             "plan_digest": self.digest,
@@ -152,6 +149,14 @@ class Plan(BaseModel):
             about |= {"prompts": settings.prompts, "prompted_group": group}
         if settings.network_kind is not None:
             about |= {"network_kind": settings.network_kind, "network_digest": settings.network_digest}
+        if settings.structure != "mask":
+            about |= {"structure": settings.structure}
+        if is_completion:
+            about |= {
+                "objective": request.objective,
+                "hole": request.hole,
+                "inpaint_mask_sha256": inpaint_mask_sha256,
+            }
         return about
 
     def summary(self) -> dict[str, Any]:
@@ -160,12 +165,15 @@ class Plan(BaseModel):
 
     def values(self) -> dict[str, Any]:
         """All of it, as JSON types."""
-        return {"settings": self.settings_values(), "batches": [asdict(batch) for batch in self.batches]}
+        return {"settings": self.settings_values(), "batches": [batch.values() for batch in self.batches]}
 
     def settings_values(self) -> dict[str, Any]:
         """The settings as JSON types; what a plan once did not know is told if it is set: others keep their digest."""
         values = asdict(self.settings)
-        return {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
+        told = {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
+        if self.settings.holes is not None:
+            told["holes"] = self.settings.holes.model_dump(mode="json")
+        return told
 
 
 def base_of(config: SynthesizeConfig) -> Base | None:
@@ -180,7 +188,12 @@ def base_of(config: SynthesizeConfig) -> Base | None:
 
 
 def make_plan(
-    config: SynthesizeConfig, model: ModelFolder, encoders: dict[str, Any], adapter_digest: str, base: Base
+    config: SynthesizeConfig,
+    model: ModelFolder,
+    encoders: dict[str, Any],
+    adapter_digest: str,
+    base: Base,
+    completion_digest: str | None = None,
 ) -> Plan:
     """The plan of a config; writes nothing and draws nothing.
 
@@ -190,6 +203,7 @@ def make_plan(
         encoders: Its ``encoder_identity()``, which reads weights.
         adapter_digest: Of the adapter that will draw, or "untuned".
         base: How the base model will be held.
+        completion_digest: Of the adapter that will fill holes, if that is another one.
 
     Raises:
         CacheError: If no cache fits, or shards are missing in it.
@@ -205,9 +219,10 @@ def make_plan(
         adapter_digest=adapter_digest,
         noise_schedule_digest=digest_of(model.noise_schedule()),
         base=base,
+        completion_digest=completion_digest,
     )
     shards = manifest.of_split(config.split)
-    return Plan(settings=settings, batches=_batches(config, _entries(config, folder, shards)))
+    return Plan(settings=settings, batches=batches_of(config, _entries(config, folder, shards)))
 
 
 def make_network_plan(config: SynthesizeConfig, network: NetworkAbout) -> Plan:
@@ -239,7 +254,7 @@ def make_network_plan(config: SynthesizeConfig, network: NetworkAbout) -> Plan:
         base="fp32",
         network=network,
     )
-    return Plan(settings=settings, batches=_batches(config, entries))
+    return Plan(settings=settings, batches=batches_of(config, entries))
 
 
 def _settings(
@@ -251,6 +266,7 @@ def _settings(
     adapter_digest: str,
     noise_schedule_digest: str,
     base: Base,
+    completion_digest: str | None = None,
     network: NetworkAbout | None = None,
 ) -> PlanSettings:
     data, is_one_pass = config.data, network is not None and not network.settings.has_noise_levels
@@ -274,6 +290,9 @@ def _settings(
         seed=config.seed,
         network_kind=network.kind if network else None,
         network_digest=network.digest if network else None,
+        structure=data.structure,
+        holes=data.holes if config.completes else None,
+        completion_digest=completion_digest,
     )
 
 
@@ -285,7 +304,7 @@ def expected_batches(config: SynthesizeConfig) -> int:
     """
     num_views = 1 + len(flips(config.data)) if config.split == "train" else 1
     num_samples = sum(shard.num_samples for shard in read_manifest(config.data.shards).of_split(config.split))
-    return -(-num_samples * num_views * config.images_per_mask // config.batch_size)
+    return -(-num_samples * num_views * config.images_per_mask // config.batch_size) * len(config.objectives)
 
 
 def accept_plan(folder: Path, plan: Plan) -> None:
@@ -365,28 +384,3 @@ def _refuse_none(config: SynthesizeConfig, entries: list[CacheEntry]) -> list[Ca
     if config.split == "train":
         log.warning("split=train: images of training subjects' masks; `ccmdist release` refuses them by default")
     return entries
-
-
-def _batches(config: SynthesizeConfig, entries: Sequence[CacheEntry]) -> tuple[Batch, ...]:
-    by_length = sorted(entries, key=lambda entry: entry.num_text_tokens)
-    batches = []
-    for num_text_tokens, alike in groupby(by_length, key=lambda entry: entry.num_text_tokens):
-        requests = list(_requests(config, alike))
-        for first in range(0, len(requests), config.batch_size):
-            batches.append(Batch(num_text_tokens, tuple(requests[first : first + config.batch_size])))
-    if len(batches) > MAX_BATCHES:
-        raise ConfigError(f"batch_size: makes {len(batches)} batches, expected at most {MAX_BATCHES}", "raise it")
-    return tuple(batches)
-
-
-def _requests(config: SynthesizeConfig, entries: Iterator[CacheEntry]) -> Iterator[Request]:
-    for entry in entries:
-        for number in range(config.images_per_mask):
-            # A fixed width: no two sources can give one key.
-            key = f"{entry.key}-{number:04d}"
-            if len(key) > MAX_KEY_LENGTH:
-                raise ConfigError(
-                    f"data.shards: key {entry.key} is too long, {key} has more than {MAX_KEY_LENGTH} characters",
-                    "pack the shards with shorter keys",
-                )
-            yield Request(key, entry.key, number, entry.subject, entry.clinical_group)

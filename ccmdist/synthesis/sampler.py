@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ccmdist.diffusion.seeding import generator
 from ccmdist.errors import RunError
-from ccmdist.synthesis.plan import Request
+from ccmdist.synthesis.requests import Request
 
 
 class Sampler(Protocol):
@@ -33,7 +33,7 @@ def noise_of(seed: int, request: Request, shape: Sequence[int]) -> Tensor:
         request: What is drawn.
         shape: Of the noise.
     """
-    return torch.randn(*shape, generator=generator(seed, "synthesis", request.source_key, request.image_number))
+    return torch.randn(*shape, generator=generator(seed, request.objective, request.source_key, request.image_number))
 
 
 def refuse_non_finite(drawn: Tensor, requests: Sequence[Request], remedy: str) -> None:

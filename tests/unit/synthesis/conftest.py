@@ -10,6 +10,7 @@ from files_of_sets import images_of
 from ccmdist.config.loading import load
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.data.cache_index import cache_folder, commit_fingerprint, fingerprint
+from ccmdist.data.holes import holes_of, packed
 from ccmdist.data.latent_cache import EncodedSample, write_cache_shard
 from ccmdist.data.manifest import read_manifest
 from ccmdist.data.reader import read_shard
@@ -39,16 +40,21 @@ def source_triples():
         yield "test" if index < 5 else "train", Triple(f"k{index}", image, nerve_mask, meta)
 
 
-def encoded(triple, random):
+def encoded(triple, random, holes):
     """Random embeddings and latents; the prompt without an eye is shorter."""
     length = 9 if triple.meta.eye is None else 12
+    with_holes = {}
+    if holes is not None:
+        cut = holes_of(triple, holes, SIZE_PX)
+        holed_latents = torch.randn(len(cut), 16, SIZE_PX // 8, SIZE_PX // 8, generator=random)
+        with_holes = {"holed_latents": holed_latents, "holes": torch.from_numpy(packed(cut))}
     tensors = [
         torch.randn(length, 64, generator=random),
         torch.randn(7, 64, generator=random),
         torch.randn(16, SIZE_PX // 8, SIZE_PX // 8, generator=random),
         torch.randn(16, SIZE_PX // 8, SIZE_PX // 8, generator=random),
     ]
-    return EncodedSample(triple.key, triple.meta.clinical_group, triple.meta.subject, *tensors)
+    return EncodedSample(triple.key, triple.meta.clinical_group, triple.meta.subject, *tensors, **with_holes)
 
 
 def write_cache(data, manifest):
@@ -59,7 +65,7 @@ def write_cache(data, manifest):
     for shard in manifest.shards:
         flips = data.flips if shard.split == "train" else ()
         frames = [view for t in read_shard(data.shards, shard) for view in views(t, SIZE_PX, flips, "")]
-        write_cache_shard(folder, shard.name, [encoded(frame, random) for frame in frames])
+        write_cache_shard(folder, shard.name, [encoded(frame, random, data.holes) for frame in frames])
 
 
 @pytest.fixture(scope="session")

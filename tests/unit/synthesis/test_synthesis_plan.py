@@ -9,12 +9,13 @@ from dataclasses import fields, replace
 import pytest
 
 from ccmdist.ccm.groups import UNLABELLED
+from ccmdist.config.data import HoleSettings
 from ccmdist.console import log
 from ccmdist.data.cache_index import CacheEntry, Member
 from ccmdist.data.manifest import MANIFEST
 from ccmdist.errors import CacheError, ConfigError, RunError, ShardError
-from ccmdist.synthesis import plan as plan_module
 from ccmdist.synthesis.plan import PLAN, Plan, PlanSettings, accept_plan, read_plan
+from ccmdist.synthesis.requests import Batch, Request, batches_of
 
 
 def test_every_image_is_asked_for_once_in_batches_of_one_text_length(config, plan_of):
@@ -46,9 +47,8 @@ def test_requests_carry_subject_and_group(config, plan_of):
 def test_the_digest_covers_every_setting(name, config, plan_of):
     plan = plan_of(config())
     before = getattr(plan.settings, name) or ""
-    other = {"split": "val", "dtype": "bf16", "base": "nf4", "seed": 1}.get(
-        name, f"{before}x" if isinstance(before, str) else before + 1
-    )
+    known = {"split": "val", "dtype": "bf16", "base": "nf4", "seed": 1, "holes": HoleSettings()}
+    other = known.get(name, f"{before}x" if isinstance(before, str) else before + 1)
     changed = Plan(settings=replace(plan.settings, **{name: other}), batches=plan.batches)
     assert changed.digest != plan.digest
 
@@ -60,6 +60,31 @@ def test_the_digest_covers_the_requests(config, plan_of):
     request = replace(first.requests[0], image_number=7)
     other = replace(first, requests=(request, *first.requests[1:]))
     assert Plan(settings=plan.settings, batches=(other, *others)).digest != plan.digest
+
+
+def test_a_plan_of_whole_images_has_the_digest_that_it_had_before_there_were_holes():
+    settings = PlanSettings(
+        source_set_digest="a" * 64,
+        cache_digest="b" * 64,
+        base_digest="c" * 64,
+        adapter_digest="untuned",
+        noise_schedule_digest="d" * 64,
+        base="fp32",
+        split="test",
+        image_size_px=64,
+        dtype="fp32",
+        images_per_mask=2,
+        batch_size=2,
+        batches_per_shard=2,
+        denoise_steps=2,
+        guidance_scale=3.0,
+        seed=0,
+        compile_blocks=False,
+    )
+    first = Batch(9, tuple(Request(f"k0-{number:04d}", "k0", number, "s0", "Control") for number in range(2)))
+    plan = Plan(settings=settings, batches=(first, Batch(12, (Request("k1-0000", "k1", 0, "s1", None),))))
+    assert plan.digest == "31f3901e6eaa7ebd0563a59c9cb991a767358768093e6ae7844eda2ff872503f"
+    assert not {"hole", "objective", "structure"} & set(plan.provenance(0, first.requests[0], "e" * 64))
 
 
 CHANGES = [
@@ -176,7 +201,7 @@ def test_a_key_that_would_become_too_long_is_refused(config, monkeypatch):
     with pytest.raises(
         ConfigError, match=r"is too long, k+-0000 has more than 64 characters; pack the shards with shorter"
     ):
-        plan_module._batches(config(), [entry])
+        batches_of(config(), [entry])
 
 
 def test_masks_of_training_subjects_bring_a_warning(config, plan_of, caplog):
