@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from ccmdist.ccm.groups import CLINICAL_GROUPS, ClinicalGroup
 from ccmdist.ccm.phantom_defaults import GROUP_DEFAULTS
-from ccmdist.ccm.phantom_lanes import Frame
+from ccmdist.ccm.phantom_lanes import Floats, Frame
 from ccmdist.ccm.phantom_nerves import Nerves, drawn, grown
 from ccmdist.ccm.phantom_optics import shown
+from ccmdist.ccm.structure import BRANCH_POINT, DENDRITIC_CELL, END_POINT, mark_points
 from ccmdist.ccm.units import UM_PER_PX_HRT3
 
 Part = Literal["nerves", "optics"]
@@ -35,6 +36,8 @@ class Phantom:
     """(H, W)."""
     labels: dict[str, float]
     """Constructed biomarkers cnfd, cnbd, cnfl, cnfa, as in :class:`~ccmdist.ccm.phantom_nerves.Nerves`."""
+    points: NDArray[np.uint8]
+    """(H, W), codes of :mod:`ccmdist.ccm.structure`: branch points and ends as constructed, and dendritic cells."""
 
 
 def make_phantom(
@@ -51,8 +54,10 @@ def make_phantom(
     """
     nerves = make_nerves(clinical_group, seed, size_px, um_per_px)
     rng = _generator(clinical_group, seed, size_px, "optics")
-    image = shown(nerves.fibres, GROUP_DEFAULTS[clinical_group], Frame(size_px, um_per_px), rng)
-    return Phantom(image, nerves.nerve_mask, nerves.centreline, nerves.labels)
+    frame = Frame(size_px, um_per_px)
+    image, cells_um = shown(nerves.fibres, GROUP_DEFAULTS[clinical_group], frame, rng)
+    points = _points(nerves, cells_um, frame)
+    return Phantom(image, nerves.nerve_mask, nerves.centreline, nerves.labels, points)
 
 
 def make_nerves(
@@ -62,6 +67,18 @@ def make_nerves(
     frame = Frame(size_px, um_per_px)
     rng = _generator(clinical_group, seed, size_px, "nerves")
     return drawn(grown(GROUP_DEFAULTS[clinical_group], frame, rng), frame)
+
+
+def _points(nerves: Nerves, cells_um: Floats, frame: Frame) -> NDArray[np.uint8]:
+    points = np.zeros((frame.size_px, frame.size_px), np.uint8)
+    by_code = {
+        END_POINT: np.concatenate([np.empty((0, 2)), *(fibre.end_points_um for fibre in nerves.fibres)]),
+        BRANCH_POINT: np.concatenate([np.empty((0, 2)), *(fibre.branch_points_um for fibre in nerves.fibres)]),
+        DENDRITIC_CELL: cells_um,
+    }
+    for code, places_um in by_code.items():
+        mark_points(points, frame.pixels(places_um[frame.holds(places_um)]), code)
+    return points
 
 
 def _generator(clinical_group: ClinicalGroup, seed: int, size_px: int, part: Part) -> Generator:

@@ -38,6 +38,16 @@ class Fibre:
     num_junctions: int = 0
     """Ends of it that lie on a main nerve, inside the frame."""
 
+    @property
+    def branch_points_um(self) -> Floats:
+        """Where it leaves or joins a trunk, (K, 2); crossings of other fibres do not count."""
+        return self.path_um[{"fork": [0], "connection": [0, -1], "loop": [0, -1]}.get(self.kind, [])]
+
+    @property
+    def end_points_um(self) -> Floats:
+        """Where it ends in the tissue, (K, 2)."""
+        return self.path_um[{"fork": [-1], "thin": [0, -1]}.get(self.kind, [])]
+
 
 @dataclass(frozen=True)
 class Nerves:

@@ -14,8 +14,10 @@ DOTS_PER_MM2 = 500
 K_STRUCTURES_PER_MM2 = 3.0
 
 
-def shown(fibres: tuple[Fibre, ...], defaults: GroupDefaults, frame: Frame, rng: Generator) -> NDArray[np.uint8]:
-    """The 8-bit image (H, W) of the fibres."""
+def shown(
+    fibres: tuple[Fibre, ...], defaults: GroupDefaults, frame: Frame, rng: Generator
+) -> tuple[NDArray[np.uint8], Floats]:
+    """The 8-bit image (H, W) of the fibres, and where in it dendritic cells lie, (N, 2) in micrometres."""
     focus = np.exp(-0.5 * (0.7 * smooth_field(rng, frame, 80)) ** 2)
     light = np.zeros((frame.size_px, frame.size_px))
     for fibre in fibres:
@@ -26,9 +28,9 @@ def shown(fibres: tuple[Fibre, ...], defaults: GroupDefaults, frame: Frame, rng:
         background *= 1 + fold
         light *= np.clip(1 + 2.2 * np.minimum(fold, 0), 0.3, 1)
     _draw_dots(light, frame, rng)
-    for _ in range(rng.poisson(defaults.dendritic_cells_per_mm2 * frame.area_mm2)):
-        _draw_dendritic_cell(light, frame, rng)
-    return _exposed(background * (1 + light), rng)
+    num_cells = rng.poisson(defaults.dendritic_cells_per_mm2 * frame.area_mm2)
+    cells_um = [_draw_dendritic_cell(light, frame, rng) for _ in range(num_cells)]
+    return _exposed(background * (1 + light), rng), np.reshape(cells_um, (-1, 2))
 
 
 def smooth_field(rng: Generator, frame: Frame, correlation_um: float) -> Floats:
@@ -107,8 +109,8 @@ def _draw_dots(light: Floats, frame: Frame, rng: Generator) -> None:
     stamp(light, points_px, 0.45 * rng.lognormal(0, 0.35, num), rng.uniform(0.6, 0.95, num))
 
 
-def _draw_dendritic_cell(light: Floats, frame: Frame, rng: Generator) -> None:
-    """A short bright body, with up to four crooked processes when it is a mature cell."""
+def _draw_dendritic_cell(light: Floats, frame: Frame, rng: Generator) -> Floats:
+    """A short bright body, with up to four crooked processes when it is a mature cell; where its middle is."""
     centre_um = rng.uniform(0, frame.edge_um, 2)
     brightness, heading = rng.uniform(1.3, 2.4), rng.uniform(0, 2 * np.pi)
     arms = [(heading, rng.uniform(4, 9), 1.8), (heading + rng.uniform(2, 4), rng.uniform(3, 8), 1.6)]
@@ -120,6 +122,7 @@ def _draw_dendritic_cell(light: Floats, frame: Frame, rng: Generator) -> None:
         taper = np.linspace(1, 0.5, num)
         grain = np.exp(0.3 * smooth_noise(rng, num, 1.2))
         stamp(light, frame.pixels(path_um), brightness * taper * grain, sigma_um * taper / frame.um_per_px)
+    return centre_um
 
 
 def _fold(frame: Frame, rng: Generator) -> Floats:

@@ -15,6 +15,7 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import distance_transform_edt
 
 from ccmdist.config.data import Structure
 
@@ -25,13 +26,15 @@ COLOURS: Final[Mapping[int, tuple[int, int, int]]] = MappingProxyType(
     {BRANCH_POINT: (255, 64, 0), END_POINT: (0, 160, 255), DENDRITIC_CELL: (255, 230, 0)}
 )
 """Of the discs: far from each other, from black and from the white of the mask, for the encoders and for eyes that
-mistake red for green. Where discs overlap, the higher code is seen."""
+mistake red for green. Where discs overlap, each is seen up to the middle between them."""
 PX_PER_RADIUS: Final = 96
 """Edge of a frame over the radius of a disc: 4 px at 384 px, a little more than a patch of the VAE across."""
 MIN_RADIUS_PX: Final = 3
 """In a smaller frame too a disc is nearly as wide as a patch of the VAE, 8 px, so it cannot vanish between two."""
-BORDER_PX: Final = 3.0
-"""A nerve that ends this close to the border of the frame has left it."""
+PX_PER_BORDER: Final = 48
+MIN_BORDER_PX: Final = 3
+"""A nerve that ends this close to the border of the frame has left it; 8 px at 384 px. Masks drawn by hand often stop
+a few pixels before."""
 
 Bools = NDArray[np.bool_]
 Bytes = NDArray[np.uint8]
@@ -53,8 +56,13 @@ def structure_picture(nerve_mask: Bools, points: Bytes | None, structure: Struct
         grey[:] = 0
     picture = np.repeat(grey[:, :, None], 3, axis=2)
     points = points_of_mask(nerve_mask) if points is None else points
+    # Half a pixel more makes a small disc round instead of a square on its corner.
+    nearest_px = np.full(points.shape, max(MIN_RADIUS_PX, round(len(points) / PX_PER_RADIUS)) + 0.5)
     for code, colour in COLOURS.items():
-        picture[_discs(points == code)] = colour
+        if (points == code).any():
+            away_px = distance_transform_edt(points != code)
+            is_nearest = away_px <= nearest_px
+            picture[is_nearest], nearest_px[is_nearest] = colour, away_px[is_nearest]
     return picture
 
 
@@ -68,7 +76,8 @@ def points_of_mask(nerve_mask: Bools) -> Bytes:
 
     graph = nerve_graph(nerve_mask)
     ends = graph.node_px[graph.num_branches_at == 1]
-    is_inside = ((ends >= BORDER_PX) & (ends <= np.array(nerve_mask.shape) - 1 - BORDER_PX)).all(axis=1)
+    border_px = max(MIN_BORDER_PX, max(nerve_mask.shape) / PX_PER_BORDER)
+    is_inside = ((ends >= border_px) & (ends <= np.array(nerve_mask.shape) - 1 - border_px)).all(axis=1)
     points = np.zeros(nerve_mask.shape, np.uint8)
     mark_points(points, ends[is_inside], END_POINT)
     mark_points(points, graph.node_px[graph.num_branches_at >= 3], BRANCH_POINT)
@@ -79,15 +88,3 @@ def mark_points(points: Bytes, places_px: NDArray[np.float64], code: int) -> Non
     """Set the pixels that hold the places (N, 2) as (row, column); one outside of the frame goes to its border."""
     rows, columns = np.clip(np.rint(places_px).astype(int), 0, np.array(points.shape) - 1).T
     points[rows, columns] = code
-
-
-def _discs(centres: Bools) -> Bools:
-    """The pixels (H, W) that are no farther than a radius from one of the pixels ``centres``."""
-    radius = max(MIN_RADIUS_PX, round(len(centres) / PX_PER_RADIUS))
-    span = np.arange(-radius, radius + 1)
-    # Half a pixel more makes a small disc round instead of a square on its corner.
-    down, right = np.nonzero(span[:, None] ** 2 + span**2 <= (radius + 0.5) ** 2)
-    rows, columns = np.nonzero(centres)
-    discs = np.zeros((len(centres) + 2 * radius, centres.shape[1] + 2 * radius), bool)
-    discs[rows[:, None] + down, columns[:, None] + right] = True
-    return discs[radius:-radius, radius:-radius]

@@ -32,6 +32,8 @@ class PhantomShardsConfig(Settings):
     test_fraction: float = Field(0.15, ge=0, lt=1)
     samples_per_shard: int = Field(256, ge=1)
     seed: int = Field(0, ge=0)
+    with_points: bool = False
+    """Add maps of what each phantom was built with: branch points and ends of nerves, and dendritic cells."""
 
 
 class FolderShardsConfig(Settings):

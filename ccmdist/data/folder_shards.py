@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ccmdist.ccm.groups import UNLABELLED
-from ccmdist.config.data import FolderShardsConfig
+from ccmdist.config.data import FolderShardsConfig, Split
 from ccmdist.config.loading import resolved
 from ccmdist.console import log, tracked
-from ccmdist.data.images import Decoded, read_frame, read_mask
+from ccmdist.data.images import Decoded, read_frame, read_inpaint_mask, read_mask, read_points
 from ccmdist.data.manifest import SPLITS, Manifest
 from ccmdist.data.pseudonyms import Pseudonyms
-from ccmdist.data.source_table import Row, read_table
+from ccmdist.data.source_table import OPTIONAL_FILES, Row, read_table
 from ccmdist.data.splits import Subject, assigned_splits
 from ccmdist.data.triple import Triple, TripleMeta, is_marked_synthetic, prompt_for
 from ccmdist.data.writer import existing_set, write_set
@@ -25,6 +25,7 @@ from ccmdist.errors import ShardError
 
 MAX_FILE_BYTES = 1 << 27
 NUM_TOLD = 10
+READERS = {"image": read_frame, "mask": read_mask, "inpaint_mask": read_inpaint_mask, "points": read_points}
 PRIVATE_SETTINGS = ("source", "out", "table", "pseudonym_key_file")
 """Paths may name people or places, so they do not get into a manifest."""
 
@@ -33,11 +34,11 @@ PRIVATE_SETTINGS = ("source", "out", "table", "pseudonym_key_file")
 class Frame:
     """One row with its files decoded."""
 
-    image: Decoded
-    mask: Decoded
+    decoded: dict[str, Decoded]
+    """By the table's column."""
     is_synthetic: bool
     digest: str
-    """SHA-256 of both files."""
+    """SHA-256 of its files."""
 
 
 def write_folder_set(config: FolderShardsConfig) -> Manifest:
@@ -59,7 +60,7 @@ def write_folder_set(config: FolderShardsConfig) -> Manifest:
     about = _about(config, pseudonyms, digests)
     if (manifest := existing_set(config.out, about)) is not None:
         return manifest
-    splits = assigned_splits(_subjects(rows), config.val_fraction, config.test_fraction, config.seed)
+    splits = _splits(rows, config)
     for split, fraction in (("val", config.val_fraction), ("test", config.test_fraction)):
         if fraction and split not in splits.values():
             log.warning("%s: too few subjects for a %s split, it stays empty", path, split)
@@ -80,11 +81,14 @@ def describe_folder_set(config: FolderShardsConfig) -> str:
     if problems:
         raise _refusal(path, problems)
     groups = Counter(row.clinical_group or UNLABELLED for row in rows)
-    splits = assigned_splits(_subjects(rows), config.val_fraction, config.test_fraction, config.seed)
+    splits = _splits(rows, config)
     frames = Counter(splits[row.subject] for row in rows)
     subjects = Counter(splits.values())
     told = ", ".join(f"{split} {frames[split]} of {subjects[split]} subjects" for split in SPLITS if subjects[split])
-    return f"{path}: {len(rows)} frames; {told}; {', '.join(f'{name} {groups[name]}' for name in sorted(groups))}"
+    grouped = ", ".join(f"{name} {groups[name]}" for name in sorted(groups))
+    files = Counter(name for row in rows for name in row.files if name in OPTIONAL_FILES)
+    optional = "".join(f"; {num} with {name}" for name, num in sorted(files.items()))
+    return f"{path}: {len(rows)} frames; {told}; {grouped}{optional}"
 
 
 def default_key_file(out: Path) -> Path:
@@ -103,16 +107,17 @@ def _checked(rows: list[Row], config: FolderShardsConfig, problems: list[str]) -
         except ShardError as error:
             problems.append(str(error))
             continue
-        pixels = hashlib.sha256(frame.image.pixels.tobytes()).hexdigest()
+        image, mask = frame.decoded["image"], frame.decoded["mask"]
+        pixels = hashlib.sha256(image.pixels.tobytes()).hexdigest()
         if (line := lines.setdefault(pixels, row.line)) != row.line:
             problems.append(f"line {row.line}: the image shows the same as that of line {line}; keep one of them")
         if frame.is_synthetic and not config.allow_synthetic:
             problems.append(
                 f"line {row.line}: image is marked as synthetic; remove the row, or allow it with allow_synthetic=true"
             )
-        if not frame.mask.pixels.any():
+        if not mask.pixels.any():
             log.warning("%s: line %d: mask is empty, the frame is packed as one without nerves", config.table, row.line)
-        changes.update({"footer": frame.image.is_cropped, "depth": frame.image.is_scaled})
+        changes.update({"footer": image.is_cropped, "depth": image.is_scaled})
         digests.append(frame.digest)
     _tell_changes(config.source / config.table, changes)
     return digests
@@ -133,16 +138,21 @@ def _refusal(path: Path, problems: list[str]) -> ShardError:
 
 
 def _frame(row: Row) -> Frame:
-    image_bytes, mask_bytes = _bytes(row.image, row.line, "image"), _bytes(row.mask, row.line, "mask")
-    image, mask = read_frame(image_bytes, f"line {row.line}: image"), read_mask(mask_bytes, f"line {row.line}: mask")
-    if image.pixels.shape != mask.pixels.shape:
-        (height, width), (mask_height, mask_width) = image.pixels.shape, mask.pixels.shape
-        raise ShardError(
-            f"line {row.line}: image is {width}x{height} px and mask {mask_width}x{mask_height}, expected one size",
-            "make the mask from the frame as it is",
-        )
-    digest = hashlib.sha256(hashlib.sha256(image_bytes).digest() + hashlib.sha256(mask_bytes).digest()).hexdigest()
-    return Frame(image, mask, is_marked_synthetic(image_bytes), digest)
+    contents = {name: _bytes(path, row.line, name) for name, path in row.files.items()}
+    found = {name: READERS[name](data, f"line {row.line}: {name}") for name, data in contents.items()}
+    height, width = found["image"].pixels.shape
+    for name, decoded in found.items():
+        if decoded.pixels.shape != (height, width):
+            other_height, other_width = decoded.pixels.shape
+            raise ShardError(
+                f"line {row.line}: image is {width}x{height} px and {name} {other_width}x{other_height}, "
+                "expected one size",
+                f"make the {name} from the frame as it is",
+            )
+    hashes = {name: hashlib.sha256(data).digest() for name, data in contents.items()}
+    told = [name.encode() + hashes[name] for name in OPTIONAL_FILES if name in hashes]
+    digest = hashlib.sha256(b"".join([hashes["image"], hashes["mask"], *told])).hexdigest()
+    return Frame(found, is_marked_synthetic(contents["image"]), digest)
 
 
 def _bytes(path: Path, line: int, name: str) -> bytes:
@@ -171,6 +181,14 @@ def _subjects(rows: list[Row]) -> dict[str, Subject]:
     return {name: Subject(group, counts[name]) for name, group in groups.items()}
 
 
+def _splits(rows: list[Row], config: FolderShardsConfig) -> dict[str, Split]:
+    """The split of each subject; one with a frame that is to be repaired is tested: what is hidden teaches nothing."""
+    to_repair = {row.subject for row in rows if row.inpaint_mask}
+    others = _subjects([row for row in rows if row.subject not in to_repair])
+    splits = assigned_splits(others, config.val_fraction, config.test_fraction, config.seed)
+    return splits | dict.fromkeys(sorted(to_repair), "test")
+
+
 def _triples(rows: list[Row], pseudonyms: Pseudonyms) -> Iterator[Triple]:
     """The samples in the order of their keys: where a frame stands in a table can say whose it is."""
     keys = {pseudonyms.sample(row.subject, row.name): row for row in rows}
@@ -191,4 +209,5 @@ def _triple(key: str, row: Row, pseudonyms: Pseudonyms) -> Triple:
         fields=row.fields,
         provenance={"packed_from": "a marked image"} if frame.is_synthetic else None,
     )
-    return Triple(key, frame.image.pixels, frame.mask.pixels, meta)
+    pixels = {name: decoded.pixels for name, decoded in frame.decoded.items()}
+    return Triple(key, pixels["image"], pixels["mask"], meta, pixels.get("inpaint_mask"), pixels.get("points"))

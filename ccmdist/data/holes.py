@@ -40,8 +40,8 @@ STROKE_STEPS: Final = 48
 BAND_WIDTHS: Final = (0.06, 0.16)
 MAX_BAND_OFFSET: Final = 0.25
 """From the middle of the frame to the middle of a band."""
-MAX_BAND_BEND: Final = 0.15
-"""By how much a band has left its straight line at the edge of the frame."""
+MAX_BAND_BEND: Final = 0.08
+"""By how much a band has left its straight line half an edge from its middle."""
 
 Bools = NDArray[np.bool_]
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ccmdist.ccm.structure import POINT_CODES
 from ccmdist.data.dicom import is_dicom, read_dicom
 from ccmdist.data.triple import DECODING_ERRORS, MAX_IMAGE_PIXELS
 from ccmdist.errors import ShardError
@@ -27,7 +28,7 @@ MAX_BETWEEN_FRACTION: Final = 0.05
 MAX_CLASSES: Final = 8
 _MIN_TOP_OF_16_BIT: Final = 4096
 _ORIENTATION = 0x0112
-_JPEG = b"\xff\xd8"
+_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _DEPTHS = {"1": np.uint8, "L": np.uint8, "RGB": np.uint8, "I;16": np.uint16, "I;16L": np.uint16, "I;16B": np.uint16}
 _OPAQUE = {"LA": "L", "RGBA": "RGB", "La": "L", "RGBa": "RGB"}
 
@@ -37,7 +38,7 @@ class Decoded:
     """Pixels of one file, and what had to be done to them."""
 
     pixels: NDArray
-    """(H, W): uint8 of a frame, bool of a nerve mask."""
+    """(H, W): uint8 of a frame or of a map of points, bool of a mask."""
     is_cropped: bool
     """The footer of a native export was cut off."""
     is_scaled: bool
@@ -88,16 +89,51 @@ def read_mask(data: bytes, where: str) -> Decoded:
         ShardError: If it is no grey still image, holds classes or shades, or calls more than half of the frame nerve.
     """
     grey, is_cropped = _cropped(_grey(data, where))
-    values = np.unique(grey)
-    if len(values) > 2 or (len(values) == 2 and values[0] != 0):
-        grey = _thresholded(grey, values, data.startswith(_JPEG), where)
-    nerve_mask = grey > 0
+    nerve_mask = _two_valued(grey, data, where)
     if nerve_mask.mean() > MAX_NERVE_FRACTION:
         raise ShardError(
             f"{where} calls {nerve_mask.mean():.0%} of the frame nerve, expected at most {MAX_NERVE_FRACTION:.0%}",
             "nerves are white: invert it if they are black",
         )
     return Decoded(nerve_mask, is_cropped, False)
+
+
+def read_inpaint_mask(data: bytes, where: str) -> Decoded:
+    """The hole in ``data``, bool; where it is True the frame is to be filled. Values count as those of a nerve mask.
+
+    Raises:
+        ShardError: If it is no grey still image, holds classes or shades, or covers nothing.
+    """
+    grey, is_cropped = _cropped(_grey(data, where))
+    hole = _two_valued(grey, data, where)
+    if not hole.any():
+        raise ShardError(f"{where} covers nothing", "leave the cell blank where the whole frame is known")
+    return Decoded(hole, is_cropped, False)
+
+
+def read_points(data: bytes, where: str) -> Decoded:
+    """The map of points in ``data``, uint8, one pixel for each point.
+
+    Raises:
+        ShardError: If it is no grey PNG, or holds other values than the codes of points.
+    """
+    if not data.startswith(_PNG):
+        raise ShardError(f"{where} is no PNG", "save it as grey PNG: other formats may change its codes")
+    grey, is_cropped = _cropped(_grey(data, where))
+    if not np.isin(grey, POINT_CODES).all():
+        raise ShardError(
+            f"{where} holds {grey.max()}, expected only the codes 0 to {max(POINT_CODES)}",
+            "write one pixel for each point: 1 branch point, 2 end, 3 dendritic cell",
+        )
+    return Decoded(grey.astype(np.uint8), is_cropped, False)
+
+
+def _two_valued(grey: NDArray, data: bytes, where: str) -> NDArray[np.bool_]:
+    values = np.unique(grey)
+    if len(values) > 2 or (len(values) == 2 and values[0] != 0):
+        return _thresholded(grey, values, data.startswith(_JPEG), where)
+    drawn: NDArray[np.bool_] = grey > 0
+    return drawn
 
 
 def _thresholded(grey: NDArray, values: NDArray, is_jpeg: bool, where: str) -> NDArray[np.bool_]:
@@ -110,7 +146,7 @@ def _thresholded(grey: NDArray, values: NDArray, is_jpeg: bool, where: str) -> N
     shown = ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
     raise ShardError(
         f"{where} is no mask: it holds {len(values)} values ({shown}), {between:.0%} of its pixels are in between",
-        "save it with two values, 0 and 255, nerves white",
+        "save it with two values, 0 and 255, what it marks white",
     )
 
 

@@ -28,7 +28,10 @@ def write_phantom_set(config: PhantomShardsConfig) -> Manifest:
     if (manifest := existing_set(config.out, about)) is not None:
         return manifest
     frames = list(_frames(config))
-    samples = (sample(config.seed, *frame, config.size_px) for frame in tracked(frames, "phantoms", len(frames)))
+    samples = (
+        sample(config.seed, *frame, config.size_px, config.with_points)
+        for frame in tracked(frames, "phantoms", len(frames))
+    )
     splits = phantom_splits(config)
     return write_set(
         config.out,
@@ -58,7 +61,9 @@ def describe_phantom_set(config: PhantomShardsConfig) -> str:
     return f"{config.out}: {counts.total() * config.frames_per_subject} phantoms of {config.size_px} px; {told}"
 
 
-def sample(seed: int, clinical_group: ClinicalGroup, number: int, frame: int, size_px: int) -> Triple:
+def sample(
+    seed: int, clinical_group: ClinicalGroup, number: int, frame: int, size_px: int, with_points: bool = False
+) -> Triple:
     """One phantom of a set; it depends on the arguments alone, not on how large the set is.
 
     Args:
@@ -67,6 +72,7 @@ def sample(seed: int, clinical_group: ClinicalGroup, number: int, frame: int, si
         number: Of the subject in its group.
         frame: Of the subject.
         size_px: Edge of the frame.
+        with_points: Add the map of points; nothing else changes.
     """
     subject = _subject(clinical_group, number)
     key = f"{subject}-{frame:02d}"
@@ -82,7 +88,7 @@ def sample(seed: int, clinical_group: ClinicalGroup, number: int, frame: int, si
         source="phantom",
         labels={name: float(value) for name, value in phantom.labels.items()},
     )
-    return Triple(key, phantom.image, phantom.nerve_mask, meta)
+    return Triple(key, phantom.image, phantom.nerve_mask, meta, points=phantom.points if with_points else None)
 
 
 def _frames(config: PhantomShardsConfig) -> Iterator[tuple[ClinicalGroup, int, int]]:
@@ -98,4 +104,6 @@ def _subject(clinical_group: ClinicalGroup, number: int) -> str:
 
 
 def _settings(config: PhantomShardsConfig) -> dict[str, Any]:
-    return {name: value for name, value in resolved(config).items() if name != "out"}
+    """As they were written before points could be asked for, where they are not."""
+    left_out = {"out"} if config.with_points else {"out", "with_points"}
+    return {name: value for name, value in resolved(config).items() if name not in left_out}

@@ -8,6 +8,7 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +20,9 @@ from ccmdist.data.triple import Eye, prompt_for
 from ccmdist.errors import ShardError
 
 REQUIRED: Final = ("image", "mask", "subject", "eye", "um_per_px", "clinical_group")
-OPTIONAL: Final = tuple(name for name in FIELD_WORDS if name != "eye")
+CODES: Final = tuple(name for name in FIELD_WORDS if name != "eye")
+OPTIONAL_FILES: Final = ("inpaint_mask", "points")
+OPTIONAL: Final = (*CODES, *OPTIONAL_FILES)
 UM_PER_PX_RANGE: Final = (0.1, 10.0)
 MAX_TABLE_BYTES: Final = 1 << 28
 UNKNOWN: Final = "unknown"
@@ -44,6 +47,15 @@ class Row:
     eye: Eye | None
     um_per_px: float
     fields: dict[str, str]
+    inpaint_mask: Path | None = None
+    points: Path | None = None
+    """Likewise files, where the table names them."""
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files that there are, by their columns."""
+        named = {"image": self.image, "mask": self.mask, "inpaint_mask": self.inpaint_mask, "points": self.points}
+        return {name: path for name, path in named.items() if path is not None}
 
 
 def read_table(source: Path, table: str) -> tuple[list[Row], list[str]]:
@@ -100,6 +112,7 @@ def _add_row(cells: Mapping[str, str], line: int, source: Path, rows: list[Row],
         return
     cells = {name: text.strip() for name, text in cells.items()}
     image, mask = _file(source, cells, "image", found), _file(source, cells, "mask", found)
+    optional = {name: _file(source, cells, name, found) for name in OPTIONAL_FILES if cells.get(name)}
     if not cells["subject"]:
         found.append("subject is empty, and splits are made by subject")
     clinical_group = _group(cells, found)
@@ -108,7 +121,8 @@ def _add_row(cells: Mapping[str, str], line: int, source: Path, rows: list[Row],
     problems += [f"line {line}: {problem}" for problem in found]
     if not found and image is not None and mask is not None:
         name = image.relative_to(source.resolve()).as_posix()
-        rows.append(Row(line, image, mask, name, canonical(cells["subject"]), clinical_group, eye, um_per_px, fields))
+        subject = canonical(cells["subject"])
+        rows.append(Row(line, image, mask, name, subject, clinical_group, eye, um_per_px, fields, **optional))
 
 
 def _file(source: Path, cells: Mapping[str, str], name: str, found: list[str]) -> Path | None:
@@ -169,8 +183,9 @@ def _contradictions(rows: list[Row]) -> list[str]:
     by_image: dict[Path, int] = {}
     by_subject: dict[str, Row] = {}
     for row in rows:
-        if row.image == row.mask:
-            problems.append(f"line {row.line}: image and mask are one file")
+        for (one, path), (other, same) in combinations(row.files.items(), 2):
+            if path == same:
+                problems.append(f"line {row.line}: {one} and {other} are one file")
         if (line := by_image.setdefault(row.image, row.line)) != row.line:
             problems.append(f"line {row.line}: the image is that of line {line}; keep one row for each frame")
         first = by_subject.setdefault(row.subject, row)

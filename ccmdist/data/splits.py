@@ -25,7 +25,7 @@ def assigned_splits(
 
     A fraction counts subjects, and those of every clinical group as far as whole subjects allow. Where there are
     enough, a fraction above zero gets at least one. A subject with more than half of all frames is never held out,
-    and train is never empty.
+    and train is never empty unless there are no subjects.
 
     Args:
         subjects: By pseudonym.
@@ -50,7 +50,7 @@ def assigned_splits(
     held_out: tuple[tuple[Split, float], ...] = (("val", val_fraction), ("test", test_fraction))
     sizes = {group: len(names) for group, names in by_group.items()}
     for split, fraction in held_out:
-        num_left = sum(split == "train" for split in splits.values()) - 1
+        num_left = max(sum(split == "train" for split in splits.values()) - 1, 0)
         wanted = min(max(round(fraction * len(subjects)), 1 if fraction else 0), num_left)
         for group, count in _shares(
             sizes, {group: len(names) for group, names in by_group.items()}, fraction, wanted

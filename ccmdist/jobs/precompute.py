@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ccmdist.cluster.preemption import StopFlag
 from ccmdist.cluster.ranks import ranks_from_environment, worker_from_environment
-from ccmdist.config.data import PrecomputeConfig
+from ccmdist.config.data import DataSettings, PrecomputeConfig
 from ccmdist.config.loading import read_resolved
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.precompute.plan import FillPlan, fill_plan
@@ -36,8 +36,16 @@ def describe(config: PrecomputeConfig) -> str:
     return (
         f"{plan.folder}: {plan.num_committed} of {len(plan.shards)} shards are committed, "
         f"{sum(shard.num_samples for shard in plan.open_shards)} samples are to be encoded by "
-        f"Qwen-Image-Edit {model.version}"
+        f"Qwen-Image-Edit {model.version}{_told(config.data)}"
     )
+
+
+def _told(data: DataSettings) -> str:
+    """What the samples are encoded with besides their nerve masks and whole images."""
+    structure = "" if data.structure == "mask" else f", nerves as {data.structure.replace('_', ' ')}"
+    if data.holes is None:
+        return structure
+    return f"{structure}, each with {data.holes.per_sample} holes ({', '.join(data.holes.shapes)})"
 
 
 def open_units(config: PrecomputeConfig) -> int:

@@ -105,7 +105,7 @@ class Encoders:
             raise ShardError(
                 f"{where}: sample {triple.key} of train has an inpaint_mask of its own: what it hides is unknown and "
                 "cannot teach a model to fill holes",
-                "pack the frames that are to be repaired as a set of their own, or leave out data.holes",
+                "pack it with `ccmdist shards folders`, which keeps such people out of train, or leave out data.holes",
             )
         if self.data.structure != "mask" and triple.points is None:
             return replace(triple, points=points_of_mask(triple.nerve_mask))

@@ -128,7 +128,7 @@ def test_without_nerves_two_textures_of_one_mask_are_unlike_and_copies_are_not()
     def texture(number, draw):
         nerves = make_nerves("Control", number, SIZE_PX)
         rng = np.random.default_rng([number, draw])
-        optics = shown(nerves.fibres, GROUP_DEFAULTS["Control"], Frame(SIZE_PX, UM_PER_PX_HRT3), rng)
+        optics, _ = shown(nerves.fibres, GROUP_DEFAULTS["Control"], Frame(SIZE_PX, UM_PER_PX_HRT3), rng)
         return optics, nerves.nerve_mask
 
     for number in range(6):
