@@ -319,7 +319,7 @@ def verify_adapter(source: Source, model_folder: Model, name: Name = None) -> No
 @adapter.command(epilog=example("ccmdist adapter show runs/tiny"))
 def show(source: Source, name: Name = None) -> None:
     """Print what an adapter adapts, how large it is, the ranks it has grown to and how far it has moved."""
-    importlib.import_module("ccmdist.jobs.adapter").show(source, name)
+    importlib.import_module("ccmdist.jobs.adapter_show").show(source, name)
 
 
 Stage = Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGES))]

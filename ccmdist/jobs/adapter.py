@@ -1,4 +1,4 @@
-"""What `ccmdist adapter` does: find an adapter wherever it lies, export it, merge it, verify it, show it."""
+"""What `ccmdist adapter` does: find an adapter wherever it lies, export it, merge it, verify it."""
 
 import json
 import shutil
@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from safetensors import safe_open
 from torch import Tensor
 
@@ -18,16 +16,15 @@ from ccmdist.adapters.comfyui import COMFYUI_FILE, write_comfyui
 from ccmdist.adapters.growth import active_ranks
 from ccmdist.adapters.injection import KINDS, layer_group
 from ccmdist.adapters.merge import merged_rows, row_slices
-from ccmdist.adapters.model_card import told_ranks
 from ccmdist.adapters.state import WEIGHTS_FILE, AdapterState, read_adapter, write_adapter
 from ccmdist.adapters.wdlora import RowState
 from ccmdist.commit import commit_bytes, committed_file, sync_folder, temporary_name
 from ccmdist.config.objectives import AdapterName, DualSettings
-from ccmdist.config.train import TrainConfig, system_of
+from ccmdist.config.train import TrainConfig
 from ccmdist.console import log, tracked
 from ccmdist.errors import AdapterError, ModelError
 from ccmdist.jobs.adapter_check import compare, linear_shapes
-from ccmdist.jobs.trained import facts_of, find_trained, quantity_of, run_of, settings_of
+from ccmdist.jobs.trained import facts_of, find_trained, quantity_of
 from ccmdist.models.model_folder import REPOSITORIES, ModelFolder
 from ccmdist.models.sizes import PIPELINES
 from ccmdist.train.checkpoint import Checkpoint
@@ -150,7 +147,7 @@ def export(source: Path, model: Path, out: Path, name: str | None = None) -> Non
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AdapterError(f"{out}: already exists", "choose another folder")
     folder = ModelFolder.open(model)
-    state = _on_base(find(source, name), folder)
+    state = on_base(find(source, name), folder)
     rows = rows_of(state, folder)
     state = replace(state, facts={**state.facts, **_base_facts(folder), "movement": json.dumps(movement(rows))})
     temporary = temporary_name(out)
@@ -172,7 +169,7 @@ def verify(source: Path, model: Path, name: str | None = None) -> None:
         AdapterError: If it belongs to another base, or anything differs.
     """
     folder = ModelFolder.open(model)
-    state = _on_base(find(source, name), folder)
+    state = on_base(find(source, name), folder)
     with tempfile.TemporaryDirectory(prefix="ccmdist-") as temporary:
         if (exported := _exported(source, name)) is None:
             exported = Path(temporary)
@@ -191,7 +188,7 @@ def merge(source: Path, model: Path, out: Path, name: str | None = None) -> None
     if (out / "config.json").exists():
         raise AdapterError(f"{out}: already holds a model", "choose another folder")
     folder = ModelFolder.open(model)
-    state = _on_base(find(source, name), folder)
+    state = on_base(find(source, name), folder)
     files = folder.weight_files("transformer")
     names_of_file: dict[Path, list[str]] = {file: [] for file in files.values()}
     for name in state.tensors:
@@ -205,34 +202,6 @@ def merge(source: Path, model: Path, out: Path, name: str | None = None) -> None
     for path in (*sorted(transformer.glob("*.index.json")), transformer / "config.json"):
         commit_bytes(out / path.name, path.read_bytes())
     log.info("%s: load it with QwenImageTransformer2DModel.from_pretrained, or put it in place of the base's", out)
-
-
-def show(source: Path, name: str | None = None) -> None:
-    """Print what an adapter adapts, how large it is and how far it has moved."""
-    state = find(source, name)
-    moved = json.loads(state.facts["movement"]) if "movement" in state.facts else _movement_in_run(source, state)
-    table = Table("layers", "linears", "parameters", "magnitude moved", "direction moved")
-    for group, names in _by_group(state).items():
-        parameters = sum(tensor.numel() for name in names for tensor in state.tensors[name].values())
-        magnitude, angle = moved.get(f"magnitude/{group}"), moved.get(f"direction_rad/{group}")
-        told = "-" if magnitude is None else f"{magnitude:.2%}", "-" if angle is None else f"{angle:.4f} rad"
-        table.add_row(group, str(len(names)), f"{parameters:,}", *told)
-    console = Console()
-    console.print(f"{source}: {_title(state)}", highlight=False, soft_wrap=True)
-    console.print(table)
-    for name, value in sorted(state.facts.items()):
-        if name != "movement":
-            console.print(f"{name:14} {value}", highlight=False, soft_wrap=True)
-    if not moved and state.settings.kind == "wdlora":
-        console.print("how far it has moved is known once it is exported, for that takes the base")
-
-
-def _title(state: AdapterState) -> str:
-    """Name, kind, rank and scale of an adapter in one line."""
-    name, settings = state.facts.get("adapter_name"), state.settings
-    scale = f"scale {state.scale:g}" if settings.growth else f"alpha {settings.alpha_of(settings.lora_rank):g}"
-    ranks = told_ranks(state.lora_ranks.values())
-    return f"{f'{name}, ' if name else ''}{system_of(settings)}, rank {ranks}, {scale}"
 
 
 def rows_of(state: AdapterState, folder: ModelFolder) -> dict[str, RowState]:
@@ -259,26 +228,12 @@ def movement(rows: Mapping[str, RowState]) -> dict[str, float]:
     return {name: float(torch.stack(values).mean()) for name, values in sorted(found.items())}
 
 
-def _movement_in_run(source: Path, state: AdapterState) -> dict[str, float]:
-    """Movement on the base that the run was trained on; empty where that is not at hand."""
-    run = run_of(source)
-    if not run.config.is_file():
-        return {}
-    try:
-        return movement(rows_of(state, _on_base_of(state, settings_of(run))))
-    except (ModelError, AdapterError) as error:
-        log.warning("%s", error)
-        return {}
+def on_base(state: AdapterState, folder: ModelFolder) -> AdapterState:
+    """The state, after a check that ``folder`` is what it was trained on.
 
-
-def _on_base_of(state: AdapterState, config: TrainConfig) -> ModelFolder:
-    folder = ModelFolder.open(config.data.model)
-    _on_base(state, folder)
-    return folder
-
-
-def _on_base(state: AdapterState, folder: ModelFolder) -> AdapterState:
-    """The state, after a check that ``folder`` is what it was trained on."""
+    Raises:
+        AdapterError: If it is not.
+    """
     trained_on, found = state.facts.get("base_digest", ""), folder.transformer_digest()
     if trained_on != found:
         raise AdapterError(
@@ -292,6 +247,8 @@ def _on_base(state: AdapterState, folder: ModelFolder) -> AdapterState:
 def _facts(checkpoint: Checkpoint, config: TrainConfig) -> dict[str, str]:
     facts = facts_of(checkpoint)
     facts |= {"image_size_px": str(config.data.image_size_px), "base_in_training": config.base}
+    if config.data.structure != "mask":
+        facts["structure"] = config.data.structure
     try:
         return facts | _base_facts(ModelFolder.open(config.data.model))
     except ModelError:
@@ -303,13 +260,6 @@ def _base_facts(folder: ModelFolder) -> dict[str, str]:
     is_published = all(config.get(name, value) == value for name, value in PUBLISHED_WIDTH.items())
     facts = {"model_version": folder.version, "pipeline": PIPELINES[folder.version]}
     return facts | ({"base_model": REPOSITORIES[folder.version]} if is_published else {})
-
-
-def _by_group(state: AdapterState) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for name in state.tensors:
-        groups.setdefault(layer_group(name), []).append(name)
-    return dict(sorted(groups.items()))
 
 
 def _merge_into_file(copy: Path, base: Path, names: list[str], state: AdapterState) -> None:

@@ -6,22 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from ccmdist.adapters import state as state_module
 from ccmdist.adapters.merge import merge_into
-from ccmdist.adapters.state import WEIGHTS_FILE, AdapterState, read_adapter, write_adapter
+from ccmdist.adapters.state import WEIGHTS_FILE, read_adapter, write_adapter
 from ccmdist.cli import exit_code
 from ccmdist.cluster.best_checkpoint import BestCheckpoint
-from ccmdist.commit import sha256_of_file
-from ccmdist.config.loading import load, resolved
-from ccmdist.config.train import LoRASettings, TrainConfig, WDLoRASettings
 from ccmdist.errors import AdapterError, CheckpointError, ModelError
-from ccmdist.jobs import adapter, adapter_check
+from ccmdist.jobs import adapter, adapter_check, adapter_show
 from ccmdist.models import mmdit
 from ccmdist.models.make import make_model
 from ccmdist.models.model_folder import ModelFolder
-from ccmdist.train.checkpoint import FORMAT_VERSION, sealed
+from ccmdist.train.checkpoint import sealed
+from tests.unit.jobs.made_adapters import make_run, moved_state
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +32,6 @@ def tiny(tmp_path_factory):
 def state(request, tiny):
     """An adapter whose alpha is not its rank, well away from its base."""
     return moved_state(tiny, request.param)
-
-
-def moved_state(folder, kind):
-    settings = {"wdlora": WDLoRASettings, "lora": LoRASettings}[kind](lora_rank=4, alpha=8.0)
-    source = torch.Generator().manual_seed(5)
-    tensors = {}
-    for name, (num_out, num_in) in adapter_check.linear_shapes(folder).items():
-        if name.startswith("transformer_blocks.") and "mod" not in name:
-            tensors[name] = {
-                "lora_A": torch.randn(4, num_in, generator=source) / num_in**0.5,
-                "lora_B": 0.05 * torch.randn(num_out, 4, generator=source),
-            }
-            if kind == "wdlora":
-                tensors[name]["magnitude"] = 1 + 0.1 * torch.randn(num_out, generator=source)
-    return AdapterState(settings, tensors, {"base_digest": folder.transformer_digest(), "step": "7"})
 
 
 wdlora_alone = pytest.mark.parametrize("state", ["wdlora"], indirect=True)
@@ -194,49 +176,6 @@ def test_a_merge_that_was_interrupted_is_done_again(tiny, written, tmp_path, mon
     assert (out / "config.json").is_file()
 
 
-def make_run(folder, tiny, state, steps=(3, 7), average=False):
-    """A run folder with checkpoints as two ranks write them."""
-    data = [f"data.{name}={tiny.path}" for name in ("shards", "model", "cache")]
-    adapted = [f"adapter={json.dumps(resolved(state.settings))}"]
-    config = load(TrainConfig, [], [f"run={folder}", *data, *adapted, "data.image_size_px=64"])
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"digest": "c" * 64, "settings": resolved(config)}))
-    for step in steps:
-        checkpoint = folder / "checkpoints" / f"step-{step:08d}"
-        checkpoint.mkdir(parents=True)
-        parameters = {f"{n}.{k}": t * (step / 7) for n, tensors in state.tensors.items() for k, t in tensors.items()}
-        slices, entries = {}, {}
-        for rank in range(2):
-            file = checkpoint / f"slices-{rank:05d}.safetensors"
-            cut = {
-                name: (0, t.numel() // 2) if rank == 0 else (t.numel() // 2, t.numel())
-                for name, t in parameters.items()
-            }
-            quantities = {"weight": 1.0, **({"average": 0.5} if average else {})}
-            tensors = {
-                f"{name}|{quantity}": factor * parameters[name].flatten()[first:last].clone()
-                for quantity, factor in quantities.items()
-                for name, (first, last) in cut.items()
-            }
-            save_file(tensors, file)
-            slices[file.name] = cut
-            entries[file.name] = {"num_bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "step": step,
-            "samples_seen": step * 16,
-            "config_digest": "c" * 64,
-            "base_digest": tiny.transformer_digest(),
-            "data_digest": "d" * 64,
-            "has_average": average,
-            "parameters": {name: list(t.shape) for name, t in parameters.items()},
-            "files": entries,
-            "slices": slices,
-        }
-        (checkpoint / "manifest.json").write_text(json.dumps(sealed(manifest)))
-    return folder
-
-
 def test_an_adapter_is_found_in_a_run_in_a_checkpoint_and_in_its_own_folder(tiny, state, written, tmp_path):
     run = make_run(tmp_path / "run", tiny, state)
     name = "transformer_blocks.2.attn.to_v"
@@ -260,7 +199,7 @@ def test_the_pointer_to_the_best_checkpoint_stands_for_it(tiny, state, tmp_path,
     assert adapter.find(run).facts["step"] == "7"
     adapter.export(best, tiny.path, tmp_path / "out")
     assert read_adapter(tmp_path / "out").facts["step"] == "3"
-    adapter.show(best)
+    adapter_show.show(best)
     assert "step           3" in capsys.readouterr().out
 
 
