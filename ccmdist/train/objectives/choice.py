@@ -24,6 +24,12 @@ def _edit(config: TrainConfig, group: ProcessGroup) -> Objective:
     return EditObjective(config, group)
 
 
+def _dual(config: TrainConfig, group: ProcessGroup) -> Objective:
+    from ccmdist.train.objectives.dual import DualObjective
+
+    return DualObjective(config, group)
+
+
 def _spade(config: TrainConfig, group: ProcessGroup) -> Objective:
     from ccmdist.train.objectives.spade import SpadeObjective
 
@@ -38,6 +44,7 @@ def _maisi(config: TrainConfig, group: ProcessGroup) -> Objective:
 
 OBJECTIVES: Final[dict[ObjectiveKind, Callable[[TrainConfig, ProcessGroup], Objective]]] = {
     "edit": _edit,
+    "dual": _dual,
     "spade": _spade,
     "maisi": _maisi,
 }
