@@ -15,7 +15,8 @@ class SelectConfig(Settings):
     """`ccmdist select`: draw held-out masks with every checkpoint of a run, measure, and point at the best one."""
 
     run: Path
-    """Folder of a training run, all of whose checkpoints take part: as many as its `checkpoint.keep` has left."""
+    """Folder of a training run, all of whose checkpoints take part: as many as its `checkpoint.keep` has left. Of two
+    adapters, as objective `dual` trains them, synthesis draws, and its best step is pointed at for both."""
     out: Path | None = None
     """Folder of what is drawn and measured; by default RUN/selection. Other settings need another one."""
     data: DataSettings | None = None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from ccmdist.cluster.run_directory import RunDirectory, committed_paths
 from ccmdist.config.data import DataSettings
 from ccmdist.config.loading import resolved, validate
+from ccmdist.config.objectives import DualSettings
 from ccmdist.config.select import SelectConfig
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.config.train import TrainConfig
@@ -116,11 +117,13 @@ def open_candidates(config: SelectConfig) -> Candidates:
     """The candidates of a run; reads settings and manifests alone.
 
     Raises:
-        EvaluationError: If there is no training run or no checkpoint, or the split has too few images or subjects.
+        EvaluationError: If there is no training run or no checkpoint, the run has trained no adapter for whole images,
+            or the split has too few images or subjects.
         ShardError: If the masks are not there.
     """
     run = RunDirectory(config.run)
     trained = _trained(run)
+    _refuse_fillers(trained)
     checkpoints = tuple(committed_paths(run.checkpoints))
     if not checkpoints:
         raise EvaluationError(
@@ -143,6 +146,16 @@ def _trained(run: RunDirectory) -> TrainConfig:
             f"run: {run.path} is not the folder of a training run ({run.config.name}: {problem})",
             "name the `run` of `ccmdist train`, such as runs/tiny",
         ) from None
+
+
+def _refuse_fillers(trained: TrainConfig) -> None:
+    """Refuse a run that has no adapter for whole images, by which alone is chosen."""
+    if isinstance(trained.objective, DualSettings) and "synthesis" not in trained.objective.adapters:
+        raise EvaluationError(
+            f"run: {trained.run} has trained completion alone, and a checkpoint is chosen by the whole images it draws",
+            "draw with some of its checkpoints (`ccmdist synthesize ... objective=completion adapter=CHECKPOINT`) and "
+            "compare the sets with `ccmdist evaluate`",
+        )
 
 
 def _refuse_few(candidates: Candidates) -> None:

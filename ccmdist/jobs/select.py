@@ -120,7 +120,7 @@ def _draw_and_measure(
     from ccmdist.synthesis.generate import synthesize
 
     drawing = candidates.drawing(checkpoint)
-    weights = find(checkpoint) if candidates.weights == "adapter" else find_network(checkpoint)
+    weights = find(checkpoint, drawing.objective) if candidates.weights == "adapter" else find_network(checkpoint)
     if synthesize(drawing, weights, worker_index, num_workers, should_stop):
         work.do_share(candidates.units(checkpoint), 0, 1, should_stop)
 

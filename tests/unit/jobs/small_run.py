@@ -35,19 +35,22 @@ def make_sources(folder):
     fill_cache(load(PrecomputeConfig, [], [*data_overrides(folder), "splits=[val]"]), 0, 1)
 
 
-def make_run(folder, sources, damage_of_step, keep=9, size_px=SIZE_PX):
-    """A run folder with a checkpoint for each step, whose adapter moves the weights by this much of their own size."""
+def make_run(folder, sources, damage_of_step, keep=9, size_px=SIZE_PX, more=(), names=("",), objective_state=None):
+    """A run folder with a checkpoint for each step, whose adapter moves the weights by this much of their own size.
+
+    Several adapters have ``names``, and what else makes a run of another kind is said by ``more`` settings.
+    """
     settings = LoRASettings(lora_rank=2)
-    overrides = [f"run={folder}", *data_overrides(sources, size_px), "adapter.kind=lora", "adapter.lora_rank=2"]
+    overrides = [f"run={folder}", *data_overrides(sources, size_px), "adapter.kind=lora", "adapter.lora_rank=2", *more]
     config = load(TrainConfig, [], [*overrides, f"checkpoint.keep={keep}"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"digest": digest(config), "settings": resolved(config)}))
     for step, damage in damage_of_step.items():
-        add_checkpoint(folder, sources, settings, step, damage, keep)
+        add_checkpoint(folder, sources, settings, step, damage, keep, names, objective_state)
     return folder
 
 
-def add_checkpoint(folder, sources, settings, step, damage, keep=9):
+def add_checkpoint(folder, sources, settings, step, damage, keep=9, names=("",), objective_state=None):
     """Commit a checkpoint as a run of one rank does."""
     model = ModelFolder.open(sources / "model")
     source = torch.Generator().manual_seed(step)
@@ -57,9 +60,12 @@ def add_checkpoint(folder, sources, settings, step, damage, keep=9):
             A = torch.randn(settings.lora_rank, num_in, generator=source) / num_in**0.5
             B = damage * torch.randn(num_out, settings.lora_rank, generator=source)
             for kind, tensor in (("lora_A", A), ("lora_B", B)):
-                values = {"weight": tensor.flatten()}
-                parameters[f"{name}.{kind}"] = LocalParameter(tuple(tensor.shape), 0, values)
+                for adapter in names:
+                    values = {"weight": tensor.flatten().clone()}
+                    owner = f"{name}.{adapter}" if adapter else name
+                    parameters[f"{owner}.{kind}"] = LocalParameter(tuple(tensor.shape), 0, values)
     facts = {"samples_seen": step, "config_digest": "c", "data_digest": "d", "has_average": False}
+    facts["objective_state"] = objective_state or {}
     store = CheckpointStore(folder / "checkpoints", OneRank(), keep, attempt=0)
     assert store.save(step, parameters, facts | {"base_digest": model.transformer_digest()}) == ""
 

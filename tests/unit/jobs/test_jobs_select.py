@@ -17,12 +17,14 @@ from ccmdist.config.train import LoRASettings
 from ccmdist.data.reader import read_split
 from ccmdist.errors import CheckpointError, EvaluationError, Preempted, RunError, ShardError
 from ccmdist.jobs import adapter, select
+from ccmdist.jobs.adapter_check import linear_shapes
 from ccmdist.jobs.candidates import open_candidates
 from ccmdist.jobs.network import find_network
+from ccmdist.models.model_folder import ModelFolder
 from ccmdist.synthesis import generate
 from ccmdist.synthesis.output import SyntheticSet
 from ccmdist.synthesis.plan import read_plan
-from tests.unit.jobs.small_run import SIZE_PX, add_checkpoint, make_network_run, make_run, make_sources
+from tests.unit.jobs.small_run import SIZE_PX, add_checkpoint, data_overrides, make_network_run, make_run, make_sources
 from tests.unit.jobs.test_jobs_units import counts
 
 NUM_STEPS = ["denoise_steps=2", "guidance_scale=1", "batch_size=4"]
@@ -74,8 +76,8 @@ def sampler(sources, monkeypatch):
         drawn: ClassVar = []
         before = staticmethod(lambda: None)
 
-        def __init__(self, plan, model, cache, adapter):
-            self.step = int(adapter.facts["step"])
+        def __init__(self, plan, model, cache, adapters, objective):
+            self.step = int(adapters[objective].facts["step"])
 
         def draw(self, requests):
             type(self).before()
@@ -115,6 +117,38 @@ def test_the_checkpoint_that_draws_best_is_pointed_at_though_later_ones_are_dama
     assert told["real"]["num_images"] == 6
     assert told["real"]["cldice"] > 0.7
     assert len(sampler.drawn) == 3 * 2, "another metric needs no new images"
+
+
+def test_of_two_adapters_the_one_for_whole_images_is_chosen_by(sources, sampler, tmp_path, monkeypatch):
+    dual, names = ["objective={kind: dual}", "data.holes={}"], ("synthesis", "completion")
+    run = make_run(tmp_path / "run", sources, {step: step / 100 for step in STEPS}, more=dual, names=names)
+    assert chosen(config_of(run, *data_overrides(sources)), monkeypatch) == 20
+    for name in names:
+        found = adapter.find(run / BEST, name)
+        assert (found.facts["step"], found.facts["adapter_name"]) == ("20", name)
+
+
+def test_a_run_without_an_adapter_for_whole_images_is_refused(sources, tmp_path):
+    completion = ["objective={kind: dual, adapters: [completion]}", "data.holes={}"]
+    run = make_run(tmp_path / "run", sources, {10: 0.1}, more=completion, names=("completion",))
+    with pytest.raises(EvaluationError, match="has trained completion alone, and a checkpoint is chosen by the whole"):
+        open_candidates(config_of(run))
+
+
+def test_checkpoints_of_an_adapter_that_grows_are_chosen_from(sources, sampler, tmp_path, monkeypatch):
+    model = ModelFolder.open(sources / "model")
+    births = {name: [0] for name in linear_shapes(model) if ".attn." in name}
+    nothing = {name: [0.0, 0.0] for name in births}
+    growth = {"growth": {"births": births, "sums": nothing, "tested": nothing}}
+    run = make_run(
+        tmp_path / "run",
+        sources,
+        {step: step / 100 for step in STEPS},
+        more=["adapter.growth={}"],
+        objective_state=growth,
+    )
+    assert chosen(config_of(run), monkeypatch) == 20
+    assert set(adapter.find(run / BEST).lora_ranks.values()) == {1}
 
 
 def test_of_equal_checkpoints_the_earliest_is_chosen(run, sampler, monkeypatch, capsys):
