@@ -22,95 +22,22 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from unittest import mock
 
 import torch
-from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from measure.memory import peak_bytes
+from measure.real_block import Inputs, Side, frozen_block, ours, targets_of
 from measure.rows import Row, finish
 from measure.timing import in_turn, median_ratio
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ccmdist.adapters.injection import AdaptedLinears, inject, row_squares_of
 from ccmdist.adapters.wdlora import RowState
-from ccmdist.config.train import AdapterSettings, LoRASettings, WDLoRASettings
+from ccmdist.config.train import LoRASettings, WDLoRASettings
 
-HEAD_DIM = 128
 ANCHOR = "PEFT LoRA"
 SIZES_OF_B = (1e-4, 1e-3, 5e-3, 2e-2, 1e-1)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a block is given; hidden states (1, tokens, dim)."""
-
-    image: Tensor
-    text: Tensor
-    modulation: Tensor
-    rotary: tuple[Tensor, Tensor]
-
-    @classmethod
-    def of(cls, dim: int, tokens: tuple[int, int]) -> "Inputs":
-        hidden = [torch.randn(1, count, dim, dtype=torch.bfloat16, requires_grad=True) for count in tokens]
-        rotary = [torch.polar(torch.ones(count, HEAD_DIM // 2), torch.rand(count, HEAD_DIM // 2)) for count in tokens]
-        return cls(*hidden, torch.randn(1, dim, dtype=torch.bfloat16), (rotary[0], rotary[1]))
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [self.image, self.text, self.modulation, *self.rotary]
-
-
-@dataclass(frozen=True)
-class Side:
-    """A block under one adapter."""
-
-    block: nn.Module
-    adapted: AdaptedLinears | None = None
-
-    def step(self, inputs: Inputs, accumulation: int = 1) -> None:
-        """The forward and backward passes of an optimizer step."""
-        if self.adapted is not None:
-            self.adapted.advance()
-        for _ in range(accumulation):
-            image, text = checkpoint(self._forward, inputs, inputs.image, inputs.text, use_reentrant=False)
-            (image.float().mean() + text.float().mean()).backward()
-            inputs.image.grad = inputs.text.grad = None
-
-    def whole_step(self, inputs: Inputs, accumulation: int) -> None:
-        """A step that begins without gradients."""
-        self.drop_gradients()
-        self.step(inputs, accumulation)
-
-    def drop_gradients(self) -> None:
-        """As an optimizer does after its step."""
-        for parameter in self.block.parameters():
-            parameter.grad = None
-
-    def _forward(self, inputs: Inputs, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        return self.block(
-            hidden_states=image,
-            encoder_hidden_states=text,
-            encoder_hidden_states_mask=None,
-            temb=inputs.modulation,
-            image_rotary_emb=inputs.rotary,
-        )
-
-
-def targets_of(block: nn.Module) -> list[str]:
-    """Names of the linears that are adapted: attention and MLPs, not the modulation."""
-    linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linears if "_mod" not in name]
-
-
-def ours(block: nn.Module, settings: AdapterSettings) -> Side:
-    """A copy of ``block`` under one of our adapters."""
-    block = copy.deepcopy(block)
-    names = targets_of(block)
-    return Side(block, inject(block, names, settings, row_squares_of(block, names), seed=0))
 
 
 def of_peft(block: nn.Module, lora_rank: int, use_dora: bool, dtype: torch.dtype = torch.bfloat16) -> Side:
@@ -125,7 +52,7 @@ def of_peft(block: nn.Module, lora_rank: int, use_dora: bool, dtype: torch.dtype
 
 def sides(dim: int, lora_rank: int) -> dict[str, Side]:
     """All sides, with adapters that have moved away from their start."""
-    block = QwenImageTransformerBlock(dim, dim // HEAD_DIM, HEAD_DIM).bfloat16().requires_grad_(False)
+    block = frozen_block(dim)
     found = {
         "WDLoRA": ours(block, WDLoRASettings(lora_rank=lora_rank)),
         ANCHOR: of_peft(block, lora_rank, use_dora=False),
