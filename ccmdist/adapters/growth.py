@@ -15,6 +15,9 @@ sums of squared gradients, which stand for the diagonal of the empirical Fisher 
 Row r of A is K, column r of B is b, the *probe*: the backward pass of every step has dL/db already. WDLoRA's norm is
 constant in the backward pass, so all this holds of it too.
 
+The ratio compares a layer with itself. Where it learns nothing and B stays near zero, a gradient of noise alone gives a
+ratio of about 2 at rank 1; so a small threshold lets such layers grow too.
+
 Source: Mao et al. 2024 (arXiv:2408.07196), Algorithm 1. The paper's page prints the inverse ratio; its released code
 divides as here, and only so a ratio can exceed 1. Ours: one pass; sums over all steps since the last test instead of
 one batch; the budget; the steps that each rank counts for itself, from the step at which it became active.

@@ -98,7 +98,7 @@ def _update_by_own_steps(parts: tuple[torch.Tensor, ...], step: int, group: dict
     beta1, beta2 = group["betas"]
     steps = step - births  # not positive where nothing is active: there moments are zero, whatever divides them
     if group["weight_decay"]:
-        values.addcmul_(values, (steps > 0).to(values.dtype), value=-group["lr"] * group["weight_decay"])
+        values.mul_((steps > 0).to(values.dtype).mul_(-group["lr"] * group["weight_decay"]).add_(1))
     first.lerp_(gradient, 1 - beta1)
     second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
     counts = steps.clamp_min_(1).to(values.dtype)

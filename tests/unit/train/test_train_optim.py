@@ -1,4 +1,7 @@
-"""AdamW in 8 bits: what is stored and taken up again is the same, sets that rest stay as they are, steps are near."""
+"""AdamW in 8 bits: what is stored and taken up again is the same, sets that rest stay as they are, steps are near.
+
+And AdamW where elements count steps of their own: as PyTorch's from their birth on, and not at all before.
+"""
 
 import sys
 
@@ -95,3 +98,80 @@ def test_8_bits_without_bitsandbytes_are_refused_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it could not be imported
     with pytest.raises(ConfigError, match=r"adamw8bit needs bitsandbytes, .*ccmdist\[quant\].*set optim\.kind=adamw$"):
         made("adamw8bit", one=parameters(0))
+
+
+def growing(parameter, births, **settings):
+    found = optimizer({"one": [parameter]}, OptimSettings(lr=LR, **settings), grows=True)
+    found.begin(parameter)
+    found.set_births(parameter, births)
+    return found
+
+
+def gradient_of(step):
+    return torch.randn(NUM, generator=torch.Generator().manual_seed(step)) * 10.0 ** (step % 5 - 3)
+
+
+def pytorchs(start, gradients, betas, weight_decay, lr=LR):
+    """Where PyTorch's own AdamW takes a parameter."""
+    parameter = torch.nn.Parameter(start.clone())
+    theirs = torch.optim.AdamW([parameter], lr=lr, betas=betas, weight_decay=weight_decay)
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        theirs.step()
+    return parameter.detach()
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.99), (0.9, 0.999), (0.0, 0.9)])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_where_all_is_there_from_the_start_steps_are_those_of_pytorch(betas, weight_decay, monkeypatch):
+    monkeypatch.setattr("ccmdist.train.optim.ELEMENTS_AT_ONCE", 300)  # in parts, as a large adapter
+    parameter = parameters(0)
+    found = growing(parameter, torch.zeros(NUM, dtype=torch.int32), betas=betas, weight_decay=weight_decay)
+    for step in range(STEPS):
+        parameter.grad = gradient_of(step)
+        found.step()
+    expected = pytorchs(parameters(0).detach(), map(gradient_of, range(STEPS)), betas, weight_decay)
+    torch.testing.assert_close(parameter.detach(), expected, rtol=1e-6, atol=1e-5 * LR)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_an_element_moves_as_if_the_optimizer_had_started_with_it_and_before_not_at_all(weight_decay):
+    birth, betas = 30, (0.9, 0.999)
+    births = torch.zeros(NUM, dtype=torch.int32)
+    births[::3], births[1::3] = birth, 1 << 30
+    parameter, start = parameters(0), parameters(0).detach()
+    found = growing(parameter, births, betas=betas, weight_decay=weight_decay)
+    for step in range(STEPS):
+        parameter.grad = torch.where(births <= step, gradient_of(step), 0)
+        found.step()
+        if step == birth - 1:
+            assert torch.equal(parameter[::3], start[::3])
+    assert torch.equal(parameter[1::3], start[1::3]), "never born"
+    assert not any(moment[1::3].any() for moment in found.moments(parameter).values())
+    expected = pytorchs(start, map(gradient_of, range(birth, STEPS)), betas, weight_decay)
+    torch.testing.assert_close(parameter.detach()[::3], expected[::3], rtol=1e-6, atol=1e-5 * LR)
+    expected = pytorchs(start, map(gradient_of, range(STEPS)), betas, weight_decay)
+    torch.testing.assert_close(parameter.detach()[2::3], expected[2::3], rtol=1e-6, atol=1e-5 * LR)
+
+
+def test_with_the_steps_of_others_a_first_update_would_be_three_times_too_large():
+    """Why elements count for themselves: the update of a new element by PyTorch's AdamW after 1000 steps without."""
+    start, gradients = torch.zeros(NUM), [torch.zeros(NUM)] * 1000 + [torch.ones(NUM)]
+    late = pytorchs(start, gradients, (0.9, 0.999), 0.0)
+    assert late.abs().min() > 2.5 * LR
+    parameter = torch.nn.Parameter(start.clone())
+    found = growing(parameter, torch.full((NUM,), 1000, dtype=torch.int32), betas=(0.9, 0.999))
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        found.step()
+    torch.testing.assert_close(parameter.detach(), torch.full((NUM,), -LR), rtol=1e-4, atol=0)
+
+
+def test_a_set_whose_elements_grow_rests_bit_for_bit_too():
+    parameter = parameters(1)
+    found = growing(parameter, torch.zeros(NUM, dtype=torch.int32))
+    parameter.grad = torch.ones(NUM)
+    found.active = frozenset()
+    found.step()
+    assert torch.equal(parameter, parameters(1))
+    assert float(found.state[parameter]["step"]) == 0
