@@ -4,11 +4,13 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
-from ccmdist.config.data import DataSettings
+from ccmdist.commit import digest_of
+from ccmdist.config.data import DataSettings, HoleSettings
 from ccmdist.data.cache_index import (
     cache_folder,
     command,
@@ -159,6 +161,38 @@ def test_where_a_set_lies_and_the_order_of_flips_do_not_count(data, phantoms):
 
     assert of(shards="elsewhere", model="elsewhere", cache="elsewhere") == of()
     assert of(flips=("vflip", "hflip", "vflip")) == of(flips=("hflip", "vflip"))
+
+
+def test_usual_settings_have_the_fingerprint_that_they_had_before_structures_and_holes_existed(tmp_path):
+    def of(**changes):
+        data = DataSettings(shards="s", model="m", image_size_px=384, flips=("hflip",), **changes)
+        return digest_of(fingerprint(data, "b" * 64, ENCODERS))
+
+    usual = "fb32b64a8bfbb8cbcf063f62ba1b45e5c053f28800771740218eb18d989969cb"
+    assert of() == of(structure="mask", holes=None) == usual
+    others = [
+        of(structure="points"),
+        of(structure="mask_and_points"),
+        of(prompts="next_group"),
+        *(of(holes=HoleSettings(**changes)) for changes in ({}, {"seed": 1}, {"per_sample": 1}, {"shapes": ("band",)})),
+    ]
+    assert len({usual, *others}) == 8
+
+
+def test_tensors_of_holes_are_there_only_where_they_were_given(tmp_path):
+    plain = encoded("k")
+    with_holes = replace(
+        encoded("l"),
+        holed_latents=torch.randn(2, 3, 2, 2),
+        holes=torch.randint(0, 256, (2, 16, 2), dtype=torch.uint8),
+        layout=torch.zeros(1, 1, dtype=torch.uint8),
+    )
+    write_cache_shard(tmp_path, TRAIN, [plain, with_holes])
+    cache = LatentCache(tmp_path, "", None, {}, [])
+    first, second = (cache.read(entry) for entry in read_index(tmp_path, TRAIN).entries)
+    assert first.keys() == {"prompt_embeds", "image_latents", "mask_latents"}
+    assert second.keys() == first.keys() | {"holed_latents", "holes", "layout"}
+    assert all(torch.equal(tensor, getattr(with_holes, name)) for name, tensor in second.items())
 
 
 def test_a_flipped_bit_is_told_with_shard_key_and_remedy(data):

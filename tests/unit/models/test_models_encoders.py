@@ -107,6 +107,19 @@ def test_samples_encoded_together_equal_those_encoded_one_by_one(prompt_encoders
     assert len({len(embeddings) for embeddings in together}) == 3, "nothing is padded"
 
 
+def test_a_picture_of_equal_channels_is_the_grey_one_bit_for_bit_and_colours_count(prompt_encoders, tiny_models):
+    encoder, grey = prompt_encoders["2509"], nerve_mask()
+    rgb = np.repeat(grey[..., None], 3, axis=2)
+    coloured = np.where(rgb > 0, np.array([255, 64, 0], np.uint8), rgb)
+    same, other = encoder.encode([PROMPT] * 2, [rgb, coloured])
+    assert torch.equal(same, encoder.encode([PROMPT] * 2, [grey, coloured])[0])
+    assert (same - other).abs().max() > 1e-3
+    codec = LatentCodec.load(ModelFolder.open(tiny_models["2509"]), torch.float32, "cpu")
+    latents = codec.encode(grey[None])
+    assert torch.equal(codec.encode(rgb[None]), latents)
+    assert (codec.encode(coloured[None]) - latents).abs().max() > 1e-3
+
+
 def test_the_mask_and_the_prompt_both_reach_the_embeddings(prompt_encoders):
     encoder = prompt_encoders["2509"]
     first, other_mask, other_prompt = encoder.encode(
