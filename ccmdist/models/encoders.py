@@ -142,7 +142,7 @@ def rgb_of_grey(grey_BHW: Tensor) -> Tensor:
 
 def scaled_rgb(rgb_BHW3: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) to float channels in [-1, 1], (B, 3, H, W)."""
-    return (rgb_BHW3.float() / 127.5 - 1).permute(0, 3, 1, 2)
+    return (rgb_BHW3.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
 
 def grey_of_rgb(rgb_B3HW: Tensor) -> Tensor:
