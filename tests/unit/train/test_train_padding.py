@@ -5,33 +5,11 @@ from itertools import islice
 import pytest
 import torch
 
-from ccmdist.cluster.ranks import Ranks
 from ccmdist.train.objectives.edit import EditObjective
+from tests.unit.train.asked_model import Asked, OneRank
 from tests.unit.train.uneven_prompts import WITH_EYE, WITHOUT_EYE, make_uneven_world, train_config
 
 NUM_TOKENS = 4 * 4
-
-
-class OneRank:
-    """What the objective asks of its process group."""
-
-    ranks = Ranks(0, 0, 1)
-    device = torch.device("cpu")
-
-    def total(self, values):
-        return list(values)
-
-
-class Asked(torch.nn.Module):
-    """Stands for the model: writes down what it is asked."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def forward(self, **named):
-        self.calls.append(named)
-        return (torch.zeros_like(named["hidden_states"]) + named["hidden_states"] * 0,)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import torch
 from ccmdist.config.loading import load
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.cache_index import cache_folder, commit_fingerprint, fingerprint
+from ccmdist.data.holes import holes_of, layout_of, packed
 from ccmdist.data.latent_cache import EncodedSample, write_cache_shard
 from ccmdist.data.reader import read_shard
 from ccmdist.data.triple import Triple, TripleMeta, prompt_for
@@ -35,16 +36,16 @@ def train_config(folder, *overrides):
     )
 
 
-def make_uneven_world(folder):
+def make_uneven_world(folder, *overrides):
     """Eleven training samples, seven with the eye in their prompt, and three of val: shards/, model/, cache/."""
     manifest = write_set(folder / "shards", "phantom", _triples(), 4)
     make_model("tiny", "2509", folder / "model", seed=0)
-    data = train_config(folder).data
+    data = train_config(folder, *overrides).data
     wanted = fingerprint(data, manifest.digest, ModelFolder.open(data.model).encoder_identity())
     cache, source = cache_folder(data, wanted), torch.Generator().manual_seed(0)
     commit_fingerprint(cache, wanted)
     for shard in manifest.shards:
-        write_cache_shard(cache, shard.name, [_encoded(t, source) for t in read_shard(data.shards, shard)])
+        write_cache_shard(cache, shard.name, [_encoded(t, source, data.holes) for t in read_shard(data.shards, shard)])
 
 
 def _triples():
@@ -56,9 +57,14 @@ def _triples():
         yield "train" if index < 11 else "val", Triple(f"k{index:02d}", image, image > 250, meta)
 
 
-def _encoded(triple, source):
+def _encoded(triple, source, holes):
     length = WITHOUT_EYE if triple.meta.eye is None else WITH_EYE
     latents = (16, IMAGE_SIZE_PX // 8, IMAGE_SIZE_PX // 8)
     shapes = [(length, 64), (7, 64), latents, latents]
     tensors = [torch.randn(shape, generator=source) for shape in shapes]
+    if holes is not None:
+        found = holes_of(triple, holes, IMAGE_SIZE_PX)
+        tensors.append(torch.randn((len(found), *latents), generator=source))
+        tensors.append(torch.from_numpy(packed(found)))
+        tensors.append(torch.from_numpy(layout_of(triple.nerve_mask.astype(np.uint8))))
     return EncodedSample(triple.key, triple.meta.clinical_group, triple.meta.subject, *tensors)
