@@ -24,6 +24,16 @@ class OfObjective(Settings):
     has_noise_levels: ClassVar[bool]
     """Whether images are drawn in denoise steps, with guidance; or in one pass."""
 
+    @property
+    def num_adapters(self) -> int:
+        """That are trained on a frozen model, in turn if there are several."""
+        return 1
+
+    @property
+    def completion_share(self) -> float:
+        """Of the optimizer steps, that of those which train to fill holes."""
+        return 0.0
+
     def refuse_size(self, image_size_px: int) -> None:
         """Refuse images that its networks cannot halve as often as they do.
 
@@ -60,6 +70,16 @@ class DualSettings(OfObjective):
     """Bound of the weights of noise levels, carried over to the flow; None for equal weights. Min-SNR's own default."""
     layout_weight: float = Field(1.0, ge=0)
     """How much more a token on the structure counts than one beside it: stands for the paper's layout regulariser."""
+
+    @property
+    def num_adapters(self) -> int:
+        """See :class:`OfObjective`."""
+        return len(self.adapters)
+
+    @property
+    def completion_share(self) -> float:
+        """See :class:`OfObjective`."""
+        return self.completion_fraction if self.num_adapters > 1 else float("completion" in self.adapters)
 
     @model_validator(mode="after")
     def _adapters_are_distinct(self) -> Self:

@@ -17,7 +17,8 @@ from ccmdist.cluster.sections import job_began
 from ccmdist.commit import commit_json
 from ccmdist.config.data import DataSettings
 from ccmdist.config.loading import resolved
-from ccmdist.config.train import TrainConfig
+from ccmdist.config.objectives import DualSettings
+from ccmdist.config.train import TrainConfig, system_of
 from ccmdist.data.cache_index import find_cache, indexes
 from ccmdist.data.cached_samples import CachedSamples
 from ccmdist.data.manifest import read_manifest
@@ -25,9 +26,9 @@ from ccmdist.data.order import Order
 from ccmdist.data.shard_samples import ShardSamples
 from ccmdist.errors import ConfigError
 from ccmdist.models.model_folder import ModelFolder
-from ccmdist.planner.flops import tokens
-from ccmdist.planner.memory import memory
+from ccmdist.planner.memory import memory, tokens_of
 from ccmdist.planner.mode import mode_as_set, needed
+from ccmdist.planner.plan import check_growth
 from ccmdist.planner.table import needs_line
 from ccmdist.planner.transformer import Transformer
 
@@ -63,11 +64,13 @@ def describe(config: TrainConfig) -> str:
     """What the command would do; everything that would refuse to start refuses here too.
 
     Raises:
-        CcmdistError: If a library, the model, the shards or the cache are not there or do not fit, or the batch does
-            not divide.
+        CcmdistError: If a library, the model, the shards or the cache are not there or do not fit, the batch does not
+            divide, or a budget of ranks does not suffice.
     """
     refuse_missing_libraries(config)
     model = None if config.objective.sees == "pixels" else ModelFolder.open(config.data.model)
+    if model is not None and config.objective.trains == "adapter":
+        check_growth(config, Transformer.from_config(model.config("transformer")))
     entries = _entries(config, model)
     order = Order(entries, config.seed, config.micro_batch_size, config.balance, config.shuffle_window)
     ranks = ranks_from_environment() or Ranks(0, 0, config.processes)
@@ -109,8 +112,30 @@ def _model(config: TrainConfig, model: ModelFolder | None) -> str:
         return f"{config.objective.kind} from scratch, on pixels"
     if config.objective.trains == "network":
         return f"{config.objective.kind} from scratch, on latents of the VAE at {config.data.model}"
-    adapter = f"adapter {config.adapter.kind} of rank {config.adapter.lora_rank}"
-    return f"Qwen-Image-Edit {model.version} at {config.data.model}, {adapter}"
+    transformer = Transformer.from_config(model.config("transformer"))
+    num_linears = len(list(transformer.adapted(config.adapter.targets)))
+    return f"Qwen-Image-Edit {model.version} at {config.data.model}, {_adapters(config, num_linears)}"
+
+
+def _adapters(config: TrainConfig, num_linears: int) -> str:
+    """The adapter, or two, in words."""
+    settings, objective = config.adapter, config.objective
+    of_kind = f"{settings.kind} of rank {settings.lora_rank}"
+    if growth := settings.growth:
+        budget = "" if growth.rank_budget is None else f", at most {growth.rank_budget} ranks in all"
+        return (
+            f"adapter {system_of(settings)}: ranks of {num_linears} linears from {growth.start_rank} to "
+            f"{settings.lora_rank}, one more where the Fisher ratio reaches {growth.fisher_ratio:g}, tested every "
+            f"{growth.every_steps} steps{budget}"
+        )
+    if not isinstance(objective, DualSettings):
+        return f"adapter {of_kind}"
+    if len(objective.adapters) == 1:
+        return f"adapter {of_kind} for {objective.adapters[0]} alone"
+    return (
+        f"two adapters {of_kind}, {' and '.join(objective.adapters)}: each step "
+        f"trains one, {objective.completion_share:.0%} of them completion"
+    )
 
 
 def _entries(config: TrainConfig, model: ModelFolder | None) -> CachedSamples:
@@ -123,7 +148,7 @@ def _memory(config: TrainConfig, model: ModelFolder | None, entries: CachedSampl
     """What the planner says of the memory of each GPU, all of them on one node; nothing where no base is frozen."""
     if config.objective.trains == "network" or model is None:
         return ""
-    of = tokens(config.data.image_size_px, model.version, int(entries.num_text_tokens.max()))
+    of = tokens_of(config, model.version, int(entries.num_text_tokens.max()))
     transformer = Transformer.from_config(model.config("transformer"))
     if config.sharding == "auto":
         return needs_line(needed(config, transformer, of, num_ranks, num_ranks)) + "\n"

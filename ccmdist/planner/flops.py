@@ -27,37 +27,44 @@ TEXT_INPUTS: Final = frozenset({"attn.add_q_proj", "attn.add_k_proj", "attn.add_
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of one sample: of image, of mask, and of the text stream, in which the VL model tells the mask again."""
+    """Tokens of one sample: of image, of mask, and of the text stream, in which the VL model tells the mask again.
+
+    Where a hole is filled, the image with the hole stands beside the mask.
+    """
 
     target: int
     mask: int
     text: int
+    holed: int = 0
 
     @property
     def image(self) -> int:
         """Of the image stream."""
-        return self.target + self.mask
+        return self.target + self.mask + self.holed
 
     @property
     def total(self) -> int:
         """Of the joint attention."""
-        return self.target + self.mask + self.text
+        return self.image + self.text
 
     def of(self, stream: Stream) -> int:
         """How many pass a linear of this stream."""
         return {"img": self.image, "txt": self.text, "time": 1}[stream]
 
 
-def tokens(image_size_px: int, version: Version = "2509", num_text: int | None = None) -> Tokens:
+def tokens(
+    image_size_px: int, version: Version = "2509", num_text: int | None = None, is_holed: bool = False
+) -> Tokens:
     """Tokens of a square sample whose mask has the image's size.
 
     Args:
         image_size_px: Edge of image and mask.
         version: Of Qwen-Image-Edit: it decides the size at which the VL model sees the mask.
         num_text: Tokens of the text stream if they are known, else the VL model's and a prompt of ours.
+        is_holed: Whether a hole of the sample is filled.
     """
     image = (image_size_px // PX_PER_TOKEN) ** 2
-    return Tokens(image, image, num_text or vision_tokens(version) + PROMPT_TOKENS)
+    return Tokens(image, image, num_text or vision_tokens(version) + PROMPT_TOKENS, is_holed * image)
 
 
 def vision_tokens(version: Version) -> int:
@@ -88,6 +95,15 @@ class StepFlops:
     def executed(self) -> float:
         """All that is done."""
         return self.model + self.recompute
+
+    def __add__(self, other: "StepFlops") -> "StepFlops":
+        """The sum, part by part."""
+        sums = (self.forward + other.forward, self.backward + other.backward, self.recompute + other.recompute)
+        return StepFlops(*sums)
+
+    def __mul__(self, share: float) -> "StepFlops":
+        """A share of every part."""
+        return StepFlops(self.forward * share, self.backward * share, self.recompute * share)
 
 
 def forward_flops(model: Transformer, of: Tokens, is_tabled: bool = False) -> float:

@@ -6,12 +6,13 @@ coefficients that say where they come from. An estimate or an assumption is call
 Symbols: d width of a token, T tokens of a micro-batch, N ranks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from ccmdist.config.train import TrainConfig
 from ccmdist.models.sizes import NF4_BYTES
-from ccmdist.planner.flops import Tokens
+from ccmdist.models.template import Version
+from ccmdist.planner.flops import Tokens, tokens
 from ccmdist.planner.transformer import Transformer
 
 Sharding = Literal["zero3", "zero3_hpz", "replicated"]
@@ -40,6 +41,8 @@ REDUCE_BUCKET: Final = 50_000_000
 """Gradients in fp32 that the engine lets DeepSpeed send at once: a buffer that is allocated whole."""
 ROW_VALUES: Final = 6
 """fp32 values that WDLoRA keeps of each row of an adapted linear."""
+BIRTH_BYTES: Final = 4
+"""Of each trained value whose rank may grow: the step at which it became active."""
 LIBRARIES: Final = 1.5e9
 """CUDA context, cuBLAS, NCCL. Assumed."""
 VAE_WEIGHTS: Final = 126.9e6
@@ -58,7 +61,7 @@ class Memory:
         gathered: Frozen weights of other ranks while they are used.
         adapter: What is trained, in fp32, as it is used and as it is updated, with norms.
         gradients: Of the adapter, with the buffer in which they are sent.
-        moments: Of the optimizer, and the moving average if there is one.
+        moments: Of the optimizer, and the moving average if there is one; where ranks grow, since when each has.
         activations: What is kept for the backward pass, and the peak within a block.
         libraries: What CUDA and its libraries take.
     """
@@ -86,6 +89,24 @@ def is_tabled(config: TrainConfig, model: Transformer) -> bool:
     return config.tabulate_modulation and not model.is_modulation_adapted(config.adapter.targets)
 
 
+def tokens_of(config: TrainConfig, version: Version = "2509", num_text: int | None = None) -> Tokens:
+    """Tokens of the largest sample of a run; other arguments as of :func:`ccmdist.planner.flops.tokens`."""
+    is_holed = config.objective.completion_share > 0
+    return tokens(config.data.image_size_px, version, num_text, is_holed)
+
+
+def shares(config: TrainConfig, of: Tokens) -> list[tuple[float, Tokens]]:
+    """Kinds of samples of a run: the share of steps that train on each, and its tokens, those with a hole last.
+
+    Args:
+        config: Settings of the run.
+        of: Its largest sample, from :func:`tokens_of`.
+    """
+    completion = config.objective.completion_share
+    kinds = [(1 - completion, replace(of, holed=0)), (completion, of)]
+    return [(share, tokens) for share, tokens in kinds if share]
+
+
 def memory(
     config: TrainConfig, model: Transformer, of: Tokens, sharding: Sharding, num_ranks: int, ranks_per_node: int
 ) -> Memory:
@@ -94,29 +115,31 @@ def memory(
     Args:
         config: Settings of the run; its own ``sharding`` is not looked at.
         model: The MMDiT.
-        of: Tokens of one sample.
+        of: Tokens of the largest sample.
         sharding: Where the frozen weights lie.
         num_ranks: N, one GPU each.
         ranks_per_node: How many of them share a node.
     """
     trained = num_trained(config, model)
     average = 4.0 if config.optim.ema_decay is not None else 0.0
+    births = BIRTH_BYTES if config.adapter.growth else 0.0
     return Memory(
         weights=_resident_bytes(config, model, resident_share(sharding, num_ranks, ranks_per_node)),
         gathered=_gathered_bytes(config, model, sharding, num_ranks),
         adapter=_adapter_bytes(trained, sharding, num_ranks, ranks_per_node) + _norm_bytes(config, model),
         # This rank's part is accumulated, and copied once more for the optimizer.
         gradients=4.0 * REDUCE_BUCKET + 8.0 * trained / num_ranks,
-        moments=(MOMENT_BYTES[config.optim.kind] + average) * trained / num_ranks,
+        moments=(MOMENT_BYTES[config.optim.kind] + average + births) * trained / num_ranks,
         activations=max(activation_bytes(config, model, of), _picture_bytes(config)),
     )
 
 
 def num_trained(config: TrainConfig, model: Transformer) -> int:
-    """Values of the adapter."""
+    """Values of the adapter, or of two; where ranks grow, as many as there are if all reach the largest rank."""
     rank, has_magnitude = config.adapter.lora_rank, config.adapter.kind == "wdlora"
     adapted = [linear for _, linear in model.adapted(config.adapter.targets)]
-    return sum(rank * (linear.num_in + linear.num_out) + has_magnitude * linear.num_out for linear in adapted)
+    of_each = sum(rank * (linear.num_in + linear.num_out) + has_magnitude * linear.num_out for linear in adapted)
+    return config.objective.num_adapters * of_each
 
 
 def weight_bytes(config: TrainConfig, model: Transformer) -> float:
@@ -191,7 +214,8 @@ def _adapter_bytes(trained: int, sharding: Sharding, num_ranks: int, ranks_per_n
 def _norm_bytes(config: TrainConfig, model: Transformer) -> float:
     if config.adapter.kind != "wdlora":
         return 0.0
-    return 4.0 * ROW_VALUES * sum(linear.num_out for _, linear in model.adapted(config.adapter.targets))
+    num_rows = sum(linear.num_out for _, linear in model.adapted(config.adapter.targets))
+    return 4.0 * ROW_VALUES * config.objective.num_adapters * num_rows
 
 
 def _dequantised_bytes(config: TrainConfig, model: Transformer) -> float:

@@ -8,11 +8,11 @@ from ccmdist.config.slurm import SlurmSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.errors import ConfigError
 from ccmdist.models.template import Version
-from ccmdist.planner.flops import Recompute, StepFlops, Tokens, forward_flops, tokens
+from ccmdist.planner.flops import Recompute, StepFlops, Tokens
 from ccmdist.planner.hardware import Machine, gpu_named
-from ccmdist.planner.memory import SHARDINGS, Memory, Sharding, is_tabled, memory, num_trained
+from ccmdist.planner.memory import SHARDINGS, Memory, Sharding, is_tabled, memory, num_trained, tokens_of
 from ccmdist.planner.mode import Mode, choose_mode, mode_as_set, why_not
-from ccmdist.planner.time import Finish, StepTime, finish, flops_of, step_time
+from ccmdist.planner.time import Finish, StepTime, finish, flops_of, forward_flops_of, step_time
 from ccmdist.planner.traffic import Traffic, traffic
 from ccmdist.planner.transformer import Transformer
 
@@ -70,9 +70,12 @@ class Plan:
         base: Form of the frozen weights.
         num_parameters: Of the model.
         num_resident_parameters: Of it as it is trained: without what a table replaces.
-        num_trained: Values of the adapter.
-        tokens: Of one sample.
-        forward_flops: Of the model without adapter, one sample.
+        num_trained: Values of the adapter, or of all.
+        does_grow: Whether that is what the adapter has when every rank is the largest.
+        num_adapters: That are trained in turn.
+        tokens: Of one sample, of the largest if a part of the steps fills holes.
+        completion_share: That part.
+        forward_flops: Of the model without adapter, one sample; the mean over steps, as the next.
         step_flops: Of a training step, one sample.
         sharding: The mode, as chosen or as set.
         reason: Why.
@@ -88,7 +91,10 @@ class Plan:
     num_parameters: int
     num_resident_parameters: int
     num_trained: int
+    does_grow: bool
+    num_adapters: int
     tokens: Tokens
+    completion_share: float
     forward_flops: float
     step_flops: StepFlops
     sharding: Sharding
@@ -136,12 +142,13 @@ def plan(
         signal_lead_s: Before the limit, when a job commits and ends.
 
     Raises:
-        ConfigError: If the batch does not divide over the GPUs, nothing fits into their memory, or the mode that is
-            set makes no sense on them.
+        ConfigError: If the batch does not divide over the GPUs, nothing fits into their memory, the mode that is set
+            makes no sense on them, or a budget of ranks does not suffice for all linears.
         ModelError: If the transformer's config.json is not understood.
     """
     check_batch(config, machine.num_gpus)
-    model, of = Transformer.from_config(transformer), tokens(config.data.image_size_px, version, num_text_tokens)
+    model, of = Transformer.from_config(transformer), tokens_of(config, version, num_text_tokens)
+    check_growth(config, model)
     mode = _mode(config, model, of, machine)
     sharding = mode.sharding
     choices = tuple(_choice(config, model, of, other, sharding, machine) for other in SHARDINGS)
@@ -152,8 +159,11 @@ def plan(
         num_parameters=model.num_parameters,
         num_resident_parameters=model.num_resident_parameters(is_tabled(config, model)),
         num_trained=num_trained(config, model),
+        does_grow=config.adapter.growth is not None,
+        num_adapters=config.objective.num_adapters,
         tokens=of,
-        forward_flops=forward_flops(model, of, is_tabled(config, model)),
+        completion_share=config.objective.completion_share,
+        forward_flops=forward_flops_of(config, model, of),
         step_flops=flops_of(config, model, of),
         sharding=sharding,
         reason=mode.reason,
@@ -180,6 +190,16 @@ def check_batch(config: TrainConfig, num_ranks: int) -> None:
             f"{config.micro_batch_size} need a multiple of {unit}",
             f"use global_batch_size={sizes}, or fewer --gpus",
         )
+
+
+def check_growth(config: TrainConfig, model: Transformer) -> None:
+    """Refuse, as training would, a budget of ranks that does not suffice for all adapted linears.
+
+    Raises:
+        ConfigError: With both numbers.
+    """
+    if config.adapter.growth:
+        config.adapter.growth.check_budget(len(list(model.adapted(config.adapter.targets))))
 
 
 def _mode(config: TrainConfig, model: Transformer, of: Tokens, machine: Machine) -> Mode:

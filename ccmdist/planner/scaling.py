@@ -6,9 +6,9 @@ from typing import Any, Final
 
 from ccmdist.config.train import TrainConfig
 from ccmdist.models.template import Version
-from ccmdist.planner.flops import Tokens, tokens
+from ccmdist.planner.flops import Tokens
 from ccmdist.planner.hardware import EFFICIENCY, FABRICS, Machine, gpu_named
-from ccmdist.planner.memory import SHARDINGS, Sharding, memory
+from ccmdist.planner.memory import SHARDINGS, Sharding, memory, tokens_of
 from ccmdist.planner.mode import why_not
 from ccmdist.planner.time import StepTime, step_time
 from ccmdist.planner.transformer import Transformer
@@ -52,7 +52,7 @@ def scaling(
     Raises:
         ConfigError: If the GPU is unknown.
     """
-    model, of = Transformer.from_config(transformer), tokens(config.data.image_size_px, version, num_text_tokens)
+    model, of = Transformer.from_config(transformer), tokens_of(config, version, num_text_tokens)
     has_nvlink = gpu_named(gpu).nvlink_bytes_per_s > 0
     fabrics = [name for name, fabric in FABRICS.items() if fabric.has_nvlink == has_nvlink]
     alone = _step(config, model, of, "replicated", Machine(gpu, fabrics[0], 1, 1, efficiency))

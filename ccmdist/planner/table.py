@@ -73,16 +73,16 @@ def _head(plan: Plan) -> Table:
 
 
 def _facts(plan: Plan) -> dict[str, str]:
-    machine, step, of, flops = plan.machine, plan.chosen.step, plan.tokens, plan.step_flops
+    machine, step, flops = plan.machine, plan.chosen.step, plan.step_flops
     images_per_s = plan.chosen.images_per_s
     nodes = f", {machine.gpus_per_node} on each node: {FABRICS[machine.fabric].meaning}"
     told = {
         "machine": f"{machine.num_gpus} x {machine.gpu}{nodes if machine.num_gpus > 1 else ''}",
         "model": f"{_count(plan.num_parameters)} parameters, of which {_count(plan.num_resident_parameters)} are held, "
-        f"in {plan.base}; {_count(plan.num_trained)} are trained",
-        "one image": f"{of.total} tokens (image {of.target}, mask {of.mask}, text {of.text}); "
-        f"{_tera(plan.forward_flops)} forward; {_tera(flops.executed)} to train: forward {flops.forward / 1e12:.1f}, "
-        f"backward {flops.backward / 1e12:.1f}, computed again {flops.recompute / 1e12:.1f}",
+        f"in {plan.base}; {_trained(plan)}",
+        "one image": f"{_tokens(plan)}; {_tera(plan.forward_flops)} forward; {_tera(flops.executed)} to train: "
+        f"forward {flops.forward / 1e12:.1f}, backward {flops.backward / 1e12:.1f}, "
+        f"computed again {flops.recompute / 1e12:.1f}",
         "mode": f"{plan.sharding}: {plan.reason}",
         "fits": _verdict(plan),
         "step": f"{duration(step.overlapped_s)} predicted at {machine.efficiency:.0%} of peak (assumed), if sending "
@@ -92,6 +92,23 @@ def _facts(plan: Plan) -> dict[str, str]:
     if machine.num_gpus > 1:
         told["break-even"] = f"micro-batch {step.break_even:.1f}: from there computing takes longer than sending"
     return told | _course(plan)
+
+
+def _trained(plan: Plan) -> str:
+    """How much is trained, in words."""
+    if plan.does_grow:
+        return f"up to {_count(plan.num_trained)} are trained, if all ranks grow to the largest"
+    turns = f", in {plan.num_adapters} adapters, of which each step trains one" if plan.num_adapters > 1 else ""
+    return f"{_count(plan.num_trained)} are trained{turns}"
+
+
+def _tokens(plan: Plan) -> str:
+    """Tokens of an image, in words; where some steps fill holes, of those too."""
+    of, share = plan.tokens, plan.completion_share
+    if not share:
+        return f"{of.total} tokens (image {of.target}, mask {of.mask}, text {of.text})"
+    whole = f"{of.total} tokens (image {of.target}, mask {of.mask}, image with a hole {of.holed}, text {of.text})"
+    return whole if share == 1 else f"{whole} in {share:.0%} of the steps, else {of.total - of.holed}; on average"
 
 
 def _verdict(plan: Plan) -> str:

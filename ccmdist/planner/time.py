@@ -11,7 +11,15 @@ from typing import Final
 from ccmdist.config.train import TrainConfig
 from ccmdist.planner.flops import StepFlops, Tokens, forward_flops, norm_flops, step_flops
 from ccmdist.planner.hardware import HBM_SHARE, Machine, gpu_named
-from ccmdist.planner.memory import Sharding, is_tabled, num_trained, resident_share, table_bytes, weight_bytes
+from ccmdist.planner.memory import (
+    Sharding,
+    is_tabled,
+    num_trained,
+    resident_share,
+    shares,
+    table_bytes,
+    weight_bytes,
+)
 from ccmdist.planner.traffic import GATHERS, traffic
 from ccmdist.planner.transformer import Transformer
 
@@ -78,9 +86,18 @@ class Finish:
 
 
 def flops_of(config: TrainConfig, model: Transformer, of: Tokens) -> StepFlops:
-    """Operations of a training step for one sample, with the settings of a run."""
+    """Operations of a training step for one sample, with the settings of a run: the mean over its steps."""
     adapter, tabled = config.adapter, is_tabled(config, model)
-    return step_flops(model, of, adapter.lora_rank, adapter.targets, config.activation_checkpointing, tabled)
+    found = StepFlops(0.0, 0.0, 0.0)
+    for share, kind in shares(config, of):
+        recompute = config.activation_checkpointing
+        found += step_flops(model, kind, adapter.lora_rank, adapter.targets, recompute, tabled) * share
+    return found
+
+
+def forward_flops_of(config: TrainConfig, model: Transformer, of: Tokens) -> float:
+    """Operations of one forward pass without an adapter for one sample: the mean over the steps of a run."""
+    return sum(share * forward_flops(model, kind, is_tabled(config, model)) for share, kind in shares(config, of))
 
 
 def step_time(config: TrainConfig, model: Transformer, of: Tokens, sharding: Sharding, machine: Machine) -> StepTime:
@@ -91,7 +108,7 @@ def step_time(config: TrainConfig, model: Transformer, of: Tokens, sharding: Sha
     gather_s = sent.weights_per_micro_step / machine.bytes_per_s(sent.num_weight_ranks)
     send_s = gather_s + sent.gradients_per_micro_step / over_all
     fixed_s = _dequantising_s(config, model, machine)
-    forward_s = _forward_s(config, model, of, machine, gather_s)
+    forward_s = sum(_forward_s(config, model, kind, machine, gather_s) for _, kind in shares(config, of))
     return StepTime(
         compute_s=config.micro_batch_size * per_sample + fixed_s,
         send_s=send_s,
@@ -146,7 +163,8 @@ def startup_bytes(config: TrainConfig, model: Transformer, sharding: Sharding, m
 def _update_s(config: TrainConfig, model: Transformer, machine: Machine) -> float:
     """Of the norms, which read every adapted weight once, and of AdamW on this rank's part."""
     gpu, adapter = gpu_named(machine.gpu), config.adapter
-    moved = OPTIMIZER_BYTES * num_trained(config, model) / machine.num_gpus
+    # Of two adapters a step updates one.
+    moved = OPTIMIZER_BYTES * num_trained(config, model) / config.objective.num_adapters / machine.num_gpus
     operations = 0.0
     if adapter.kind == "wdlora":
         moved += weight_bytes(config, model)
@@ -170,7 +188,7 @@ def _forward_s(config: TrainConfig, model: Transformer, of: Tokens, machine: Mac
 
 
 def _num_monitor_forwards(config: TrainConfig, num_ranks: int) -> float:
-    """Forward passes per step, on average: held-out samples are shared by the ranks, pictures are not."""
+    """Forward passes of each adapter per step, on average: held-out samples are shared by the ranks, pictures not."""
     validation, monitor = config.validation, config.monitor
     held_out = math.ceil(validation.num_samples / num_ranks) * len(validation.sigmas) / validation.every_steps
     every = monitor.images_every_steps

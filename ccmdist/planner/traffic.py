@@ -21,7 +21,7 @@ class Traffic:
     Attributes:
         weights_per_micro_step: Frozen weights of other ranks.
         gradients_per_micro_step: Of the adapter: ZeRO-3 brings each rank the sum of its part.
-        adapter_per_step: The adapter, once after each update.
+        adapter_per_step: The adapter, or both of two, once after each update.
         num_micro_steps: In an optimizer step.
         num_weight_ranks: Over which the frozen weights are cut; 1 if they are whole everywhere.
     """
@@ -48,7 +48,7 @@ def traffic(
     adapter = 4.0 * num_trained(config, model) * _from_others(num_ranks)
     return Traffic(
         weights_per_micro_step=GATHERS * cut_bytes(config, model) * _from_others(cut_over),
-        gradients_per_micro_step=adapter,
+        gradients_per_micro_step=adapter / config.objective.num_adapters,  # of the one that the step trains
         adapter_per_step=adapter,
         num_micro_steps=config.global_batch_size // (config.micro_batch_size * num_ranks),
         num_weight_ranks=cut_over,

@@ -13,7 +13,7 @@ from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import log
 from ccmdist.models.model_folder import ModelFolder
-from ccmdist.planner.flops import tokens
+from ccmdist.planner.memory import tokens_of
 from ccmdist.planner.mode import Mode, choose_mode, mode_as_set
 from ccmdist.planner.transformer import Transformer
 
@@ -40,7 +40,7 @@ def _chosen(config: TrainConfig, group: ProcessGroup) -> Mode:
     return choose_mode(
         config,
         Transformer.from_config(folder.config("transformer")),
-        tokens(config.data.image_size_px, folder.version),
+        tokens_of(config, folder.version),
         group.ranks.world_size,
         # Nodes of unequal size have no group of their own for every rank: as if each rank were alone.
         group.ranks_per_node or 1,

@@ -15,7 +15,7 @@ BYTES_PER_VALUE: Final = 12
 
 
 def checkpoint_bytes(config: TrainConfig) -> int:
-    """About what the kept checkpoints of a run, the one written, and its adapter take; 0 if unknown or a network."""
+    """About what the kept checkpoints of a run, the one written, and its adapters take; 0 if unknown or a network."""
     if config.objective.trains != "adapter":
         return 0
     try:
@@ -27,12 +27,13 @@ def checkpoint_bytes(config: TrainConfig) -> int:
 
 
 def num_values(config: TrainConfig) -> int:
-    """About how many values of the adapter are trained: some of the last block are left out in truth."""
+    """About how many values are trained, at most where ranks grow: some of the last block are left out in truth."""
     rank = config.adapter.lora_rank
     magnitude = isinstance(config.adapter, WDLoRASettings)
     parts = [part for target in config.adapter.targets for part in GROUPS.get(target, (target,))]
     shapes = [shape for name, shape in _shapes(config.data.model) if any(part in name for part in parts)]
-    return sum(rank * (rows + columns) + magnitude * rows for rows, columns in shapes)
+    of_each = sum(rank * (rows + columns) + magnitude * rows for rows, columns in shapes)
+    return config.objective.num_adapters * of_each
 
 
 def _shapes(model: Path) -> Iterator[tuple[str, tuple[int, int]]]:

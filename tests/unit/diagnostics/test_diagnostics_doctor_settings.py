@@ -106,6 +106,13 @@ def test_the_adapter_of_the_20_b_model_is_sized_from_headers(tmp_path):
     assert checkpoint_bytes(config) == 109_486_080 * (12 * 4 + 4)  # three are kept while a fourth is written
 
 
+def test_two_adapters_take_twice_the_room(tmp_path):
+    model_folder(tmp_path / "model", width=8)
+    one = settings(f"data.model={tmp_path}/model")
+    two = settings(f"data.model={tmp_path}/model", "objective={kind: dual}", "data.holes={}")
+    assert checkpoint_bytes(two) == 2 * checkpoint_bytes(one) > 0
+
+
 def test_only_the_targets_count(tmp_path):
     model_folder(tmp_path / "model", width=8)
     config = settings(f"data.model={tmp_path}/model", "adapter.targets=[attn.to_q]", "adapter.lora_rank=2")

@@ -173,7 +173,61 @@ def test_a_model_and_a_cache_that_are_there_are_read(world, capsys):
     assert without.note.endswith("Qwen-Image-Edit 2509; length of prompts assumed: there is no cache yet")
     assert without.num_text_tokens is None
     found = as_json(capsys, *data_overrides(world))
-    assert found["tokens"] == {"target": 16, "mask": 16, "text": base.num_text_tokens}
+    assert found["tokens"] == {"target": 16, "mask": 16, "text": base.num_text_tokens, "holed": 0}
+
+
+def test_ranks_that_may_grow_are_counted_as_if_all_had(capsys):
+    growing = ["adapter.growth={}", "adapter.kind=lora"]
+    found, fixed = as_json(capsys, *growing), as_json(capsys, "adapter.kind=lora")
+    assert found["does_grow"]
+    assert found["num_trained"] == fixed["num_trained"]
+    text = re.sub(r"\s+", " ", told(capsys, *growing))
+    assert re.search(r"; up to \S+ [MB] are trained, if all ranks grow to the largest", text)
+    text = told(capsys, *growing, "adapter.growth.rank_budget=715", code=78)
+    assert "adapter.growth.rank_budget: 715 ranks do not suffice for 716 adapted linears of start_rank 1" in text
+
+
+@pytest.mark.parametrize(
+    ("objective", "num", "words"),
+    [
+        (
+            "{kind: dual, completion_fraction: 0.25}",
+            2,
+            "1984 tokens (image 576, mask 576, image with a hole 576, text 256) in 25% of the steps, else 1408; on "
+            "average",
+        ),
+        (
+            "{kind: dual, adapters: [completion]}",
+            1,
+            "1984 tokens (image 576, mask 576, image with a hole 576, text 256);",
+        ),
+        ("{kind: dual, adapters: [synthesis]}", 1, "1408 tokens (image 576, mask 576, text 256);"),
+    ],
+)
+def test_two_adapters_and_the_image_with_a_hole_are_counted(capsys, objective, num, words):
+    """Not more than the larger sample needs, and in time what lies between the two."""
+    dual = [f"objective={objective}", "data.holes={}"]
+    found, plain = as_json(capsys, *dual), as_json(capsys)
+    assert (found["num_adapters"], found["num_trained"]) == (num, num * plain["num_trained"])
+    share = found["completion_share"]
+    alone = as_json(capsys, "objective={kind: dual, adapters: [completion]}", "data.holes={}")
+    for name in ("forward", "backward", "recompute"):
+        mean = (1 - share) * plain["step_flops"][name] + share * alone["step_flops"][name]
+        assert found["step_flops"][name] == pytest.approx(mean)
+    assert found["forward_flops"] == pytest.approx(
+        (1 - share) * plain["forward_flops"] + share * alone["forward_flops"]
+    )
+    larger = alone if share else plain
+    for one, other in zip(found["choices"], larger["choices"], strict=True):
+        assert one["memory"]["activations"] == other["memory"]["activations"]
+    # Gradients are sent of the adapter that a step trains, its update is gathered of both.
+    asked = [*dual, "--gpus", "8", "global_batch_size=32"]
+    sent, of_one = as_json(capsys, *asked)["traffic"], as_json(capsys, *asked[2:])["traffic"]
+    assert sent["gradients_per_micro_step"] == of_one["gradients_per_micro_step"]
+    assert sent["adapter_per_step"] == num * of_one["adapter_per_step"]
+    text = re.sub(r"\s+", " ", told(capsys, *dual))
+    assert words in text
+    assert ("in 2 adapters, of which each step trains one" in text) == (num == 2)
 
 
 def test_a_dry_run_of_training_tells_the_memory_of_each_mode(world, capsys):

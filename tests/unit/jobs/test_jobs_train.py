@@ -7,7 +7,11 @@ import pytest
 
 from ccmdist.cli import exit_code
 from ccmdist.config.data import PhantomShardsConfig
+from ccmdist.config.loading import load
+from ccmdist.config.train import TrainConfig
 from ccmdist.data.phantom_shards import write_phantom_set
+from ccmdist.jobs.train import _adapters
+from tests.distributed.small_world import data_overrides
 
 WITHOUT_LIBRARY = """
 import sys
@@ -50,3 +54,46 @@ def test_a_dry_run_of_spade_tells_of_pixels_and_needs_neither_model_nor_cache(tm
     assert exit_code(["train", f"run={tmp_path}/run", *folders, *spade, "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "model: spade from scratch, on pixels\nsamples: 6 (Control 2, T1DPN 2, T1NoDPN 2)\nbatches: 1000" in told
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["adapter.lora_rank=4"], "adapter wdlora of rank 4\n"),
+        (
+            ["adapter={kind: lora, growth: {fisher_ratio: 1.2, rank_budget: 90}}"],
+            "adapter selora: ranks of 44 linears from 1 to 16, one more where the Fisher ratio reaches 1.2, tested "
+            "every 40 steps, at most 90 ranks in all\n",
+        ),
+        (
+            ["adapter={kind: wdlora, lora_rank: 8, growth: {start_rank: 2}}"],
+            "adapter se-wdlora: ranks of 44 linears from 2 to 8, one more where the Fisher ratio reaches 1.3, tested "
+            "every 40 steps\n",
+        ),
+        (
+            ["objective={kind: dual, adapters: [synthesis], layout_weight: 0}", "adapter={kind: lora, lora_rank: 4}"],
+            "adapter lora of rank 4 for synthesis alone\n",
+        ),
+    ],
+)
+def test_a_dry_run_tells_what_is_trained(world, tmp_path, capsys, settings, told):
+    arguments = [*data_overrides(world), f"run={tmp_path}/run", "global_batch_size=4", *settings]
+    assert exit_code(["train", *arguments, "--dry-run"]) == 0
+    assert f"model: Qwen-Image-Edit 2509 at {world}/model, {told}" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_two_adapters_tells_which_step_trains_which():
+    config = load(
+        TrainConfig,
+        [],
+        ["run=r", "data.shards=s", "data.model=m", "data.holes={}", "objective={kind: dual, completion_fraction: 0.3}"],
+    )
+    told = "two adapters wdlora of rank 16, synthesis and completion: each step trains one, 30% of them completion"
+    assert _adapters(config, 716) == told
+
+
+def test_a_budget_that_does_not_suffice_is_refused_before_the_start(world, tmp_path, capsys):
+    arguments = [*data_overrides(world), f"run={tmp_path}/run", "adapter={kind: lora, growth: {rank_budget: 43}}"]
+    assert exit_code(["train", *arguments, "--dry-run"]) == 78
+    assert "43 ranks do not suffice for 44 adapted linears of start_rank 1" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

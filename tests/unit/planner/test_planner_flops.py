@@ -27,10 +27,10 @@ SMALL |= {"joint_attention_dim": 24}
 
 def asked(model, of, device):
     """The model's answer for one sample with these tokens."""
-    edge = round(of.target**0.5)
+    edge, conditions = round(of.target**0.5), of.mask + of.holed
     width = model.config.joint_attention_dim
     dtype = next(model.parameters()).dtype
-    shapes = ((1, of.target, 64), (1, of.mask, 64), (1, of.text, width), (1,))
+    shapes = ((1, of.target, 64), (1, conditions, 64), (1, of.text, width), (1,))
     with torch.device(device):
         inputs = [torch.ones(shape, dtype=dtype) for shape in shapes]
         return mmdit.velocity(model, *inputs, (edge, edge), (edge, edge))
@@ -78,6 +78,15 @@ def test_a_training_step_of_lora_has_exactly_the_planned_operations(version, rec
     sizes = Transformer.from_config(dict(model.config))
     flops = step_flops(sizes, of, 8, TARGETS, recompute, attention_backward=PLAIN_BACKWARD)
     assert flops.executed == found
+
+
+def test_a_training_step_that_fills_a_hole_sees_one_image_more():
+    model, of = small(LoRASettings(kind="lora", lora_rank=8)), Tokens(16, 16, 5, holed=16)
+    found = counted(lambda: asked(model, of, "cpu").sum().backward())
+    sizes = Transformer.from_config(dict(model.config))
+    flops = step_flops(sizes, of, 8, TARGETS, "none", attention_backward=PLAIN_BACKWARD)
+    assert flops.executed == found
+    assert tokens(384, is_holed=True) == Tokens(576, 576, 256, 576)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])

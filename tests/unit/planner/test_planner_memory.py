@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ccmdist.adapters.injection import inject, row_squares_of
+from ccmdist.adapters.named import inject_named
 from ccmdist.models import mmdit, quantized
 from ccmdist.planner import memory as planned
 from ccmdist.planner.flops import tokens
@@ -40,6 +41,25 @@ def test_the_adapter_has_as_many_values_as_the_injected_one(kind):
     adapted = inject(model, names, chosen.adapter, row_squares_of(model, names), 0)
     sizes = Transformer.from_config(dict(model.config))
     assert num_trained(chosen, sizes) == sum(value.numel() for value in adapted.parameters.values())
+
+
+@pytest.mark.parametrize("kind", ["wdlora", "lora"])
+def test_two_adapters_have_as_many_values_as_the_injected_ones(kind):
+    model = on_meta(num_layers=2, num_attention_heads=2).to_empty(device="cpu")
+    chosen = config(f"adapter.kind={kind}", "adapter.lora_rank=3", "objective={kind: dual}", "data.holes={}")
+    names = mmdit.linear_names(model, chosen.adapter.targets)
+    adapters = chosen.objective.adapters
+    injected = inject_named(model, names, chosen.adapter, row_squares_of(model, names), 0, adapters)
+    sizes = Transformer.from_config(dict(model.config))
+    values = [value.numel() for adapted in injected.of.values() for value in adapted.parameters.values()]
+    assert num_trained(chosen, sizes) == sum(values)
+
+
+def test_ranks_that_may_grow_take_what_the_largest_take_and_since_when_each_has():
+    fixed, growing = (needs("adapter.kind=lora", *more, num_ranks=8) for more in ([], ["adapter.growth={}"]))
+    births = 4 * num_trained(config("adapter.kind=lora"), PUBLISHED) / 8
+    assert growing.moments - fixed.moments == pytest.approx(births)
+    assert growing.total - fixed.total == pytest.approx(births)
 
 
 def test_weights_of_the_published_model_in_each_form():
