@@ -110,6 +110,6 @@ def judged(real: Path, synthetic: Path, out: Path, *more: str) -> GateVerdict:
     """The gate's verdict."""
     overrides = [f"real={real}", f"synthetic.one={synthetic}", f"out={out}", "num_bootstrap=200", *more]
     sets = open_sets(load(EvaluateConfig, [], overrides))
-    verdict = verdict_of(sets, sets.synthetic[0])
+    verdict = verdict_of(sets, sets.synthetic[0], num_repaired=0)
     assert verdict is not None, "the settings want a gate"
     return verdict

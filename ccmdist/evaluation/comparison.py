@@ -25,6 +25,7 @@ from ccmdist.evaluation.columns import FOUND
 from ccmdist.evaluation.downstream import grid
 from ccmdist.evaluation.downstream.summary import DownstreamSummary, summary_of
 from ccmdist.evaluation.fidelity import extraction
+from ccmdist.evaluation.fidelity.completion import Completion, completion_of
 from ccmdist.evaluation.fidelity.summary import FidelityReport, fidelity_of
 from ccmdist.evaluation.left_out import LeftOut
 from ccmdist.evaluation.measures import MeasureUnit, Measuring
@@ -52,6 +53,8 @@ class SetReport:
     adherence: Adherence
     equivalence: list[Equivalence]
     fidelity: FidelityReport
+    completion: Completion | None
+    """Of its repaired frames; None if it has none."""
     gate: GateVerdict | None
     """None if the settings want no gate."""
     left_out: list[LeftOut]
@@ -198,6 +201,7 @@ def _set_report(
     )
     seen = subjects_trained_on(one.manifest, [sets.real.manifest])
     fidelity, without = fidelity_of(config, one.name, extractions, real, synthetic, sets.shape)
+    completion, no_fills = completion_of(synthetic, config.minimum.paired_images, config.num_bootstrap, rng)
     return SetReport(
         images=one,
         counts=counts_of(synthetic),
@@ -208,7 +212,8 @@ def _set_report(
         adherence=adherence,
         equivalence=equivalence,
         fidelity=fidelity,
-        gate=verdict_of(sets, one),
-        left_out=adherence.left_out + left_out + without,
+        completion=completion,
+        gate=verdict_of(sets, one, completion.num_images if completion else 0),
+        left_out=adherence.left_out + left_out + without + no_fills,
         table=synthetic,
     )

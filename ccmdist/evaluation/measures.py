@@ -18,6 +18,7 @@ from ccmdist.data.triple import Triple
 from ccmdist.evaluation.biomarkers.chance import Nerves, with_other_masks
 from ccmdist.evaluation.columns import CHAIN_CODE, FOUND, GIVEN
 from ccmdist.evaluation.fidelity.appearance import appearance
+from ccmdist.evaluation.fidelity.in_hole import measured_in_hole
 from ccmdist.evaluation.fidelity.paired import blurred, similarity, without_similarity
 from ccmdist.evaluation.overlap import centreline_dice, dice, offset_px
 from ccmdist.evaluation.sets import ImageSet, SourceFrames
@@ -37,6 +38,8 @@ ORIGIN: Final = (
     "network_kind",
     "network_digest",
     "prompts",
+    "structure",
+    "objective",
 )
 """What of a provenance tells how a whole set was made; column ``origin`` holds it as JSON."""
 
@@ -94,7 +97,10 @@ class Measuring:
         if self.sources is None:
             return similarity(triple.image, blurred(triple.image))
         source = self.sources.of(triple)
-        return similarity(source.image, triple.image) if source else without_similarity()
+        found = similarity(source.image, triple.image) if source else without_similarity()
+        if triple.inpaint_mask is None:
+            return found
+        return found | measured_in_hole(triple, source, self.sources.of_another(triple))
 
 
 @dataclass(frozen=True)

@@ -231,6 +231,20 @@ class SourceFrames:
             return None
         return flipped(self._triples(self._shard_of[key])[key], flip)
 
+    def of_another(self, triple: Triple) -> Triple | None:
+        """The next frame of another subject in the shard of the frame that a synthetic sample was drawn from.
+
+        None if that frame is not in the split, or all of its shard are of one subject.
+        """
+        source_key = (triple.meta.provenance or {}).get("source_key")
+        key = str(source_key) if source_key in self._shard_of else str(source_key).rpartition("-")[0]
+        if key not in self._shard_of:
+            return None
+        frames = list(self._triples(self._shard_of[key]).values())
+        at = next(number for number, frame in enumerate(frames) if frame.key == key)
+        others = (frame for frame in [*frames[at:], *frames[:at]] if frame.meta.subject != frames[at].meta.subject)
+        return next(others, None)
+
     @cached_property
     def _shard_of(self) -> dict[str, str]:
         """The shard of each key, off the headers of the tars: a worker of an array does not measure them all."""

@@ -91,8 +91,13 @@ class GateVerdict:
     """None if the set could not be judged."""
 
 
-def verdict_of(sets: OpenedSets, one: ImageSet) -> GateVerdict | None:
+def verdict_of(sets: OpenedSets, one: ImageSet, num_repaired: int) -> GateVerdict | None:
     """The verdict on one synthetic set; None if the settings want no gate.
+
+    Args:
+        sets: What is compared.
+        one: The set.
+        num_repaired: Of its images, those that are frames with a filled hole.
 
     Raises:
         EvaluationError: If a frame cannot be compared.
@@ -101,7 +106,7 @@ def verdict_of(sets: OpenedSets, one: ImageSet) -> GateVerdict | None:
     if sets.config.memorisation is None:
         return None
     searching = searching_of(sets)
-    reasons = list(_cannot_be_judged(sets, one, searching))
+    reasons = [*_real_pixels(one, num_repaired), *_cannot_be_judged(sets, one, searching)]
     figures, concerns, num_masks = None, [], 0
     if searching is not None and searching.held_out:
         rows = [row for entry in one.shards for row in searching.neighbours(one, entry)]
@@ -150,6 +155,15 @@ def _cannot_be_judged(sets: OpenedSets, one: ImageSet, searching: Searching | No
         yield (
             f"it cannot be judged: its generator was trained on {len(missing)} subjects that are not in the train "
             "split of the real set"
+        )
+
+
+def _real_pixels(one: ImageSet, num_repaired: int) -> Iterator[str]:
+    """Nothing that a search finds can make up for it: such an image is not near to a frame, it is one."""
+    if num_repaired:
+        yield (
+            f"{num_repaired} of {sum(entry.num_samples for entry in one.shards)} images contain real pixels of "
+            "subjects: they are frames of which a hole was filled, and outside of it they are the frame itself"
         )
 
 

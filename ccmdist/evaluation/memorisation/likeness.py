@@ -87,7 +87,8 @@ def looked(image: NDArray[np.uint8], blank: NDArray[np.bool_] | None = None) -> 
     fine, broad = BAND_SIGMAS_PX
     grey = _resized(grey, work_px)
     band = gaussian_filter(grey, fine) - gaussian_filter(grey, broad)
-    spread = np.sqrt(uniform_filter(band * band, LEVEL_PX, mode="reflect"))
+    # The filter's running sum may fall a little below 0 where a frame is flat, such as in a hole.
+    spread = np.sqrt(np.maximum(uniform_filter(band * band, LEVEL_PX, mode="reflect"), 0))
     return Looked(np.asarray(band / (spread + 0.5), np.float32))
 
 

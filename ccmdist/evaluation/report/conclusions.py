@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from ccmdist.data.trained_on import why_unknown
 from ccmdist.evaluation.comparison import Comparison
 from ccmdist.evaluation.report.conclusions_biomarkers import biomarker_limits, biomarker_sentences
+from ccmdist.evaluation.report.conclusions_completion import completion_limits, completion_sentences
 from ccmdist.evaluation.report.conclusions_downstream import downstream_sentences
 from ccmdist.evaluation.report.conclusions_fidelity import fidelity_limits, fidelity_sentences
 from ccmdist.evaluation.report.conclusions_gate import gate_limits, gate_sentences
@@ -12,8 +13,8 @@ from ccmdist.evaluation.report.conclusions_gate import gate_limits, gate_sentenc
 
 def may_be_concluded(comparison: Comparison) -> list[str]:
     """One sentence for each set on its biomarkers and on where its nerves lie, and one for each downstream task."""
-    sentences = [*biomarker_sentences(comparison), *fidelity_sentences(comparison), *downstream_sentences(comparison)]
-    return [*sentences, *gate_sentences(comparison)]
+    sentences = [*completion_sentences(comparison), *biomarker_sentences(comparison), *fidelity_sentences(comparison)]
+    return [*sentences, *downstream_sentences(comparison), *gate_sentences(comparison)]
 
 
 def _seen(comparison: Comparison) -> Iterator[str]:
@@ -37,6 +38,7 @@ def may_not_be_concluded(comparison: Comparison) -> list[str]:
             "construction. Nothing in this report says anything about patients, corneas or real images."
         )
     sentences += [
+        *completion_limits(comparison),
         *_seen(comparison),
         *biomarker_limits(comparison),
         *fidelity_limits(comparison),

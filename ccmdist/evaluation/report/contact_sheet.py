@@ -1,4 +1,7 @@
-"""The nearest pairs of a synthetic image and a training frame, for people to look at: a gate may be wrong."""
+"""The nearest pairs of a synthetic image and a training frame, for people to look at: a gate may be wrong.
+
+The hole of a repaired frame is outlined: outside of it, the image is near to a real frame by design.
+"""
 
 from dataclasses import asdict, replace
 from typing import Any, Final
@@ -8,7 +11,7 @@ from numpy.typing import NDArray
 
 from ccmdist.evaluation.comparison import Comparison, SetReport
 from ccmdist.evaluation.memorisation.likeness import moved
-from ccmdist.evaluation.report.pictures import jpeg
+from ccmdist.evaluation.report.pictures import jpeg, outlined
 from ccmdist.evaluation.sets import SourceFrames
 
 NUM_PAIRS: Final = 4
@@ -31,7 +34,8 @@ def _pairs(comparison: Comparison, one: SetReport, training: SourceFrames) -> li
         move = (pair.flip, pair.turn_deg, (pair.down, pair.right))
         laid, is_shared = moved(image.image, *move), moved(np.full_like(image.image, 255), *move) > 127
         overlay = _overlay(*(_small(np.where(is_shared, one, 0)) for one in (laid, frame.image)))
-        pictures = [_small(image.image), _small(frame.image), overlay]
+        hole = None if image.inpaint_mask is None else _small(image.inpaint_mask.astype(np.uint8) * 255) > 127
+        pictures = [outlined(_small(image.image), hole), _small(frame.image), overlay]
         rows.append(asdict(pair) | {"pictures": [jpeg(picture) for picture in pictures]})
     return rows
 

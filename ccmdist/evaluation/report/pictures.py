@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import binary_dilation, distance_transform_edt
 
 from ccmdist.ccm.groups import CLINICAL_GROUPS, UNLABELLED
 from ccmdist.ccm.segmenter import segment
@@ -24,6 +24,8 @@ REACH_PX: Final = 3.0
 """How far a found centreline may lie from the wanted one to be drawn as lying on it."""
 LINE_COLOURS: Final = {"kept": (88, 196, 120), "missed": (226, 88, 150), "added": (240, 158, 56)}
 """Of wanted centrelines that were found, of wanted ones that were not, and of found ones that nobody wanted."""
+HOLE_COLOUR: Final = (92, 172, 238)
+"""Of the outline of a hole that was filled."""
 
 
 def picture_grids(comparison: Comparison) -> list[dict[str, Any]]:
@@ -59,17 +61,25 @@ def _drawn(comparison: Comparison, one: SetReport, keys: list[str]) -> dict[str,
 
 
 def overlay(triple: Triple) -> NDArray[np.uint8]:
-    """An image with the centrelines of its mask and of the nerves found in it, in LINE_COLOURS.
+    """An image with the centrelines of its mask and of the nerves found in it, in LINE_COLOURS; its hole is outlined.
 
     Returns:
         RGB, shape (H, W, 3).
     """
     found, wanted = segment(triple.image), triple.nerve_mask
-    picture = np.repeat(triple.image[..., None], 3, axis=2)
+    picture = outlined(triple.image, triple.inpaint_mask)
     wanted_line, near_found = centreline_of(wanted), _near(found)
     picture[centreline_of(found) & ~_near(wanted)] = LINE_COLOURS["added"]
     picture[wanted_line & near_found] = LINE_COLOURS["kept"]
     picture[wanted_line & ~near_found] = LINE_COLOURS["missed"]
+    return picture
+
+
+def outlined(image: NDArray[np.uint8], hole: Bools | None) -> NDArray[np.uint8]:
+    """A grey image (H, W) as RGB, with the innermost pixels of what surrounds its hole in HOLE_COLOUR."""
+    picture = np.repeat(image[..., None], 3, axis=2)
+    if hole is not None:
+        picture[binary_dilation(hole) & ~hole] = HOLE_COLOUR
     return picture
 
 

@@ -17,13 +17,16 @@ from ccmdist.evaluation.biomarkers.equivalence import ALL_SUBJECTS
 from ccmdist.evaluation.columns import CHAIN_CODE, FOUND
 from ccmdist.evaluation.comparison import Comparison, SetReport
 from ccmdist.evaluation.fidelity.appearance import APPEARANCE
+from ccmdist.evaluation.fidelity.fills import FILLS
+from ccmdist.evaluation.fidelity.in_hole import IN_HOLE
 from ccmdist.evaluation.report.biomarker_tables import beside_their_controls, side_by_side
+from ccmdist.evaluation.report.completion_pictures import repaired_frames
 from ccmdist.evaluation.report.conclusions import may_be_concluded, may_not_be_concluded
 from ccmdist.evaluation.report.contact_sheet import contact_sheets
 from ccmdist.evaluation.report.fidelity_tables import distance_groups, paired_lines
 from ccmdist.evaluation.report.formatting import FILTERS
 from ccmdist.evaluation.report.glance import glance
-from ccmdist.evaluation.report.pictures import LINE_COLOURS, REACH_PX, data_url, picture_grids
+from ccmdist.evaluation.report.pictures import HOLE_COLOUR, LINE_COLOURS, REACH_PX, data_url, picture_grids
 from ccmdist.evaluation.report.plot_style import colour
 from ccmdist.evaluation.report.plots import plots
 from ccmdist.evaluation.report.plots_downstream import LABELS as DOWNSTREAM_LABELS
@@ -87,6 +90,7 @@ def _set_values(one: SetReport) -> dict[str, Any]:
         "adherence": asdict(one.adherence),
         "equivalence": [asdict(row) for row in one.equivalence],
         "fidelity": asdict(one.fidelity),
+        "completion": asdict(one.completion) if one.completion else None,
         "gate": asdict(one.gate) if one.gate else None,
         "left_out": [asdict(one) for one in one.left_out],
     }
@@ -120,6 +124,10 @@ def html(values: dict[str, Any], comparison: Comparison) -> str:
         grids=picture_grids(comparison),
         line_colours={name: f"rgb{rgb}" for name, rgb in LINE_COLOURS.items()},
         line_reach_px=REACH_PX,
+        hole_colour=f"rgb{HOLE_COLOUR}",
+        repaired=repaired_frames(comparison),
+        fills=FILLS,
+        in_hole=IN_HOLE,
         sheets=contact_sheets(comparison),
         colours={one.name: colour(index) for index, one in enumerate(comparison.sets)},
         quantities=QUANTITIES,

@@ -118,6 +118,8 @@ def test_the_page_stands_alone(page):
     assert all(source.startswith(("data:image/png;base64,", "data:image/jpeg;base64,")) for source in parsed.sources)
     assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", text)
     assert "script" not in parsed.tags
+    assert "Inside the holes" not in text, "no set repairs frames"
+    assert "repaired frame" not in text.lower()
     assert "link" not in parsed.tags
 
 

@@ -201,8 +201,8 @@ def test_workers_share_the_search_and_a_second_run_searches_nothing(world, manif
     assert not open_units(search.units(sets))
     before = {path: path.read_bytes() for path in (tmp_path / "report").rglob("*.json")}
     monkeypatch.setattr(search, "looked", lambda *_: pytest.fail("searched again"))
-    found = verdict_of(sets, sets.synthetic[0])
-    assert found == verdict_of(sets, sets.synthetic[0])
+    found = verdict_of(sets, sets.synthetic[0], num_repaired=0)
+    assert found == verdict_of(sets, sets.synthetic[0], num_repaired=0)
     assert {path: path.read_bytes() for path in (tmp_path / "report").rglob("*.json")} == before
     damaged = next(iter(before))
     damaged.write_bytes(before[damaged][:50])
@@ -213,5 +213,5 @@ def test_settings_without_a_gate_give_no_verdict(world, manifest, tmp_path):
     write_synthetic(tmp_path / "set", independent(91, 2), manifest)
     overrides = [f"real={world / 'real'}", f"synthetic.one={tmp_path / 'set'}", f"out={tmp_path}", "memorisation=null"]
     sets = open_sets(load(EvaluateConfig, [], overrides))
-    assert verdict_of(sets, sets.synthetic[0]) is None
+    assert verdict_of(sets, sets.synthetic[0], num_repaired=0) is None
     assert search.units(sets) == []
