@@ -174,10 +174,11 @@ class Project:
         words = ["sbatch", "--parsable", "--cpus-per-task=1", *map(str, words)]
         return self.cluster.run(*words, cwd=self.folder, **(ours | environment))
 
-    def train(self, world, folder, *overrides, shape=ALONE, options=(), **environment):
+    def train(self, world, folder, *overrides, shape=ALONE, options=(), configs=("tiny",), **environment):
         """Submit a training run by the script that a user submits; the job's id."""
-        words = [f"run={folder}", *data_overrides(world), *SETTINGS, *overrides]
-        return self.sbatch(*shape, *options, "slurm/train.sh", "configs/train/tiny.yaml", *words, **environment)
+        files = [f"configs/train/{name}.yaml" for name in configs]
+        words = [*files, f"run={folder}", *data_overrides(world), *SETTINGS, *overrides]
+        return self.sbatch(*shape, *options, "slurm/train.sh", *words, **environment)
 
     def preempt(self, job):
         """Let a job of the partition high take all nodes, until this one has made way and is back in the queue."""

@@ -1,0 +1,61 @@
+"""SeLoRA and Dual-LoRA by `sbatch slurm/train.sh` on a real Slurm: told to stop once, they go on and are exported."""
+
+import re
+
+import pytest
+import torch
+
+from ccmdist.adapters.state import read_adapter
+from ccmdist.cluster.run_directory import RunDirectory
+from tests.distributed.small_dual import HOLES
+from tests.distributed.small_world import data_overrides
+
+pytestmark = pytest.mark.slurm
+
+NUM_STEPS, NUM_LINEARS = 20, 44
+LENGTH = (f"num_steps={NUM_STEPS}", "checkpoint.every_steps=10", "validation.every_steps=20")
+ON_TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1")
+
+
+def stopped_once(cluster, project, world, folder, *overrides, configs):
+    """Log of a run of two ranks that is told to stop after a few steps, and put back."""
+    job = project.train(world, folder, *LENGTH, *overrides, shape=ON_TWO_NODES, configs=configs)
+    project.wait_for_line(job, r"step \d+/", 5)
+    restarts = cluster.restarts(job)
+    cluster.run("scancel", "--signal=USR2", job)
+    cluster.wait_until_back(job, restarts)
+    cluster.wait_for(job, "COMPLETED")
+    first, second = RunDirectory(folder).attempts()
+    assert 0 < first["last_step"] == second["first_step"] < NUM_STEPS == second["last_step"]
+    log = project.log(job)
+    assert "2 ranks" in log
+    return log
+
+
+def test_ranks_grow_before_and_after_a_stop_and_are_exported_as_they_have_grown(cluster, project, world, tmp_path):
+    folder = tmp_path / "selora"
+    often = ("adapter.lora_rank=8", "adapter.growth.every_steps=3", "adapter.growth.fisher_ratio=1.0001")
+    log = stopped_once(
+        cluster, project, world, folder, *often, "adapter.growth.rank_budget=200", configs=("tiny", "tiny_selora")
+    )
+    told = re.findall(r"one rank more, (\d+) in all, after (\d+) updates", log)
+    stop = RunDirectory(folder).attempts()[0]["last_step"]
+    assert min(int(step) for _, step in told) <= stop < max(int(step) for _, step in told)
+    totals = [int(total) for total, _ in told]
+    assert totals[0] > NUM_LINEARS
+    assert sorted(set(totals)) == totals
+    assert sum(read_adapter(folder / "adapter").lora_ranks.values()) == totals[-1]
+
+
+def test_two_adapters_are_trained_in_turn_and_both_are_exported(cluster, project, world, tmp_path):
+    folder = tmp_path / "dual"
+    cached = project.sbatch("slurm/precompute.sh", "configs/precompute/tiny.yaml", *data_overrides(world), *HOLES)
+    cluster.wait_for(cached, "COMPLETED")
+    stopped_once(cluster, project, world, folder, *HOLES, configs=("tiny", "tiny_dual"))
+    synthesis, completion = (read_adapter(folder / "adapter" / name) for name in ("synthesis", "completion"))
+    assert synthesis.tensors.keys() == completion.tensors.keys()
+    for adapter in (synthesis, completion):
+        assert all(of["lora_B"].any() for of in adapter.tensors.values())
+    assert not any(
+        torch.equal(of["lora_B"], completion.tensors[name]["lora_B"]) for name, of in synthesis.tensors.items()
+    )
