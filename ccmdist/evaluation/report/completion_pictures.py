@@ -13,7 +13,7 @@ from ccmdist.evaluation.fidelity.in_hole import IN_HOLE, SHARE, column
 from ccmdist.evaluation.report.pictures import jpeg, outlined
 from ccmdist.evaluation.sets import SourceFrames
 
-NUM_ROWS: Final = 4
+NUM_ROWS: Final = 3
 
 
 def repaired_frames(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:

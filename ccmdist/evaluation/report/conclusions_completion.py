@@ -2,56 +2,55 @@
 
 from collections.abc import Iterator
 
-from ccmdist.evaluation.comparison import Comparison, SetReport
+from ccmdist.evaluation.comparison import Comparison
 from ccmdist.evaluation.fidelity.completion import Completion
 from ccmdist.evaluation.fidelity.fills import DRAWN, FILLS
 from ccmdist.evaluation.fidelity.in_hole import IN_HOLE
-from ccmdist.evaluation.report.formatting import joined
+from ccmdist.evaluation.report.formatting import joined, told_once
 
 
 def completion_sentences(comparison: Comparison) -> Iterator[str]:
-    """One for each set that repairs frames: by which measures the model beats which simple fill."""
-    for one in comparison.sets:
-        if one.completion:
-            yield _told(one, one.completion)
+    """One for the sets of repaired frames of which the same is to be told: which simple fills the model beats."""
+    told = ((one.name, _told(one.completion)) for one in comparison.sets if one.completion)
+    return (f"{joined(names)}: {text}" for names, text in told_once(told))
 
 
-def _told(one: SetReport, found: Completion) -> str:
+def _told(found: Completion) -> str:
     drawn = next((measure for measure in found.measures if measure.fill == DRAWN), None)
     if drawn is None:
-        return f"{one.name}: too few repaired frames have a real one to say how good what fills their holes is."
-    told = []
-    for fill, label in FILLS.items():
-        rows = {measure: found.measure(fill, measure) for measure in IN_HOLE}
-        known = {measure: row.gain_interval for measure, row in rows.items() if row and row.gain_interval}
-        if known:
-            better = [IN_HOLE[measure].removesuffix(", dB") for measure, (low, _) in known.items() if low > 0]
-            worse = [IN_HOLE[measure].removesuffix(", dB") for measure, (_, high) in known.items() if high < 0]
-            told.append(f"against {label}: better in {_listed(better)}, worse in {_listed(worse)}")
+        return "too few repaired frames have a real one to say how good what fills their holes is."
+    outcomes = ((label, _outcome(found, fill)) for fill, label in FILLS.items() if found.measure(fill, "ssim"))
+    against = "; ".join(f"against {joined(labels)} {text}" for labels, text in told_once(outcomes) if text)
     return (
-        f"{one.name}, inside the holes of {drawn.num_images} repaired frames of {drawn.num_subjects} subjects (95 % "
-        f"intervals without zero, uncorrected), {'; '.join(told) or 'no simple fill to compare with'}."
+        f"inside the holes of {drawn.num_images} repaired frames of {drawn.num_subjects} subjects, the model is, "
+        f"{against or 'for want of simple fills, compared with nothing'} (95 % intervals without zero, uncorrected)."
     )
 
 
-def _listed(labels: list[str]) -> str:
-    return joined(labels) if labels else "nothing"
+def _outcome(found: Completion, fill: str) -> str:
+    rows = [(measure, row.gain_interval) for measure in IN_HOLE if (row := found.measure(fill, measure))]
+    known = [(IN_HOLE[measure].removesuffix(", dB"), interval) for measure, interval in rows if interval]
+    better = [label for label, (low, _) in known if low > 0]
+    worse = [label for label, (_, high) in known if high < 0]
+    told = [f"{word} in {joined(labels)}" for word, labels in (("better", better), ("worse", worse)) if labels]
+    return (", ".join(told) or "neither better nor worse") if known else ""
 
 
 def completion_limits(comparison: Comparison) -> Iterator[str]:
     """What the figures of whole images do not show of repaired frames."""
-    for one in comparison.sets:
-        if one.completion is None:
-            continue
-        whole = one.completion.num_whole_images
-        mixed = (
-            f" and {whole} whole images together (draw the two in sets of their own to tell them apart)"
-            if whole
-            else ""
-        )
-        yield (
-            f"{one.name}: {one.completion.num_images} images are repaired frames, {100 * one.completion.share:.0f} % "
-            "of each drawn on average and the rest the real frame itself. Agreement with masks, biomarkers, distances, "
-            "whole-image SSIM, downstream tasks and what the gate searches are of those whole images"
-            f"{mixed}: what is good about them may be the real pixels. Only “Inside the holes” is about the model."
-        )
+    told = ((one.name, _limit(one.completion)) for one in comparison.sets if one.completion)
+    return (f"{joined(names)}: {text}" for names, text in told_once(told))
+
+
+def _limit(found: Completion) -> str:
+    mixed = (
+        f" They take in {found.num_whole_images} images that were drawn whole too: draw the two apart to tell."
+        if found.num_whole_images
+        else ""
+    )
+    return (
+        f"{found.num_images} images are repaired frames, {100 * found.share:.0f} % of each drawn on average and the "
+        "rest the real frame. All other figures (agreement with masks, biomarkers, distances, whole-image SSIM, "
+        f"downstream tasks, the gate's search) are of whole images, and so of real pixels.{mixed} Only “Inside the "
+        "holes” is about the model."
+    )

@@ -154,14 +154,18 @@ def test_the_report_shows_the_holes_and_says_what_other_figures_are_worth(compar
     found = values["synthetic"]["near"]["completion"]
     assert found["filters"] == "log-on-off-v1"
     assert {row["fill"] for row in found["measures"]} == set(FILLS)
-    assert any(line.startswith("near, inside the holes of") for line in values["may_be_concluded"])
+    told = [line for line in values["may_be_concluded"] if "inside the holes of" in line]
+    assert told[0].startswith(f"near: inside the holes of {found['num_images']} repaired frames of ")
+    assert "against mean of the rim and biharmonic better in SSIM, PSNR and filter distance; against another" in told[0]
+    assert told[1].startswith("grey: ")
+    assert "worse in" in told[1]
     limits = [line for line in values["may_not_be_concluded"] if "Only “Inside the holes” is about the model" in line]
     assert len(limits) == 2
-    assert "and 5 whole images together (draw the two in sets of their own" in limits[0]
+    assert "They take in 5 images that were drawn whole too: draw the two apart to tell." in limits[0]
     assert "LPIPS" in text
     assert not re.search(r"<t[dh][^>]*>\s*(<[^>]*>)*[^<]*LPIPS", text), "no figure may be called that"
     assert text.count("repaired frames</span>") >= 2
-    assert set(Widths(text).of["in-hole"]) == {9}
+    assert set(Widths(text).of["in-hole"]) == {6}
 
 
 def test_a_set_without_repaired_frames_has_no_such_figures(sets, tmp_path):
