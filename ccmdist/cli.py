@@ -316,7 +316,7 @@ def verify_adapter(source: Source, model_folder: Model, name: Name = None) -> No
     importlib.import_module("ccmdist.jobs.adapter").verify(source, model_folder, name)
 
 
-@adapter.command(epilog=example("ccmdist adapter show runs/tiny"))
+@adapter.command(epilog=example("ccmdist adapter show runs/tiny_dual --name completion"))
 def show(source: Source, name: Name = None) -> None:
     """Print what an adapter adapts, how large it is, the ranks it has grown to and how far it has moved."""
     importlib.import_module("ccmdist.jobs.adapter_show").show(source, name)

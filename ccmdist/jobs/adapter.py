@@ -131,11 +131,13 @@ def _grown(
     """The tensors without the ranks that have not become active: those add nothing, and were not trained."""
     if different := sorted(tensors.keys() ^ lora_ranks.keys()):
         raise AdapterError(f"{where}: does not tell the active ranks of {different[0]}", "give another checkpoint")
-    cut = {"lora_A": lambda A, rank: A[:rank], "lora_B": lambda B, rank: B[:, :rank].contiguous()}
-    return {
-        name: {kind: cut[kind](values, lora_ranks[name]) if kind in cut else values for kind, values in of.items()}
-        for name, of in tensors.items()
-    }
+    found = {}
+    for name, of in tensors.items():
+        rank, B = lora_ranks[name], of["lora_B"]
+        if B[:, rank:].any():
+            raise AdapterError(f"{where}: {name} has more than its {rank} active ranks", "give another checkpoint")
+        found[name] = {**of, "lora_A": of["lora_A"][:rank], "lora_B": B[:, :rank].contiguous()}
+    return found
 
 
 def export(source: Path, model: Path, out: Path, name: str | None = None) -> None:

@@ -80,7 +80,7 @@ def _facts(plan: Plan) -> dict[str, str]:
         "machine": f"{machine.num_gpus} x {machine.gpu}{nodes if machine.num_gpus > 1 else ''}",
         "model": f"{_count(plan.num_parameters)} parameters, of which {_count(plan.num_resident_parameters)} are held, "
         f"in {plan.base}; {_trained(plan)}",
-        "one image": f"{_tokens(plan)}; {_tera(plan.forward_flops)} forward; {_tera(flops.executed)} to train: "
+        "one image": f"{_tokens(plan)} {_tera(plan.forward_flops)} forward; {_tera(flops.executed)} to train: "
         f"forward {flops.forward / 1e12:.1f}, backward {flops.backward / 1e12:.1f}, "
         f"computed again {flops.recompute / 1e12:.1f}",
         "mode": f"{plan.sharding}: {plan.reason}",
@@ -106,9 +106,9 @@ def _tokens(plan: Plan) -> str:
     """Tokens of an image, in words; where some steps fill holes, of those too."""
     of, share = plan.tokens, plan.completion_share
     if not share:
-        return f"{of.total} tokens (image {of.target}, mask {of.mask}, text {of.text})"
+        return f"{of.total} tokens (image {of.target}, mask {of.mask}, text {of.text});"
     whole = f"{of.total} tokens (image {of.target}, mask {of.mask}, image with a hole {of.holed}, text {of.text})"
-    return whole if share == 1 else f"{whole} in {share:.0%} of the steps, else {of.total - of.holed}; on average"
+    return f"{whole};" if share == 1 else f"{whole} in {share:.0%} of the steps, else {of.total - of.holed}; on average"
 
 
 def _verdict(plan: Plan) -> str:

@@ -1,7 +1,6 @@
 """`ccmdist adapter` of ranks that have grown, and of two adapters of one run."""
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from ccmdist.jobs.trained import settings_of
 from ccmdist.models import mmdit
 from ccmdist.models.make import make_model
 from ccmdist.models.model_folder import ModelFolder
-from ccmdist.train.checkpoint import sealed, verified
+from ccmdist.train.checkpoint import verified
 from tests.unit.jobs.made_adapters import DUAL, HOLES, make_run, moved_state
 
 
@@ -120,16 +119,18 @@ def test_only_active_ranks_are_taken_from_a_checkpoint(tiny, grown, tmp_path, av
     adapter.verify(run, tiny.path)
 
 
-def test_a_checkpoint_that_does_not_tell_its_ranks_is_refused(tiny, tmp_path):
+def test_a_checkpoint_whose_ranks_are_not_those_of_its_tensors_is_refused(tiny, tmp_path):
     grown = moved_state(tiny, "selora")
     run = make_run(tmp_path / "run", tiny, grown, steps=(7,))
-    path = run / "checkpoints" / "step-00000007"
-    checkpoint = verified(path)
-    births = checkpoint.manifest["objective_state"]["growth"]["births"]
-    births.pop("transformer_blocks.1.attn.to_q")
+    checkpoint = verified(run / "checkpoints" / "step-00000007")
     config = settings_of(RunDirectory(run))
+    births = checkpoint.manifest["objective_state"]["growth"]["births"]
+    births["transformer_blocks.1.attn.to_q"].pop()
+    with pytest.raises(AdapterError, match=r"transformer_blocks\.1\.attn\.to_q has more than its \d active ranks"):
+        adapter.adapter_of(checkpoint, config)
+    births.pop("transformer_blocks.1.attn.to_q")
     with pytest.raises(AdapterError, match=r"does not tell the active ranks of transformer_blocks\.1\.attn\.to_q"):
-        adapter.adapter_of(replace(checkpoint, manifest=sealed(checkpoint.manifest)), config)
+        adapter.adapter_of(checkpoint, config)
 
 
 def test_show_prints_the_rank_of_every_linear(tiny, grown, tmp_path, capsys):
