@@ -59,7 +59,8 @@ class RandomSampler(ImageSampler):
             vae = make_vae(SIZES["full" if scale.heads == FULL["heads"] else "tiny"])
         self.codec = LatentCodec(nn.Module.to(vae, self.dtype).eval())
         self.cache = RandomCache(scale, self.dtype)
-        self.seed, self.guidance_scale = 0, GUIDANCE_SCALE
+        self.settings = SimpleNamespace(seed=0, guidance_scale=GUIDANCE_SCALE)
+        self.adapters, self.merged = {}, None
         self.token_hw = (scale.edge, scale.edge)
 
     def requests(self, batch_size: int) -> list[Request]:
