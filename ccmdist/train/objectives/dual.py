@@ -18,6 +18,7 @@ Source: Xu and Prasanna 2026 (arXiv:2603.04565), of which only abstract and summ
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from functools import cache
 from typing import Final
 
 import torch
@@ -57,6 +58,7 @@ def adapter_of_step(seed: int, step: int, settings: DualSettings) -> AdapterName
     return "completion" if after > before else "synthesis"
 
 
+@cache
 def _phase(seed: int) -> int:
     return int(torch.randint(PHASES, (), generator=generator(seed, "adapter of step")))
 

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ccmdist.adapters.injection import row_squares_of
@@ -62,6 +62,7 @@ def posed(objective, batch, adapter):
     return objective._posed(batch, batch["positions"])
 
 
+@settings(deadline=None)  # it takes milliseconds, but not on a core that others use
 @given(
     seed=st.integers(0, 1000),
     first=st.integers(0, 10**7),
@@ -69,11 +70,11 @@ def posed(objective, batch, adapter):
     fraction=st.floats(0.01, 0.99),
 )
 def test_in_any_window_completion_has_its_share_of_steps_to_one_step(seed, first, num_steps, fraction):
-    settings = DualSettings(completion_fraction=fraction)
-    found = [adapter_of_step(seed, step, settings) for step in range(first, first + num_steps)]
+    both = DualSettings(completion_fraction=fraction)
+    found = [adapter_of_step(seed, step, both) for step in range(first, first + num_steps)]
     share = Fraction(fraction) * num_steps
     assert found.count("completion") in (math.floor(share), math.ceil(share))
-    assert found == [adapter_of_step(seed, step, settings) for step in range(first, first + num_steps)]
+    assert found == [adapter_of_step(seed, step, both) for step in range(first, first + num_steps)]
 
 
 def test_where_two_adapters_have_equal_shares_they_alternate_and_the_seed_says_which_is_first():
@@ -86,8 +87,8 @@ def test_where_two_adapters_have_equal_shares_they_alternate_and_the_seed_says_w
 
 @pytest.mark.parametrize("alone", ["synthesis", "completion"])
 def test_an_adapter_that_is_trained_alone_has_every_step(alone):
-    settings = DualSettings(adapters=(alone,), completion_fraction=0.1)
-    assert {adapter_of_step(3, step, settings) for step in range(100)} == {alone}
+    single = DualSettings(adapters=(alone,), completion_fraction=0.1)
+    assert {adapter_of_step(3, step, single) for step in range(100)} == {alone}
 
 
 def test_completion_is_shown_structure_and_holed_image_and_around_the_hole_what_is_known(folder):
@@ -133,6 +134,14 @@ def test_the_loss_of_completion_looks_into_the_hole_alone(made):
         assert torch.equal(objective.loss(model, batch | {"image_latents": outside}), loss)
         inside = batch["image_latents"] + 5.0 * is_open
         assert objective.loss(model, batch | {"image_latents": inside}) > loss + 1
+
+
+def test_held_out_losses_of_completion_are_plain_means_in_the_hole(made):
+    objective, _ = made
+    seen = posed(objective, batch_of(objective, "completion"), "completion")
+    errors_BSC = torch.rand(2, NUM_TOKENS, 64)
+    expected = [errors[is_open].mean() for errors, is_open in zip(errors_BSC, seen["is_open"], strict=True)]
+    torch.testing.assert_close(objective._held_out_loss_B(errors_BSC, seen), torch.stack(expected))
 
 
 def test_a_hole_that_is_everything_is_plain_synthesis_with_a_second_condition(made):
