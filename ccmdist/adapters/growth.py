@@ -79,13 +79,9 @@ class RankGrowth:
         Args:
             linears: Names of the adapted linears.
             lora_rank: The largest that each may reach: rows of A, columns of B.
-            settings: Start rank, threshold, interval, budget.
-
-        Raises:
-            ConfigError: If the budget does not suffice for the start ranks.
+            settings: Start rank, threshold, interval, budget; the budget suffices for the start ranks.
         """
         self.births = {name: [0] * settings.start_rank for name in linears}
-        settings.check_budget(len(self.births))
         self.lora_rank, self.settings = lora_rank, settings
         self._sums, self._tested = self._zeros(), self._zeros()
 

@@ -22,6 +22,7 @@ from ccmdist.models.modulation_table import ModulationTable, is_tabled
 from ccmdist.models.quantized import build_quantized
 from ccmdist.models.staging import staged
 from ccmdist.models.tabulation import table_for
+from ccmdist.planner.plan import check_growth
 from ccmdist.planner.transformer import Transformer
 from ccmdist.train.flat_blocks import flatten_blocks
 from ccmdist.train.objectives.latent_flow import LatentFlow
@@ -48,14 +49,11 @@ class EditObjective(LatentFlow):
                 does not suffice.
         """
         super().__init__(config, group)
-        if config.adapter.growth:
-            adapted = Transformer.from_config(self.folder.config("transformer")).adapted(config.adapter.targets)
-            config.adapter.growth.check_budget(len(list(adapted)))
+        check_growth(config, Transformer.from_config(self.folder.config("transformer")))
         self.base_digest = self.folder.transformer_digest()
         self.dtype = DTYPES[config.base]
         self._is_tabled = False
         self._num_updates = -1  # the first call of after_step only says that the state was loaded
-        self.growth: RankGrowth | None = None
         self._told_ranks: dict[str, int] = {}
 
     def build(self, zero_config: dict[str, Any]) -> torch.nn.Module:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
+from ccmdist.adapters.growth import RankGrowth
 from ccmdist.cluster.preemption import ignore_stop_signals
 from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.config.data import PX_PER_TOKEN
@@ -32,6 +33,9 @@ class LatentFlow(ABC):
 
     dtype: torch.dtype
     """Of the latents that the model sees."""
+
+    growth: RankGrowth | None = None
+    """Of ranks that grow; see :class:`Objective`."""
 
     def __init__(self, config: TrainConfig, group: ProcessGroup) -> None:
         """Open the cache and plan the order; no weights are read yet.

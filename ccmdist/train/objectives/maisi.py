@@ -24,7 +24,6 @@ class MaisiObjective(LatentFlow):
     """Learns ``noise - x`` given the mask's latents, the clinical group and the size of a pixel; all in fp32."""
 
     dtype = torch.float32
-    growth = None
 
     def __init__(self, config: TrainConfig, group: ProcessGroup) -> None:
         """Open the cache, and the shards for the size of their pixels.

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from ccmdist.adapters.growth import RankGrowth
 from ccmdist.cluster.preemption import ignore_stop_signals
 from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.config.objectives import SpadeSettings
@@ -69,7 +70,7 @@ class _Pair(torch.nn.Module):
 class SpadeObjective:
     """Even steps train the discriminators, odd ones the generator; all in fp32. A step sees samples of its own."""
 
-    growth = None
+    growth: RankGrowth | None = None
 
     def __init__(self, config: TrainConfig, group: ProcessGroup) -> None:
         """Look through the shards and plan the order. Neither the cache nor the model folder is needed.

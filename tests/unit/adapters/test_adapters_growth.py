@@ -340,5 +340,5 @@ def test_a_budget_that_is_too_small_is_refused_with_both_numbers():
         r"set adapter\.growth\.rank_budget to more than 8, or name fewer adapter\.targets$"
     )
     with pytest.raises(ConfigError, match=expected):
-        RankGrowth(["a", "b", "c", "d"], 4, growth)
-    assert RankGrowth(["a", "b", "c"], 4, growth).active == {"a": 2, "b": 2, "c": 2}
+        growth.check_budget(4)
+    growth.check_budget(3)
