@@ -162,7 +162,7 @@ def train(arguments: Arguments = None, dry_run: DryRun = False, allow_change: Al
     raise typer.Exit(job.start(config, frozenset(allow_change or ())))
 
 
-@app.command(epilog=example("ccmdist synthesize configs/synthesize/completion.yaml adapter=runs/dual/adapter"))
+@app.command(epilog=example("ccmdist synthesize configs/synthesize/completion.yaml adapter=runs/dual_lora"))
 def synthesize(
     arguments: Arguments = None,
     objective: Annotated[

@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -129,13 +129,17 @@ def _workers(slurm: SlurmSettings) -> int:
     return slurm.nodes * slurm.num_tasks_per_node
 
 
-def carry_out(requests: Sequence[Request], arguments: Sequence[str], is_dry_run: bool) -> Iterator[str]:
+def carry_out(
+    requests: Sequence[Request], arguments: Sequence[str], is_dry_run: bool, chains: Sequence[Sequence[Request]] = ()
+) -> Iterator[str]:
     """Submit the jobs, each to start when the one before it has ended well; what to tell of each.
 
     Args:
         requests: In order.
         arguments: Of the launcher, kept in the jobs' folders for people to read.
         is_dry_run: Tell the batch files instead, and do nothing.
+        chains: Other jobs, each chain in order and all chains at the same time; the first of ``requests`` starts when
+            all of them have ended well.
 
     Raises:
         CcmdistError: If a job cannot be described in a batch file, or Slurm refuses it.
@@ -143,25 +147,42 @@ def carry_out(requests: Sequence[Request], arguments: Sequence[str], is_dry_run:
     if not is_dry_run:
         refuse_without_slurm()
     submitted: list[str] = []
-    for request in requests:
-        shown = result_folder(request.config).absolute() / "jobs" / "NAME"
-        text = batch_text(request.job(shown, tuple(submitted[-1:])))
-        if not request.num_array_tasks:
-            yield f"{request.stage}: {request.why}; no job is needed"
-        elif is_dry_run:
-            submitted.append(f"JOB_{len(submitted) + 1}")
-            yield f"{request.stage}: {request.shape}; {request.why}\n\n{text}"
-        else:
-            yield _submitted(request, arguments, submitted)
+    ends: list[str] = []
+    for chain in chains:
+        ends += yield from _chained(chain, (), submitted, arguments, is_dry_run)
+    yield from _chained(requests, tuple(ends), submitted, arguments, is_dry_run)
     if is_dry_run:
         yield "dry run: nothing was done"
 
 
-def _submitted(request: Request, arguments: Sequence[str], submitted: list[str]) -> str:
-    """Submit one job after the last one, and note its id."""
+def _chained(
+    requests: Sequence[Request],
+    after: tuple[str, ...],
+    submitted: list[str],
+    arguments: Sequence[str],
+    is_dry_run: bool,
+) -> Generator[str, None, tuple[str, ...]]:
+    """Submit one after the other, the first after some jobs, and note their ids; for which whoever follows waits."""
+    for request in requests:
+        shown = result_folder(request.config).absolute() / "jobs" / "NAME"
+        text = batch_text(request.job(shown, after))
+        if not request.num_array_tasks:
+            yield f"{request.stage}: {request.why}; no job is needed"
+            continue
+        if is_dry_run:
+            submitted.append(f"JOB_{len(submitted) + 1}")
+            yield f"{request.stage}: {request.shape}; {request.why}\n\n{text}"
+        else:
+            yield _submitted(request, after, arguments, submitted)
+        after = (submitted[-1],)
+    return after
+
+
+def _submitted(request: Request, after: tuple[str, ...], arguments: Sequence[str], submitted: list[str]) -> str:
+    """Submit one job after others, and note its id."""
     with outside_of_any_job():
         folder = snapshot(request.stage, request.config, arguments)
-    job = request.job(folder, tuple(submitted[-1:]))
+    job = request.job(folder, after)
     try:
         job_id = submit(job, SubmittedStage(request.stage, str(folder), request.options))
     except RunError as error:

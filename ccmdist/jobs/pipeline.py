@@ -6,6 +6,7 @@ number of workers does what is left.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -27,6 +28,32 @@ USAGE: Final = (
 )
 
 
+@dataclass(frozen=True)
+class Chain:
+    """Settings of all stages, and of the jobs that are to run them.
+
+    Attributes:
+        configs: By the names of CHAIN.
+        slurm: Likewise.
+    """
+
+    configs: dict[str, Any]
+    slurm: dict[str, SlurmSettings]
+
+    def jobs_before_evaluation(self) -> list[Request]:
+        """Filling the cache, training and drawing.
+
+        Raises:
+            CcmdistError: If the shards or the model are not there.
+        """
+        configs, slurm = self.configs, self.slurm
+        return [
+            *precompute_jobs(configs["precompute"], slurm["precompute"]),
+            *train_jobs(configs["train"], slurm["train"]),
+            *synthesize_jobs(configs["synthesize"], slurm["synthesize"]),
+        ]
+
+
 def pipeline_jobs(arguments: Sequence[str]) -> list[Request]:
     """The jobs of all stages in order, from the words of a command line.
 
@@ -34,18 +61,31 @@ def pipeline_jobs(arguments: Sequence[str]) -> list[Request]:
         ConfigError: If a word means no stage, a setting is wrong, or what one stage leaves is not what the next takes.
         CcmdistError: If the shards or the model are not there.
     """
+    chain = connected(loaded(arguments))
+    return [*chain.jobs_before_evaluation(), *evaluate_jobs(chain.configs["evaluate"], chain.slurm["evaluate"])]
+
+
+def loaded(arguments: Sequence[str]) -> Chain:
+    """The settings of each stage by itself, from the words of a command line.
+
+    Raises:
+        ConfigError: If a word means no stage, or a setting is wrong.
+    """
     words = _by_stage(arguments)
-    loaded = {stage: load_for_slurm(STAGES[stage], *words[stage]) for stage in CHAIN}
-    configs: dict[str, Any] = {stage: config for stage, (config, _) in loaded.items()}
-    slurm: dict[str, SlurmSettings] = {stage: section for stage, (_, section) in loaded.items()}
-    configs["synthesize"] = _with_trained(configs)
+    found = {stage: load_for_slurm(STAGES[stage], *words[stage]) for stage in CHAIN}
+    configs = {stage: config for stage, (config, _) in found.items()}
+    return Chain(configs, {stage: section for stage, (_, section) in found.items()})
+
+
+def connected(chain: Chain) -> Chain:
+    """The same, drawing with what is trained before unless something else is named.
+
+    Raises:
+        ConfigError: If what one stage leaves is not what the next takes.
+    """
+    configs = chain.configs | {"synthesize": _with_trained(chain.configs)}
     _refuse_gaps(configs)
-    return [
-        *precompute_jobs(configs["precompute"], slurm["precompute"]),
-        *train_jobs(configs["train"], slurm["train"]),
-        *synthesize_jobs(configs["synthesize"], slurm["synthesize"]),
-        *evaluate_jobs(configs["evaluate"], slurm["evaluate"]),
-    ]
+    return Chain(configs, chain.slurm)
 
 
 def _by_stage(arguments: Sequence[str]) -> dict[str, tuple[list[Path], list[str]]]:
