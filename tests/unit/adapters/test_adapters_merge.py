@@ -11,6 +11,7 @@ from ccmdist.adapters.state import AdapterState
 from ccmdist.config.train import WDLoRASettings
 from ccmdist.errors import AdapterError
 from ccmdist.models import mmdit
+from tests.unit.jobs.made_adapters import moved_state
 
 
 def test_a_merged_model_predicts_what_the_adapted_one_does(tiny, trained, velocity_of):
@@ -68,3 +69,18 @@ def test_a_model_that_does_not_fit_is_left_as_it_was(tiny, moved):
     ):
         merge_into(model, replace(moved, tensors=misfit))
     assert torch.equal(model.transformer_blocks[0].attn.to_q.weight, before)
+
+
+def test_loading_a_grown_adapter_leaves_nothing_of_the_one_before(tiny, velocity_of):
+    before, grown = moved_state(tiny, "lora"), moved_state(tiny, "selora")
+    names = list(grown.tensors)
+
+    def adapted(*states):
+        model = mmdit.build(tiny, torch.float32, None)
+        linears = inject(model, names, grown.settings, row_squares_of(model, names), seed=0)
+        for state in states:
+            linears.load(state.tensors)
+        return velocity_of(model)
+
+    assert torch.equal(adapted(before, grown), adapted(grown))
+    assert not torch.equal(adapted(before), adapted(grown))
