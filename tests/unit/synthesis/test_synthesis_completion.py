@@ -19,11 +19,14 @@ from ccmdist.config.train import LoRASettings
 from ccmdist.console import log
 from ccmdist.data.audit import audit_set
 from ccmdist.data.holes import holes_of
+from ccmdist.data.latent_cache import LatentCache
 from ccmdist.data.manifest import commit_manifest, read_manifest
 from ccmdist.data.reader import read_split, verify_set
 from ccmdist.data.triple import mask_sha256
 from ccmdist.data.views import views
 from ccmdist.data.writer import write_set, write_shard
+from ccmdist.diffusion.flow import pack_latents
+from ccmdist.diffusion.seeding import generator
 from ccmdist.errors import AdapterError, ConfigError, Preempted, RunError, ShardError
 from ccmdist.jobs.synthesize import describe
 from ccmdist.models import mmdit
@@ -33,6 +36,8 @@ from ccmdist.synthesis import base, generate
 from ccmdist.synthesis.generate import adapter_digest, synthesize
 from ccmdist.synthesis.output import SyntheticSet
 from ccmdist.synthesis.plan import read_plan
+from ccmdist.synthesis.requests import Request
+from ccmdist.synthesis.sampler import noise_of
 from ccmdist.synthesis.verify import verify_against_plan
 
 HOLES = ("data.holes.per_sample=3", "data.holes.shapes=[rectangle,band,everything]")
@@ -134,6 +139,47 @@ def test_holes_change_what_is_drawn_in_them_and_more_images_than_holes_come_roun
     first, again = triples["k0-c0000"], triples["k0-c0003"]
     assert np.array_equal(first.inpaint_mask, again.inpaint_mask)
     assert (first.image != again.image)[first.inpaint_mask].any()
+
+
+def test_the_model_sees_structure_and_holed_image_and_keeps_what_is_known(filling, one_model, monkeypatch):
+    seen, draw = [], generate.sample
+    conditions, predict = [], generate.GuidedVelocity
+
+    def watched(velocity, noise_BSC, sigmas, guidance_scale, known):
+        seen.append(known)
+        return draw(velocity, noise_BSC, sigmas, guidance_scale, known)
+
+    def shown(model, condition_BSC, *others):
+        conditions.append(condition_BSC)
+        return predict(model, condition_BSC, *others)
+
+    monkeypatch.setattr(generate, "sample", watched)
+    monkeypatch.setattr(generate, "GuidedVelocity", shown)
+    config = filling()
+    synthesize(config, None)
+    model = ModelFolder.open(config.data.model)
+    cache = LatentCache.open(config.data, model.encoder_identity(), ("test",))
+    samples = {entry.key: cache.read(entry) for entry in cache.entries("test")}
+    num_tokens = (SIZE_PX // 16) ** 2
+    batches = read_plan(config.out).batches
+    for batch, known, condition_BSC in zip(batches, seen, conditions, strict=True):
+        for place, request in enumerate(batch.requests):
+            sample = samples[request.source_key]
+            holed_SC = pack_latents(sample["holed_latents"][request.hole][None])[0]
+            assert torch.equal(known.latents_BSC[place], holed_SC)
+            assert torch.equal(condition_BSC[place, :num_tokens], pack_latents(sample["mask_latents"][None])[0])
+            assert torch.equal(condition_BSC[place, num_tokens:], holed_SC)
+            hole = np.unpackbits(sample["holes"][request.hole].numpy(), axis=1).astype(bool)
+            is_open = hole.reshape(SIZE_PX // 16, 16, SIZE_PX // 16, 16).any(axis=(1, 3)).ravel()
+            assert known.is_open_BS[place].tolist() == is_open.tolist()
+
+
+def test_a_filled_hole_and_a_whole_image_of_one_number_have_noise_of_their_own():
+    whole, hole = Request("k-0000", "k", 0, "s", None), Request("k-c0000", "k", 0, "s", None, hole=0)
+    noise = [noise_of(0, request, (4, 4)) for request in (whole, hole)]
+    assert not torch.equal(*noise)
+    # As it was before there were holes.
+    assert torch.equal(noise[0], torch.randn(4, 4, generator=generator(0, "synthesis", "k", 0)))
 
 
 def adapter(holed, name, seed, **facts):
