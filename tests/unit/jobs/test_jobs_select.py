@@ -137,7 +137,7 @@ def test_a_run_without_an_adapter_for_whole_images_is_refused(sources, tmp_path)
 
 def test_checkpoints_of_an_adapter_that_grows_are_chosen_from(sources, sampler, tmp_path, monkeypatch):
     model = ModelFolder.open(sources / "model")
-    births = {name: [0] for name in linear_shapes(model) if ".attn." in name}
+    births = {name: [0, 8] for name in linear_shapes(model) if ".attn." in name}
     nothing = {name: [0.0, 0.0] for name in births}
     growth = {"growth": {"births": births, "sums": nothing, "tested": nothing}}
     run = make_run(
@@ -148,7 +148,7 @@ def test_checkpoints_of_an_adapter_that_grows_are_chosen_from(sources, sampler, 
         objective_state=growth,
     )
     assert chosen(config_of(run), monkeypatch) == 20
-    assert set(adapter.find(run / BEST).lora_ranks.values()) == {1}
+    assert set(adapter.find(run / BEST).lora_ranks.values()) == {2}
 
 
 def test_of_equal_checkpoints_the_earliest_is_chosen(run, sampler, monkeypatch, capsys):
