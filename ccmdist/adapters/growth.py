@@ -168,8 +168,10 @@ class RankGrowth:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state` gave for the same linears, after :meth:`place`."""
         assert state["births"].keys() == self.births.keys()
-        kept = copy.deepcopy(dict(state))
-        self.births, self._sums, self._tested = kept["births"], kept["sums"], kept["tested"]
+        # In the order of the model, which a file does not keep.
+        self.births, self._sums, self._tested = (
+            {name: list(state[what][name]) for name in self.births} for what in ("births", "sums", "tested")
+        )
         self._fill(self.births)
 
     def _zeros(self) -> dict[str, list[float]]:

@@ -253,6 +253,7 @@ def test_what_a_checkpoint_keeps_is_exact_as_json_and_a_run_goes_on_from_it_bit_
     straight, stopped = grown_run("wdlora", num_steps=14), grown_run("wdlora", num_steps=10)
     state = json.loads(json.dumps(stopped.growth.state()))
     assert state == stopped.growth.state()
+    state["births"] = dict(reversed(state["births"].items()))  # a file need not keep the order of the model
     assert active_ranks({"growth": state}) == stopped.growth.active
     assert active_ranks({}) == {}
     again = grown_run("wdlora", num_steps=0)
@@ -264,6 +265,7 @@ def test_what_a_checkpoint_keeps_is_exact_as_json_and_a_run_goes_on_from_it_bit_
     again.optimizer.set_moments(again.flat, stopped.optimizer.moments(stopped.flat))
     again.optimizer.state[again.flat]["step"].fill_(10.0)
     again.growth.load_state(state)
+    assert list(again.growth.active) == list(stopped.growth.active)
     for step in range(10, 14):
         again.step(loss_of(again.model, step))
     assert torch.equal(again.flat, straight.flat)
