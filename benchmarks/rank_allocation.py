@@ -185,7 +185,11 @@ def measured(world: World, names: list[str], num_seeds: int, num_processes: int)
 
 
 def rows_of(found: dict[str, Way]) -> list[Row]:
-    """Loss, parameters, and the one by the other, each beside that of the anchor."""
+    """Loss, parameters, and the one by the other, each beside that of the anchor.
+
+    Seeds draw the order, the noise of the run and that of its judgement: so they differ by more than ways do, and the
+    difference for the same seed is what counts.
+    """
     starts = [trained.loss for trained in found[UNTUNED].trained]
     rows = [Row(f"held-out flow loss, {UNTUNED}: {_over_seeds(starts)}", statistics.median(starts))]
     by_way = {name: way.trained for name, way in found.items() if name in WAYS}
@@ -195,8 +199,11 @@ def rows_of(found: dict[str, Way]) -> list[Row]:
         name: [(start - loss) / size * 1e4 for start, loss, size in zip(starts, losses[name], sizes[name], strict=True)]
         for name in by_way
     }
+    beside = losses.get(ANCHOR, starts)
+    apart = {name: [loss - other for loss, other in zip(of, beside, strict=True)] for name, of in losses.items()}
     for what, values in (
         ("held-out flow loss", losses),
+        (f"the same less that of {ANCHOR if ANCHOR in losses else UNTUNED} with the same seed", apart),
         ("trained parameters at the end", sizes),
         ("loss less than untuned per 10,000 parameters", gains),
     ):
@@ -205,8 +212,8 @@ def rows_of(found: dict[str, Way]) -> list[Row]:
             claim = f"{what}, {name} (lr {LEARNING_RATES[found[name].best]:.2g}): {_over_seeds(of)}"
             rows.append(Row(claim, statistics.median(of), None if name == ANCHOR else anchor))
     if CHECK in found:
-        apart = abs(found[CHECK].trained[0].loss - losses[ANCHOR][0])
-        rows.append(Row(f"loss of {CHECK}, from that in the engine", apart, 0, 1e-6))
+        difference = abs(found[CHECK].trained[0].loss - losses[ANCHOR][0])
+        rows.append(Row(f"loss of {CHECK}, from that in the engine", difference, 0, 1e-6))
     return rows
 
 
