@@ -16,7 +16,7 @@ from typing import Any, Final
 from ccmdist.ccm.groups import CLINICAL_GROUPS
 from ccmdist.data.manifest import MANIFEST, SPLITS, Manifest, ShardEntry
 from ccmdist.data.reader import read_shard
-from ccmdist.data.triple import META, SYNTHETIC_MARK, check_key
+from ccmdist.data.triple import COMPOSITE_MARK, META, SYNTHETIC_MARK, check_key
 from ccmdist.errors import ShardError
 
 NUM_TOLD: Final = 10
@@ -30,6 +30,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _XMP_TEXT = b"XML:com.adobe.xmp\0\0\0\0\0"
+_MARKS = [_XMP_TEXT + mark.encode() for mark in (SYNTHETIC_MARK, COMPOSITE_MARK)]
 _BLOCK = tarfile.BLOCKSIZE
 
 
@@ -139,7 +140,7 @@ def _of_png(content: bytes) -> Iterator[str]:
             if length or at < len(content):
                 yield "bytes stand behind the end of its picture"
             break
-        elif kind != b"iTXt" or body != _XMP_TEXT + SYNTHETIC_MARK.encode():
+        elif kind != b"iTXt" or body not in _MARKS:
             yield f"its picture has a chunk {kind.decode('ascii', 'replace')}, which may hold text"
     stream = zlib.decompressobj()
     # One byte says how a row is filtered; a picture of more bytes than that hides some.

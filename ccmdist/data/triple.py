@@ -1,6 +1,7 @@
 """A sample of a shard: image, nerve mask and what is known about them. The one place that knows a shard's members.
 
-* ``KEY.image.png``: 8-bit grey. A synthetic image carries a machine-readable mark (XMP in an iTXt chunk).
+* ``KEY.image.png``: 8-bit grey. A synthetic image carries a machine-readable mark (XMP in an iTXt chunk); that of a
+  frame of which a hole was filled says that a part of it is synthetic.
 * ``KEY.mask.png``: 8-bit grey, 0 or 255 only, of the same size.
 * ``KEY.inpaint_mask.png``, if the sample has one: likewise, 255 where the image is to be filled, or was.
 * ``KEY.points.png``, if the sample has one: 8-bit grey, codes of :mod:`ccmdist.ccm.structure`, one pixel a point.
@@ -50,7 +51,9 @@ SYNTHETIC_MARK: Final = (
     '<rdf:Description xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType='
     '"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/></rdf:RDF></x:xmpmeta>'
 )
-"""XMP of every synthetic image; the only text in a picture."""
+"""XMP of every image that a model has drawn whole. This and the next are the only texts in pictures."""
+COMPOSITE_MARK: Final = SYNTHETIC_MARK.replace("trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia")
+"""XMP of every image of which a model has filled a hole."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +132,11 @@ def members_of(triple: Triple) -> dict[str, bytes]:
     except (TypeError, ValueError) as error:
         raise ShardError(f"{where}: its fields cannot be written as JSON ({error})") from None
     meta_of(text.encode(), where)
-    is_synthetic = triple.meta.provenance is not None
+    mark = SYNTHETIC_MARK if triple.inpaint_mask is None else COMPOSITE_MARK
     return {
-        IMAGE: _png(image, is_synthetic),
-        MASK: _png(nerve_mask.astype(np.uint8) * 255, False),
-        **{ending: _png(pixels, False) for ending, pixels in optional.items()},
+        IMAGE: _png(image, mark if triple.meta.provenance is not None else ""),
+        MASK: _png(nerve_mask.astype(np.uint8) * 255),
+        **{ending: _png(pixels) for ending, pixels in optional.items()},
         META: text.encode(),
     }
 
@@ -270,10 +273,10 @@ def _check_two_valued(ending: str, pixels: NDArray[np.uint8], where: str) -> Non
         )
 
 
-def _png(pixels: NDArray[np.uint8], is_synthetic: bool) -> bytes:
+def _png(pixels: NDArray[np.uint8], mark: str = "") -> bytes:
     info = PngInfo()
-    if is_synthetic:
-        info.add_itxt("XML:com.adobe.xmp", SYNTHETIC_MARK)
+    if mark:
+        info.add_itxt("XML:com.adobe.xmp", mark)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()

@@ -55,6 +55,7 @@ def run(config_path: str) -> None:
     comparison = compare(config)
     path = write_report(comparison)
     _print_summary(comparison)
+    _print_holes(comparison)
     _print_verdicts(comparison)
     sys.stdout.write(f"report: {path}\n")
 
@@ -143,6 +144,23 @@ def _print_summary(comparison: "Comparison") -> None:
             f"between halves of the subjects at n = {shown.num_in_half}, as the real floor",
             soft_wrap=True,
         )
+
+
+def _print_holes(comparison: "Comparison") -> None:
+    """What fills the holes of repaired frames, for the table above speaks of whole images."""
+    from ccmdist.evaluation.fidelity.fills import DRAWN, FILLS
+
+    for one in comparison.sets:
+        if one.completion is None:
+            continue
+        sys.stdout.write(
+            f"holes: {one.completion.num_images} images of {one.name} are repaired frames; the figures above are of "
+            "whole images, with real pixels. Inside the holes:\n"
+        )
+        for fill in (DRAWN, "biharmonic"):
+            found = [one.completion.measure(fill, name) for name in ("ssim", "psnr_db", "filter_distance")]
+            told = [f"{row.mean:.3f}" if row else "-" for row in found]
+            sys.stdout.write(f"  {FILLS[fill]}: SSIM {told[0]}, PSNR {told[1]} dB, filter distance {told[2]}\n")
 
 
 def _print_verdicts(comparison: "Comparison") -> None:

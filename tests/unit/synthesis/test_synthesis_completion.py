@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SIZE_PX, SOURCE_PX, config_for, source_triples, write_cache
 from files_of_sets import contents
+from small_sources import SIZE_PX, SOURCE_PX, config_for, source_triples, write_cache
 
 from ccmdist.adapters.state import AdapterState
 from ccmdist.ccm.groups import CLINICAL_GROUPS
@@ -22,7 +22,7 @@ from ccmdist.data.holes import holes_of
 from ccmdist.data.latent_cache import LatentCache
 from ccmdist.data.manifest import commit_manifest, read_manifest
 from ccmdist.data.reader import read_split, verify_set
-from ccmdist.data.triple import mask_sha256
+from ccmdist.data.triple import mask_sha256, members_of
 from ccmdist.data.views import views
 from ccmdist.data.writer import write_set, write_shard
 from ccmdist.diffusion.flow import pack_latents
@@ -105,6 +105,7 @@ def test_outside_of_its_hole_an_image_has_the_bytes_of_its_frame_and_inside_it_i
             "inpaint_mask_sha256": mask_sha256(hole),
             "adapter_digest": "untuned",
         }
+        assert b"digitalsourcetype/compositeWithTrainedAlgorithmicMedia" in members_of(triple)["image.png"]
         assert request.source_key != OWN or np.array_equal(hole, frames[OWN].inpaint_mask)
     verify_set(filled)
     assert "hold pixels, codes, numbers and digests only" in audit_set(filled, read_manifest(filled))
