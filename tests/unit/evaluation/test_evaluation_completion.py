@@ -22,6 +22,7 @@ from ccmdist.evaluation.fidelity.in_hole import IN_HOLE, SHARE, column, in_hole
 from ccmdist.evaluation.report.pictures import HOLE_COLOUR, outlined, overlay
 from ccmdist.evaluation.report.write import report_values, write_report
 from ccmdist.evaluation.sets import SourceFrames
+from ccmdist.jobs import evaluate
 from ccmdist.jobs.release import release
 from tests.unit.evaluation.drawn_images import drawn
 from tests.unit.evaluation.html_pages import Page, Widths
@@ -176,6 +177,17 @@ def test_a_set_without_repaired_frames_has_no_such_figures(sets, tmp_path):
     assert comparison.sets[0].completion is None
     assert not [name for name in comparison.sets[0].table if name.startswith("hole_")]
     assert report_values(comparison)["synthetic"]["x"]["completion"] is None
+
+
+def test_the_terminal_tells_what_fills_the_holes_beside_figures_of_whole_images(comparison, capsys):
+    evaluate._print_holes(comparison)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(
+        "images of near are repaired frames; the figures above are of whole images, with real pixels. Inside the holes:"
+    )
+    assert re.fullmatch(r"  the model: SSIM 0\.\d{3}, PSNR \d+\.\d{3} dB, filter distance 0\.\d{3}", lines[1])
+    assert lines[2].startswith("  biharmonic: SSIM ")
+    assert len(lines) == 6
 
 
 def test_the_outline_of_a_hole_lies_around_it(sets):
