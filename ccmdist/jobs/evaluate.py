@@ -159,7 +159,7 @@ def _print_holes(comparison: "Comparison") -> None:
         )
         for fill in (DRAWN, "biharmonic"):
             found = [one.completion.measure(fill, name) for name in ("ssim", "psnr_db", "filter_distance")]
-            told = [f"{row.mean:.3f}" if row else "-" for row in found]
+            told = [f"{row.mean:.{decimals}f}" if row else "-" for row, decimals in zip(found, (3, 1, 3), strict=True)]
             sys.stdout.write(f"  {FILLS[fill]}: SSIM {told[0]}, PSNR {told[1]} dB, filter distance {told[2]}\n")
 
 

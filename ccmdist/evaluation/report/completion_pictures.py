@@ -46,11 +46,7 @@ def _rows(comparison: Comparison, one: SetReport, frames: SourceFrames) -> Itera
 
 
 def _chosen(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows with a real frame to compare with, from the smallest hole to the largest, of as many subjects as can be."""
+    """Rows with a real frame to compare with, evenly from the smallest hole to the largest."""
     known = table.dropna(subset=[column(DRAWN, "ssim")]).sort_values([SHARE, "key"], kind="stable")
-    firsts = known.drop_duplicates("subject")
-    known = firsts if len(firsts) >= NUM_ROWS else known
-    places = (
-        sorted({round(place * (len(known) - 1) / (NUM_ROWS - 1)) for place in range(NUM_ROWS)}) if len(known) else []
-    )
-    return known.iloc[places]
+    places = {round(place * (len(known) - 1) / (NUM_ROWS - 1)) for place in range(NUM_ROWS)} if len(known) else set()
+    return known.iloc[sorted(places)]
