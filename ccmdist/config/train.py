@@ -259,6 +259,10 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"sharding: {self.sharding}, but objective.kind {kind} has no frozen model; set it to auto"
             )
+        if self.objective.sees == "pixels" and self.data.structure != "mask":
+            raise ValueError(
+                f"data.structure: {self.data.structure}, but objective.kind {kind} sees the masks themselves; leave out"
+            )
         self.objective.refuse_size(self.data.image_size_px)
         are_set = self.sigma_sampling != "logit_normal" or self.validation.sigmas != ValidationSettings().sigmas
         if are_set and not self.objective.has_noise_levels:

@@ -83,7 +83,11 @@ def chosen_name(there: Sequence[str], name: str | None, where: Path) -> str:
     if chosen is None or chosen not in there:
         told = f"adapters {' and '.join(there)}" if there[1:] else f"adapter {there[0]}"
         what = f"none called {name}" if name else "and which of them is meant is not said"
-        raise AdapterError(f"{where}: holds the {told}, {what}", f"name one that it holds: --name {' or '.join(there)}")
+        names = " or ".join(there)
+        raise AdapterError(
+            f"{where}: holds the {told}, {what}",
+            f"name one that it holds: --name {names}; to `ccmdist synthesize`, --objective {names}",
+        )
     return chosen
 
 
@@ -247,10 +251,8 @@ def on_base(state: AdapterState, folder: ModelFolder) -> AdapterState:
 
 
 def _facts(checkpoint: Checkpoint, config: TrainConfig) -> dict[str, str]:
-    facts = facts_of(checkpoint)
+    facts = facts_of(checkpoint, config)
     facts |= {"image_size_px": str(config.data.image_size_px), "base_in_training": config.base}
-    if config.data.structure != "mask":
-        facts["structure"] = config.data.structure
     try:
         return facts | _base_facts(ModelFolder.open(config.data.model))
     except ModelError:

@@ -47,4 +47,4 @@ def network_of(checkpoint: Checkpoint, config: TrainConfig) -> NetworkState:
         for name in checkpoint.manifest["parameters"]
         if name.startswith(prefix)
     }
-    return NetworkState.of(settings, config.data.image_size_px, tensors, facts_of(checkpoint))
+    return NetworkState.of(settings, config.data.image_size_px, tensors, facts_of(checkpoint, config))

@@ -53,8 +53,8 @@ def quantity_of(checkpoint: Checkpoint) -> Literal["average", "weight"]:
     return "average" if checkpoint.manifest["has_average"] else "weight"
 
 
-def facts_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """Where the weights of a checkpoint come from."""
+def facts_of(checkpoint: Checkpoint, config: TrainConfig) -> dict[str, str]:
+    """Where the weights of a checkpoint come from, given the settings of its run."""
     manifest = checkpoint.manifest
     names = ("base_digest", "data_digest", "config_digest", "step", "samples_seen")
     return {name: str(manifest[name]) for name in names} | {
@@ -62,6 +62,7 @@ def facts_of(checkpoint: Checkpoint) -> dict[str, str]:
         "training_set_digest": str(manifest.get("training_set_digest", UNKNOWN)),
         "training_split": "train",
         "weights": "moving average" if quantity_of(checkpoint) == "average" else "last",
+        **({"structure": config.data.structure} if config.data.structure != "mask" else {}),
     }
 
 

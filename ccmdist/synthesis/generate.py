@@ -45,7 +45,7 @@ from ccmdist.synthesis.networks import NetworkDrawing
 from ccmdist.synthesis.output import SyntheticSet
 from ccmdist.synthesis.plan import NF4, UNTUNED, Plan, base_of, make_plan
 from ccmdist.synthesis.requests import Request
-from ccmdist.synthesis.sampler import Sampler, noise_of, refuse_non_finite
+from ccmdist.synthesis.sampler import Sampler, noise_of, refuse_another_structure, refuse_non_finite
 from ccmdist.synthesis.sources import Sources
 
 Adapters = Mapping[AdapterName, AdapterState]
@@ -76,6 +76,7 @@ def synthesize(
     Raises:
         Preempted: If ``should_stop`` said so while there was work left; what was drawn is committed.
         AdapterError: If an adapter was trained on another base, or for another objective.
+        ConfigError: If in training something else stood for the nerves.
         ModelError: If the network draws images of another size, or was trained on the latents of another VAE.
         RunError: If the folder holds a set with another plan, the card cannot hold its base, or an image is not
             finite.
@@ -124,6 +125,7 @@ class _EditDrawing:
         # Before the plan is written: one with an adapter that does not fit would stand in the way of the right one.
         for objective, adapter in self.adapters.items():
             _refuse_another_objective(adapter, objective, config)
+            refuse_another_structure(adapter.facts, config)
             _refuse_another_base(adapter, plan, config)
         for one in adapters:
             base.refuse_small_card(config.out, model, plan.settings, one)

@@ -34,7 +34,7 @@ from ccmdist.precompute.fill import DTYPES
 from ccmdist.synthesis.output import SyntheticSet
 from ccmdist.synthesis.plan import Plan, make_network_plan
 from ccmdist.synthesis.requests import Request
-from ccmdist.synthesis.sampler import Sampler, noise_of, refuse_non_finite
+from ccmdist.synthesis.sampler import Sampler, noise_of, refuse_another_structure, refuse_non_finite
 
 REMEDY: Final = "train it anew with a lower optim.lr, or name an earlier checkpoint"
 TOKEN_CHANNELS: Final = 4 * maisi.LATENT_CHANNELS
@@ -126,10 +126,13 @@ class NetworkDrawing:
         """The set, its plan accepted.
 
         Raises:
+            ConfigError: If in training something else stood for the nerves.
             ModelError: If the network draws images of another size, or in latents of another VAE.
             RunError: If the folder holds something else.
         """
-        _refuse_misfit(self.config, self.state)  # before the plan is written, which would stand in the way
+        # Before the plan is written, which would stand in the way.
+        refuse_another_structure(self.state.about.facts, self.config)
+        _refuse_misfit(self.config, self.state)
         training = training_of(self.state.about.facts, read_manifest(self.config.data.shards))
         output = SyntheticSet(self.config.out, make_network_plan(self.config, self.state.about), training)
         output.accept()

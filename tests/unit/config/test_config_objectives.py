@@ -55,6 +55,10 @@ def test_a_small_baseline_has_the_data_of_the_small_adapter(kind):
             "sharding: replicated, but objective.kind maisi has no frozen",
         ),
         (["objective.kind=spade", "validation.sigmas=[0.5]"], "objective.kind spade has no noise levels; leave out"),
+        (
+            ["objective.kind=spade", "data.structure=points"],
+            "data.structure: points, but objective.kind spade sees the masks themselves; leave out",
+        ),
         (["objective.kind=spade", "sigma_sampling=uniform"], "objective.kind spade has no noise levels; leave out"),
         (["objective.kind=spade", "data.image_size_px=336"], "data.image_size_px 336 is not 32 times 2 or more"),
         (

@@ -180,7 +180,10 @@ def test_which_of_two_adapters_is_meant_has_to_be_said(dual_run, name):
         with pytest.raises(AdapterError) as error:
             adapter.find(path, name)
         assert error.value.message.endswith(f": holds the adapters synthesis and completion, {told}")
-        assert error.value.remedy == "name one that it holds: --name synthesis or completion"
+        assert error.value.remedy == (
+            "name one that it holds: --name synthesis or completion; to `ccmdist synthesize`, --objective synthesis or "
+            "completion"
+        )
 
 
 def test_an_adapter_that_was_trained_alone_needs_no_name_and_the_other_is_not_there(tiny, pair, tmp_path):

@@ -267,6 +267,16 @@ def test_an_adapter_of_another_objective_is_refused_and_leaves_no_plan(holed, fi
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_is_shown_what_it_was_trained_on_or_is_refused_and_leaves_no_plan(holed, filling, tmp_path):
+    with pytest.raises(ConfigError) as refusal:
+        synthesize(filling(f"adapter={tmp_path}/a"), adapter(holed, "completion", 0, structure="points"))
+    assert str(refusal.value) == (
+        f"data.structure: mask, but {tmp_path}/a was trained on points; set data.structure=points, for precompute too, "
+        "or name what was trained on mask"
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_that_fills_holes_draws_no_whole_images(holed, filling):
     with pytest.raises(AdapterError, match="was trained for completion, objective synthesis takes one for synthesis"):
         synthesize(filling("objective=synthesis"), adapter(holed, "completion", 0))

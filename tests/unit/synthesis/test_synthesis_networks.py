@@ -116,6 +116,12 @@ def test_a_network_of_another_size_or_other_latents_is_refused_and_leaves_no_pla
     assert not (tmp_path / "out").exists()
 
 
+def test_a_network_is_shown_what_it_was_trained_on_or_is_refused_and_leaves_no_plan(state, config, tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.structure: points, but n was trained on mask"):
+        synthesize(config("network=n", "data.structure=points"), state)
+    assert not (tmp_path / "out").exists()
+
+
 def test_spade_needs_neither_cache_nor_model_folder(sources, config, tmp_path):
     nothing = ["data.cache=nowhere", "data.model=nowhere", "images_per_mask=1", "split=train", "data.flips=[hflip]"]
     assert synthesize(config("network=n", *nothing), network_state(sources, "spade", training_set="0" * 64))
