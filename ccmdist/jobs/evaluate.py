@@ -160,7 +160,9 @@ def _print_holes(comparison: "Comparison") -> None:
         for fill in (DRAWN, "biharmonic"):
             found = [one.completion.measure(fill, name) for name in ("ssim", "psnr_db", "filter_distance")]
             told = [f"{row.mean:.{decimals}f}" if row else "-" for row, decimals in zip(found, (3, 1, 3), strict=True)]
-            sys.stdout.write(f"  {FILLS[fill]}: SSIM {told[0]}, PSNR {told[1]} dB, filter distance {told[2]}\n")
+            # A hole that is the whole frame has no rim to continue: the two may be of different images.
+            of = f" ({found[0].num_images} images)" if found[0] else ""
+            sys.stdout.write(f"  {FILLS[fill]}{of}: SSIM {told[0]}, PSNR {told[1]} dB, filter distance {told[2]}\n")
 
 
 def _print_verdicts(comparison: "Comparison") -> None:
