@@ -19,7 +19,8 @@ from ccmdist.errors import ShardError
 def write_fold_set(config: FoldShardsConfig) -> Manifest:
     """Make the set of one fold, or find it made already. The same source and settings give the same bytes.
 
-    Samples keep their keys, pseudonyms and bytes.
+    Samples keep their keys, pseudonyms and bytes. Frames that are to be repaired, which bring an inpaint mask, are in
+    the set of the fold that tests their subject alone.
 
     Raises:
         ShardError: If the source is synthetic, a shard of it is damaged, or the folder holds another set.
@@ -31,7 +32,9 @@ def write_fold_set(config: FoldShardsConfig) -> Manifest:
         return found
     splits = _splits(config, manifest)
     triples = tracked(_triples(config, manifest), "samples", manifest.num_samples)
-    samples = ((splits[triple.meta.subject], triple) for triple in triples)
+    placed = ((splits[triple.meta.subject], triple) for triple in triples)
+    # What an inpaint mask of its own hides in a frame is not known: nothing may be learnt from it.
+    samples = ((split, triple) for split, triple in placed if split == "test" or triple.inpaint_mask is None)
     return write_set(config.out, manifest.kind, samples, config.samples_per_shard, about)
 
 

@@ -1,5 +1,8 @@
 """Folds of a set: every subject is tested once, the groups stay even, and the samples are those of the source."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +15,7 @@ from ccmdist.data.manifest import commit_manifest, read_manifest
 from ccmdist.data.phantom_shards import write_phantom_set
 from ccmdist.data.reader import read_metas, read_split, verify_set
 from ccmdist.data.splits import Subject, fold_splits, stratified_parts
+from ccmdist.data.writer import write_set
 from ccmdist.errors import ConfigError, ShardError
 
 GROUPS = (*CLINICAL_GROUPS, None)
@@ -116,3 +120,19 @@ def test_the_fields_of_a_shard_are_read_without_its_images(source):
         triples = [(t.key, t.meta) for t in read_split(source, entry.split) if t.meta.subject in entry.subjects]
         assert set(read_metas(source, entry).__next__()[1].labels) == set(triples[0][1].labels)
         assert all(pair in triples for pair in read_metas(source, entry))
+
+
+def test_a_frame_that_is_to_be_repaired_is_in_the_fold_that_tests_its_subject_and_in_no_other(source, tmp_path):
+    hole = np.zeros((64, 64), bool)
+    hole[:8] = True
+    triples = list(read_split(source, "train"))
+    damaged = replace(triples[0], inpaint_mask=hole)
+    write_set(tmp_path / "real", "phantom", (("train", triple) for triple in [damaged, *triples[1:]]), 16, {})
+    found = []
+    for fold in range(3):
+        config = FoldShardsConfig(source=tmp_path / "real", out=tmp_path / f"fold{fold}", fold=fold, num_folds=3)
+        write_fold_set(config)
+        of_split = {split: list(read_split(config.out, split)) for split in ("train", "val", "test")}
+        found += [split for split, those in of_split.items() for triple in those if triple.key == damaged.key]
+        assert all(triple.inpaint_mask is None for split in ("train", "val") for triple in of_split[split])
+    assert found == ["test"]
