@@ -10,6 +10,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.distributed.small_world import make_world
@@ -25,6 +26,10 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 atexit.register(shutil.rmtree, tempfile.gettempdir() + f"/ccmdist-test-node-{os.getpid()}", ignore_errors=True)
+
+# The time that an example takes says nothing here: cores are shared.
+hypothesis.settings.register_profile("ccmdist", deadline=None)
+hypothesis.settings.load_profile("ccmdist")
 
 PRELOADED = [
     "torch",

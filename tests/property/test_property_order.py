@@ -28,7 +28,7 @@ balanced = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(natural)
 def test_the_draws_of_a_text_length_are_its_samples_once_per_epoch(arguments):
     entries = arguments[0]
@@ -45,7 +45,7 @@ def test_the_draws_of_a_text_length_are_its_samples_once_per_epoch(arguments):
         assert len(samples) > 4 * len(members) - arguments[2]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), sets, st.integers(0, 9), st.integers(1, 7), st.sampled_from(["natural", "clinical_groups"]))
 def test_any_cell_asked_for_alone_is_the_one_of_the_sequence(data, entries, seed, micro_batch_size, balance):
     sequence = Order(entries, seed, micro_batch_size, balance, 10)
@@ -55,7 +55,7 @@ def test_any_cell_asked_for_alone_is_the_one_of_the_sequence(data, entries, seed
     assert [other.cell(index) for index in asked] == [cells[index] for index in asked]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.one_of(natural, balanced), st.integers(0, 10**6))
 def test_the_samples_of_a_cell_have_one_text_length(arguments, index):
     entries, _, micro_batch_size, _, _ = arguments
@@ -64,7 +64,7 @@ def test_the_samples_of_a_cell_have_one_text_length(arguments, index):
     assert len({entries[sample].num_text_tokens for sample in cell}) == 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 6), st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 8))
 def test_all_numbers_of_ranks_together_take_the_same_cells_in_the_same_order(size, step, accumulation, world_size):
     num_cells = accumulation * world_size
@@ -76,7 +76,7 @@ def test_all_numbers_of_ranks_together_take_the_same_cells_in_the_same_order(siz
     assert alone == tuple(range(step * num_cells, (step + 1) * num_cells))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(balanced)
 def test_balance_draws_each_group_as_often_as_the_largest_and_its_samples_evenly(arguments):
     entries = arguments[0]
@@ -97,7 +97,7 @@ def test_balance_draws_each_group_as_often_as_the_largest_and_its_samples_evenly
 one_length = st.lists(st.tuples(st.integers(0, 4), st.sampled_from(GROUPS), st.just(20)), min_size=30, max_size=90)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     one_length.map(entries_of), st.integers(0, 9), st.sampled_from([1, 5, 100]), st.integers(0, 90), st.integers(1, 60)
 )

@@ -84,7 +84,7 @@ def rest(text):
     return [line for line in text.split("\n") if not line.startswith("#SBATCH")]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(field=st.sampled_from(sorted(TEXT_FIELDS)), value=HOSTILE)
 def test_a_setting_is_refused_or_changes_its_own_line_alone(field, value):
     try:
@@ -100,7 +100,7 @@ def test_a_setting_is_refused_or_changes_its_own_line_alone(field, value):
     assert asked(text) == expected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(name=HOSTILE)
 def test_a_folder_is_refused_or_reaches_every_command_as_it_is(name, tmp_path_factory):
     here = tmp_path_factory.mktemp("here")

@@ -51,7 +51,7 @@ def bound(base, adapted):
 
 
 @given(case=cases, dtype=st.sampled_from([torch.float32, torch.bfloat16]), num_tokens=st.integers(0, 9))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_every_layer_starts_as_its_base_bit_for_bit(case, dtype, num_tokens):
     base, adapted = build(case, dtype)
     x = torch.randn(num_tokens, base.in_features, dtype=dtype)
@@ -60,7 +60,7 @@ def test_every_layer_starts_as_its_base_bit_for_bit(case, dtype, num_tokens):
 
 @given(case=cases)
 @example(case=CANCELLING)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_output_and_gradients_are_those_of_the_dense_formula(case):
     base, adapted = build(case, torch.float64)
     move(adapted)
@@ -81,7 +81,7 @@ def test_output_and_gradients_are_those_of_the_dense_formula(case):
 
 @given(case=cases)
 @example(case=CANCELLING)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_merging_changes_no_output(case):
     base, adapted = build(case, torch.float64)
     move(adapted)
@@ -111,7 +111,7 @@ names = st.lists(
     alpha=st.none() | st.floats(1e-3, 1e3),
     facts=st.dictionaries(st.text(), st.text()),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_every_adapter_is_read_as_it_was_written(kind, names, shape, alpha, facts):
     num_in, num_out, lora_rank = shape
     tensors = {

@@ -74,7 +74,7 @@ def test_only_linears_of_an_uncommon_rank_have_patterns():
     assert peft_settings(grown([3, 3])).keys() & {"rank_pattern", "alpha_pattern"} == set()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     ranks=st.lists(st.integers(1, LARGEST), min_size=12, max_size=14),
     alpha=st.none() | st.floats(0.01, 100),

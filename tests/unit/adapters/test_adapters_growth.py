@@ -201,7 +201,7 @@ def test_ranks_that_hold_pieces_decide_alike_and_as_one_that_holds_all(world_siz
     start_rank=st.integers(1, 2),
     num_tests=st.integers(1, 5),
 )
-@examples(max_examples=100, deadline=None)
+@examples(max_examples=100)
 def test_who_grows_has_the_largest_ratios_and_neither_budget_nor_largest_rank_is_passed(
     ratios, spare, start_rank, num_tests
 ):

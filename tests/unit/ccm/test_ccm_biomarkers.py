@@ -199,7 +199,7 @@ def test_constructed_biomarkers_of_phantoms_are_found_in_their_masks():
     assert all(one.cnfa == pytest.approx(nerve.labels["cnfa"]) for one, nerve in zip(found, nerves, strict=True))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), view=st.sampled_from(["hflip", "vflip", "rot180"]), width_px=st.integers(90, 128))
 def test_mirror_images_have_the_same_biomarkers(seed, view, width_px):
     mask = make_nerves("Control", seed, 128).nerve_mask[:, :width_px]
@@ -207,7 +207,7 @@ def test_mirror_images_have_the_same_biomarkers(seed, view, width_px):
     assert astuple(biomarkers(mask, 1.0)) == pytest.approx(astuple(biomarkers(other, 1.0)), rel=1e-12, nan_ok=True)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), density=st.floats(0, 1), height=st.integers(1, 40), width=st.integers(1, 40))
 def test_any_mask_has_biomarkers(seed, density, height, width):
     mask = np.random.default_rng(seed).random((height, width)) < density

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ccmdist.ccm.phantom import make_nerves, make_phantom
@@ -114,7 +114,6 @@ def test_where_discs_overlap_each_is_seen_up_to_the_middle():
     assert tuple(picture[60, 62]) == COLOURS[END_POINT]
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from(["points", "mask_and_points"]), st.integers(8, 90))
 def test_the_picture_of_flipped_points_is_the_flipped_picture(seed, structure, size_px):
     rng = np.random.default_rng(seed)

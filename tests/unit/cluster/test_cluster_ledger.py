@@ -97,7 +97,7 @@ fates = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(fates, min_size=1, max_size=5))
 def test_buckets_sum_to_the_wall_time_and_wasted_is_what_was_done_again(tmp_path_factory, lives):
     world = World(tmp_path_factory.mktemp("run") / "ledger.jsonl")
@@ -204,7 +204,7 @@ def test_lines_hold_what_the_format_says(world):
     assert lines[-1] == end
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.binary(max_size=5))
 def test_a_line_torn_at_any_byte_costs_that_line_alone(tmp_path_factory, cut, rubbish):
     world = World(tmp_path_factory.mktemp("run") / "ledger.jsonl")
@@ -227,7 +227,7 @@ kinds = st.one_of(values, st.sampled_from(["attempt", "section", "commit", "end"
 strange = st.fixed_dictionaries({}, optional=dict.fromkeys(keys, values | st.integers(0, 9)) | {"event": kinds})
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(strange, max_size=6))
 def test_whatever_a_ledger_holds_an_attempt_can_begin_and_its_times_are_sound(tmp_path_factory, lines):
     path = tmp_path_factory.mktemp("run") / "ledger.jsonl"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.random import default_rng
@@ -43,7 +43,6 @@ def triple():
     return sample(0, "Control", 0, 0, 64)
 
 
-@settings(deadline=None)
 @given(st.sampled_from(sorted(SHAPES)), sizes, seeds)
 def test_every_hole_hides_a_sensible_part_of_the_frame(shape_name, size_px, seed):
     drawn = hole(shape_name, size_px, default_rng(seed))
@@ -53,7 +52,6 @@ def test_every_hole_hides_a_sensible_part_of_the_frame(shape_name, size_px, seed
     np.testing.assert_array_equal(drawn, hole(shape_name, size_px, default_rng(seed)))
 
 
-@settings(deadline=None)
 @given(st.sampled_from(sorted(SHAPES)), seeds)
 def test_a_hole_is_the_same_at_every_size_of_the_run(shape_name, seed):
     large, small = (hole(shape_name, size_px, default_rng(seed)) for size_px in (256, 64))
@@ -62,7 +60,6 @@ def test_a_hole_is_the_same_at_every_size_of_the_run(shape_name, seed):
     assert np.abs(shares - small).mean() < 0.03
 
 
-@settings(deadline=None)
 @given(seeds)
 def test_a_band_crosses_the_frame(seed):
     band = hole("band", 128, default_rng(seed))
@@ -72,7 +69,6 @@ def test_a_band_crosses_the_frame(seed):
     assert max(np.ptp(rows), np.ptp(columns)) > 64
 
 
-@settings(deadline=None)
 @given(seeds)
 def test_a_stroke_is_one_piece(seed):
     from scipy.ndimage import label
@@ -80,7 +76,6 @@ def test_a_stroke_is_one_piece(seed):
     assert label(hole("stroke", 96, default_rng(seed)), np.ones((3, 3)))[1] == 1
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**31), st.text("abc_-01", min_size=1, max_size=12), st.integers(1, 6), st.data())
 def test_holes_depend_on_seed_key_and_variant_alone(triple, seed, key, per_sample, data):
     triple = replace(triple, key=key)
@@ -119,7 +114,6 @@ def test_a_sample_keeps_the_hole_that_it_brings_and_flips_turn_it_with_the_frame
     np.testing.assert_array_equal(large, holes_of(resized(triple, 128), HoleSettings(per_sample=1), 128))
 
 
-@settings(deadline=None)
 @given(arrays(np.bool_, array_shapes(min_dims=2, max_dims=4, max_side=20)))
 def test_packed_holes_come_back(holes):
     stored = torch.from_numpy(packed(holes))
@@ -129,7 +123,6 @@ def test_packed_holes_come_back(holes):
     np.testing.assert_array_equal(found.numpy(), holes)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 5), seeds, st.sampled_from([0.0, 0.002, 0.02, 0.5, 1.0]))
 def test_a_token_belongs_to_a_hole_if_any_of_its_pixels_does(rows, columns, seed, density):
     holes = default_rng(seed).random((2, 16 * rows, 16 * columns)) < density

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import webdataset
 from datasets import disable_progress_bars, load_dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -219,7 +219,6 @@ def test_views_turn_and_scale_hole_points_mask_and_image_alike(size_px):
 edges = st.integers(2, 40)
 
 
-@settings(deadline=None)
 @given(edges, edges, st.integers(0, 2**32))
 def test_a_scaled_hole_has_every_pixel_that_it_has_a_part_in(edge_px, size_px, seed):
     hole = np.random.default_rng(seed).random((edge_px, edge_px)) > 0.9
@@ -232,7 +231,6 @@ def test_a_scaled_hole_has_every_pixel_that_it_has_a_part_in(edge_px, size_px, s
         np.testing.assert_array_equal(found, (overlaps @ hole @ overlaps.T) > 0)
 
 
-@settings(deadline=None)
 @given(edges, edges, st.integers(0, 2**32))
 def test_scaled_points_stay_single_pixels_at_their_places(edge_px, size_px, seed):
     rng = np.random.default_rng(seed)

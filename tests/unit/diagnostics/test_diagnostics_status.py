@@ -291,7 +291,7 @@ def test_a_file_that_is_not_whole_counts_as_not_there(tmp_path, name, text):
     printed(standing(folder))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data())
 def test_every_prefix_of_a_ledger_has_a_page(data):
     ledger = data.draw(st.sampled_from([straight(), preempted(), killed(), refused()]))

@@ -111,7 +111,7 @@ def test_activations_follow_the_coefficients_that_were_measured():
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("recompute", ["full", "selective", "none"])
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(micro=st.integers(1, 32), power=st.integers(0, 9))
 def test_more_gpus_never_need_more_and_larger_micro_batches_never_less(sharding, recompute, micro, power):
     def total(micro, nodes):

@@ -61,7 +61,7 @@ def test_the_order_of_the_modes_is_the_order_of_speed(fabric):
     assert times == sorted(times)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(limit_min=st.integers(1, 3000), num_steps=st.integers(1, 20000))
 def test_a_run_starts_as_often_as_its_limit_demands(limit_min, num_steps):
     chosen = BASIC.model_copy(update={"num_steps": num_steps})

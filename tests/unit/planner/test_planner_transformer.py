@@ -29,7 +29,7 @@ def counted(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(SMALL)
 def test_parameters_are_counted_as_the_class_has_them(config):
     with mmdit.torch.device("meta"):

@@ -84,7 +84,7 @@ def test_every_image_is_another(drawn):
     assert len({image.tobytes() for image in images_of(drawn).values()}) == 10
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), num_workers=st.integers(1, 6))
 def test_any_number_of_workers_in_any_order_writes_the_same_bytes(
     data, num_workers, config, drawn, one_model, tmp_path

@@ -129,7 +129,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(events=EVENTS)
 def test_whatever_workers_start_and_die_meanwhile_every_batch_is_drawn_and_no_living_one_twice(
     events, config, drawn, draws, tmp_path

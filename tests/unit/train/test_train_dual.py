@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ccmdist.adapters.injection import row_squares_of
@@ -62,7 +62,6 @@ def posed(objective, batch, adapter):
     return objective._posed(batch, batch["positions"])
 
 
-@settings(deadline=None)  # it takes milliseconds, but not on a core that others use
 @given(
     seed=st.integers(0, 1000),
     first=st.integers(0, 10**7),

@@ -40,7 +40,7 @@ def trained(kind, num_steps):
 
 
 @given(seed=st.integers(0, 2**32), exponent=st.integers(-14, 3), sign=st.sampled_from([1, -1]), num=st.integers(1, 700))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_moments_that_are_stored_and_taken_up_again_are_the_same_bit_for_bit(seed, exponent, sign, num):
     source = torch.Generator().manual_seed(seed)
     parameter = torch.nn.Parameter(torch.zeros(num))

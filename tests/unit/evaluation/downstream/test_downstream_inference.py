@@ -31,7 +31,7 @@ def naive_delong(is_positive, first, second):
     return areas, 2 * norm.sf(abs(areas[0] - areas[1]) / variance**0.5) if variance > 1e-15 else 1.0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.integers(2, 9), st.integers(2, 9), st.sampled_from([3, 100]))
 def test_delong_is_the_naive_test_with_and_without_equal_scores(seed, num_positive, num_negative, levels):
     rng = np.random.default_rng(seed)

@@ -54,7 +54,7 @@ def test_scores_of_a_diagnosis_are_those_of_torchmetrics(seed):
         assert score(ones(len(labels)), labels, probabilities)[0] == pytest.approx(float(judge), abs=1e-6), score
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.sampled_from(sorted(DIAGNOSIS)))
 def test_a_weight_counts_an_image_as_often_as_if_it_were_there(seed, name):
     labels, probabilities = drawn(seed, 24, levels=4)

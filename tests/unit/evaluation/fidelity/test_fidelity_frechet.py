@@ -65,7 +65,7 @@ def test_the_distance_is_the_closed_form_of_two_normal_distributions():
     assert frechet_distance(first, second) == pytest.approx(wanted, rel=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 24), st.integers(0, 10**6))
 def test_a_distance_merged_from_shards_is_that_of_one_pass_over_all(sizes, dim, seed):
     rng = np.random.default_rng(seed)

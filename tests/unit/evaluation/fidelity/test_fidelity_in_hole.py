@@ -70,7 +70,7 @@ def test_a_small_hole_is_compared_in_a_part_of_the_image_alone(frame, other):
     assert in_hole(frame, cut, {"x": other})["x"] == pytest.approx(slow(frame, cut, other), rel=1e-9)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10_000), shape=st.sampled_from(SHAPES))
 def test_what_an_image_holds_outside_of_its_hole_changes_nothing(seed, shape):
     rng = np.random.default_rng(seed)

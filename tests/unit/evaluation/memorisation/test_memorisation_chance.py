@@ -69,7 +69,7 @@ def test_with_many_held_out_subjects_the_limit_is_the_stated_quantile():
     assert (found.order, found.limit, found.expected_share) == (10, 989, 0.01)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=st.lists(st.floats(-1, 1), min_size=1, max_size=40),
     num_images=st.integers(1, 10**6),

@@ -49,7 +49,7 @@ def test_authenticity_is_that_of_the_definition(seed):
     assert not naive_authentic(copies, training).any()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     first=st.lists(st.integers(0, 9), min_size=8, max_size=20),
     second=st.lists(st.integers(0, 9), min_size=8, max_size=20),

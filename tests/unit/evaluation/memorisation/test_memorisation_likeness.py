@@ -81,7 +81,7 @@ def test_the_move_that_is_told_is_the_one_that_was_made(gallery):
     assert shifted.shift == pytest.approx((-6 / SIZE_PX, 4 / SIZE_PX))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(gain=st.floats(0.4, 1.2), offset=st.floats(0, 30))
 def test_brightness_and_contrast_do_not_count(gain, offset):
     image = make_phantom("Control", 7, 64).image // 2
@@ -89,7 +89,7 @@ def test_brightness_and_contrast_do_not_count(gain, offset):
     assert overlap_ncc(looked(image).detail, looked(changed).detail, 0, 0) > 0.97
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(down=st.integers(-9, 9), right=st.integers(-9, 9))
 def test_the_overlap_is_that_of_the_slow_obvious_way(down, right):
     first, second = np.random.default_rng(0).normal(size=(2, 24, 24)).astype(np.float32)
