@@ -19,6 +19,12 @@ from ccmdist.errors import ConfigError
 
 S = TypeVar("S", bound=Settings)
 MAX_YAML_BYTES = 1 << 20
+MESSAGES = {  # where pydantic speaks of Python's types, to somebody who wrote YAML
+    "tuple_type": "should be a list, such as [a,b]",
+    "too_short": "should have more items",
+    "model_type": "should be a section of fields",
+    "model_attributes_type": "should be a section of fields",
+}
 
 
 def parted(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -175,7 +181,7 @@ def _refuse_interpolation(values: Any, path: str) -> None:
 
 
 def _problem(kind: type[BaseModel], error: Any, section: str = "") -> str:
-    where = ".".join(str(part) for part in ((section,) if section else ()) + error["loc"])
+    where = ".".join(((section,) if section else ()) + _typed(kind, error["loc"]))
     if error["type"] == "extra_forbidden":
         *parents, name = error["loc"]
         known = sorted({field for model in _models_at(kind, parents) for field in model.model_fields})
@@ -193,15 +199,26 @@ def _problem(kind: type[BaseModel], error: Any, section: str = "") -> str:
         text = str(error["ctx"]["error"])
         return f"{where}: {text}" if where else text
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        return f"{where}.kind: must be one of {error['ctx'].get('expected_tags', 'the known kinds')}"
-    message = error["msg"].removeprefix("Input ")
+        got = f" (got {error['ctx']['tag']!r})" if "tag" in error["ctx"] else ""
+        return f"{where}.kind: must be one of {error['ctx'].get('expected_tags', 'the known kinds')}{got}"
+    message = MESSAGES.get(error["type"]) or error["msg"].removeprefix("Input ")
     return f"{where}: {message} (got {error['input']!r})"
+
+
+def _typed(kind: type[BaseModel], path: Sequence[Any]) -> tuple[str, ...]:
+    """``path`` as one writes it: without the tags of kinds that pydantic puts into it."""
+    typed: list[str] = []
+    for index, part in enumerate(path):
+        models = _models_at(kind, path[:index])
+        is_tag = any(_tag(model) == part for model in models) and not any(part in m.model_fields for m in models)
+        typed += [] if is_tag else [str(part)]
+    return tuple(typed)
 
 
 def _kinds_with(kind: type[BaseModel], parents: Sequence[Any], name: str) -> list[str]:
     """The other kinds of a union that have a field; none if ``parents`` does not end with the tag of a kind."""
-    siblings = [model for model in _models_at(kind, parents[:-1]) if "kind" in model.model_fields] if parents else []
-    tags = {str(model.model_fields["kind"].default): model for model in siblings}
+    siblings = _models_at(kind, parents[:-1]) if parents else []
+    tags = {tag: model for model in siblings if (tag := _tag(model)) is not None}
     return [tag for tag, model in tags.items() if name in model.model_fields] if parents and parents[-1] in tags else []
 
 
@@ -213,10 +230,14 @@ def _models_at(kind: type[BaseModel], path: Sequence[Any]) -> list[type[BaseMode
         for model in models:
             if part in model.model_fields:
                 children += _models_in(model.model_fields[part].annotation)
-            elif "kind" in model.model_fields and model.model_fields["kind"].default == part:
+            elif _tag(model) == part:
                 children.append(model)
         models = children or models
     return models
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    return str(model.model_fields["kind"].default) if "kind" in model.model_fields else None
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

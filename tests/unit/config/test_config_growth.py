@@ -19,7 +19,7 @@ def loaded(*overrides, files=()):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["adapter.growth.fisher_ratio=1"], r"adapter\.wdlora\.growth\.fisher_ratio: .*greater than 1"),
+        (["adapter.growth.fisher_ratio=1"], r"adapter\.growth\.fisher_ratio: .*greater than 1"),
         (["adapter.growth.fisher_ratio=0.9"], "greater than 1"),
         (["adapter.growth.every_steps=0"], "greater than or equal to 1"),
         (["adapter.lora_rank=4", "adapter.growth.start_rank=4"], "start_rank 4 must be below lora_rank 4"),

@@ -25,9 +25,16 @@ def test_later_files_and_overrides_win(tmp_path):
         (["optim.warmup_step=5"], "optim.warmup_step: no such field; did you mean 'warmup_steps'?"),
         (
             ["adapter.kind=wdlora", "adapter.lora_rnk=8"],
-            "adapter.wdlora.lora_rnk: no such field; did you mean 'lora_rank'?",
+            "adapter.lora_rnk: no such field; did you mean 'lora_rank'?",
         ),
-        (["adapter.kind=dora"], "adapter.kind: must be one of 'wdlora', 'lora'"),
+        (["adapter.kind=dora"], "adapter.kind: must be one of 'wdlora', 'lora' (got 'dora')"),
+        (
+            ["adapter.kind=lora", "adapter.growth.fisher_ratio=0.9"],
+            "  adapter.growth.fisher_ratio: should be greater than 1 (got 0.9)",
+        ),
+        (["data.holes=4"], "data.holes: should be a section of fields (got 4)"),
+        (["data.holes.shapes=band"], "data.holes.shapes: should be a list, such as [a,b] (got 'band')"),
+        (["data.holes.shapes=[]"], "data.holes.shapes: should have more items (got [])"),
         (["optim.lr=fast"], "optim.lr: should be a valid number, unable to parse string as a number (got 'fast')"),
         (["optim.lr=0"], "optim.lr: should be greater than 0 (got 0)"),
         (["micro_batch_size=7"], "global_batch_size 16 must be a multiple of micro_batch_size 7"),

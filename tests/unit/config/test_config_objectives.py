@@ -79,12 +79,15 @@ def test_a_small_baseline_has_the_data_of_the_small_adapter(kind):
             ["objective.kind=maisi", "objective.head_channels=48"],
             "head_channels: 256 channels do not divide into heads",
         ),
-        (["objective.kind=maisi", "objective.noise_dim=3"], "objective.maisi.noise_dim: no such field"),
+        (
+            ["objective.kind=maisi", "objective.noise_dim=3"],
+            "objective.noise_dim: no such field; a field of kind spade",
+        ),
         (
             ["objective.noise_dim=3"],
             "noise_dim: no such field; a field of kind spade; is a file missing that sets objective.kind?",
         ),
-        (["objective.kind=gan"], "objective.kind: must be one of 'edit', 'dual', 'spade', 'maisi'"),
+        (["objective.kind=gan"], "objective.kind: must be one of 'edit', 'dual', 'spade', 'maisi' (got 'gan')"),
     ],
 )
 def test_what_does_not_apply_or_fit_is_refused_in_a_sentence(overrides, problem):

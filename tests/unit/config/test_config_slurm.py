@@ -32,7 +32,7 @@ def settings(*overrides):
         (f"slurm.comment={'x' * 129}", "is not a comment: up to 128"),
         ("slurm.nodes=0", "slurm.nodes: should be greater than or equal to 1 (got 0)"),
         ("slurm.node=2", "slurm.node: no such field; did you mean 'nodes'?"),
-        ("slurm=4", "slurm: should be a valid dictionary or instance of SlurmSettings (got 4)"),
+        ("slurm=4", "slurm: should be a section of fields (got 4)"),
     ],
 )
 def test_what_could_change_a_batch_file_is_refused_with_its_place(override, message):
