@@ -72,8 +72,11 @@ class SynthesizeConfig(Settings):
             "adapter": self.adapter is not None,
             "base": self.base != "auto",
             "compile_blocks": self.compile_blocks,
-            "objective": self.completes,
         }
+        if self.network is not None and self.completes:
+            raise ValueError(
+                "objective: network draws whole images only; fill holes with adapter=, of a run of objective dual"
+            )
         if self.network is not None and any(given.values()):
             names = ", ".join(name for name, is_given in given.items() if is_given)
             raise ValueError(f"{names}: network draws without a base model and its adapter; leave out one or the other")

@@ -234,13 +234,13 @@ def _folders(cache: Path) -> list[Path]:
 
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    old, new = flat(found), flat(wanted)
+    old, new = {**USUAL, **flat(found)}, {**USUAL, **flat(wanted)}
     differing = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     return [f"{name} ({_shown(old.get(name))}, expected {_shown(new.get(name))})" for name in differing]
 
 
 def _shown(value: Any) -> str:
-    text = str(value)
+    text = "none" if value is None else str(value)
     return text[:12] if len(text) == DIGEST_LENGTH else text
 
 

@@ -92,7 +92,7 @@ def _described_holes(config: SynthesizeConfig) -> str:
     shapes = ", ".join(config.data.holes.shapes)
     return (
         f"{what} ({shapes}; {config.data.holes.per_sample} of each frame, or the one that a frame brings); outside of "
-        "it an image keeps the bytes of its frame, so `ccmdist release` refuses the set\n"
+        "its hole an image keeps the bytes of its frame, so `ccmdist release` refuses the set\n"
     )
 
 

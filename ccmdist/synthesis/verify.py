@@ -46,10 +46,10 @@ def _told(plan: Plan, source: Path | None) -> str:
     """What else was found to be right."""
     num_filled = sum(request.hole is not None for batch in plan.batches for request in batch.requests)
     if source is None:
-        return f"; whether {num_filled} of them are their frames outside of their holes takes --source" * bool(
+        return f"; whether {num_filled} of the images are their frames outside of their holes takes --source" * bool(
             num_filled
         )
-    filled = f"; {num_filled} of them are their frames, byte by byte, outside of their holes" * bool(num_filled)
+    filled = f"; {num_filled} of the images are their frames, byte by byte, outside of their holes" * bool(num_filled)
     return f"; their masks are those of {source}{filled}"
 
 

@@ -147,7 +147,7 @@ def test_structure_and_holes_are_caches_of_their_own_and_a_nearest_one_says_what
     cache = filled[0].data.cache
     for changes, told in (
         ({"structure": "points"}, "structure (mask_and_points, expected points)"),
-        ({"structure": "mask"}, "structure (mask_and_points, expected None)"),
+        ({"structure": "mask"}, "structure (mask_and_points, expected mask)"),
         ({"holes": HoleSettings(per_sample=3, seed=6)}, "holes.seed (5, expected 6)"),
         ({"holes": HoleSettings(per_sample=2, seed=5)}, "holes.per_sample (3, expected 2)"),
     ):

@@ -129,7 +129,7 @@ def test_flipped_views_are_filled_in_holes_of_their_own(holed, filling, one_mode
         source, hole = frames[triple.meta.provenance["source_key"]], triple.inpaint_mask
         assert np.array_equal(triple.image[~hole], source.image[~hole])
     told = verify_against_plan(tmp_path / "out", holed / "shards")
-    assert "4 of them are their frames, byte by byte, outside of their holes" in told
+    assert "4 of the images are their frames, byte by byte, outside of their holes" in told
 
 
 def test_holes_change_what_is_drawn_in_them_and_more_images_than_holes_come_round_again(filling, one_model, tmp_path):
@@ -285,7 +285,7 @@ def test_an_adapter_that_fills_holes_draws_no_whole_images(holed, filling):
 def test_filling_without_holes_and_with_a_network_is_refused(sources, filling):
     with pytest.raises(ConfigError, match=r"data\.holes: objective completion fills holes; set data\.holes, for"):
         config_for(sources, "out", "objective=completion")
-    with pytest.raises(ConfigError, match="objective: network draws without a base model"):
+    with pytest.raises(ConfigError, match="objective: network draws whole images only; fill holes with adapter="):
         filling("network=runs/spade")
 
 
@@ -302,9 +302,9 @@ def test_frames_that_are_resized_are_told_of_once(filling, filled, one_model, ca
 
 def test_the_proof_finds_a_pixel_that_changed_outside_of_a_hole_another_hole_and_none(sources, holed, filled, tmp_path):
     plan, manifest = read_plan(filled), read_manifest(filled)
-    assert "10 of them are their frames, byte by byte" in verify_against_plan(filled, holed / "shards")
+    assert "10 of the images are their frames, byte by byte" in verify_against_plan(filled, holed / "shards")
     assert verify_against_plan(filled).endswith(
-        "whether 10 of them are their frames outside of their holes takes --source"
+        "whether 10 of the images are their frames outside of their holes takes --source"
     )
     with pytest.raises(
         RunError, match=r"sources.*/shards: is the set [0-9a-f]{12}, the plan draws from [0-9a-f]{12}; n"
