@@ -14,6 +14,9 @@ AdapterName = Literal["synthesis", "completion"]
 NetworkKind = Literal["spade", "maisi", "msdm_vae", "msdm"]
 """Objectives that train a network of their own from scratch, instead of an adapter on a frozen model."""
 
+ModelKind = Literal["qwen", "msdm"]
+"""Of model folders, and so of encoders: those of Qwen-Image-Edit, or those of an MSDM."""
+
 
 class OfObjective(Settings):
     """What all of the project needs to know of an objective, told here alone."""
@@ -22,6 +25,8 @@ class OfObjective(Settings):
     """An adapter on a frozen model, or a network of its own."""
     sees: ClassVar[Literal["latents", "pixels"]]
     """Latents, with the cache and the model folder that they come from; or the pixels of the shards."""
+    model_kind: ClassVar[ModelKind] = "qwen"
+    """Of the model folder, where latents are seen."""
     has_noise_levels: ClassVar[bool]
     """Whether images are drawn in denoise steps, with guidance; or in one pass."""
     draws: ClassVar[bool] = True
@@ -232,6 +237,7 @@ class MsdmSettings(OfObjective):
 
     trains = "network"
     sees = "latents"
+    model_kind = "msdm"
     has_noise_levels = True
     kind: Literal["msdm"] = "msdm"
     channels: tuple[int, ...] = Field((256, 256, 512, 1024), min_length=2, max_length=6)

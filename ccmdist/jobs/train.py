@@ -68,8 +68,9 @@ def describe(config: TrainConfig) -> str:
             divide, or a budget of ranks does not suffice.
     """
     refuse_missing_libraries(config)
-    model = None if config.objective.sees == "pixels" else ModelFolder.open(config.data.model)
-    if model is not None and config.objective.trains == "adapter":
+    objective = config.objective
+    model = None if objective.sees == "pixels" else ModelFolder.open(config.data.model, objective.model_kind)
+    if model is not None and objective.trains == "adapter":
         check_growth(config, Transformer.from_config(model.config("transformer")))
     entries = _entries(config, model)
     order = Order(entries, config.seed, config.micro_batch_size, config.balance, config.shuffle_window)

@@ -45,7 +45,7 @@ class LatentFlow(ABC):
             ConfigError: If there are too few samples, or the batch does not divide over the ranks.
         """
         self.config, self.group = config, group
-        self.folder = ModelFolder.open(config.data.model)
+        self.folder = ModelFolder.open(config.data.model, config.objective.model_kind)
         self.cache = LatentCache.open(config.data, self.folder.encoder_identity())
         self.entries = self.cache.entries("train")
         self.order = Order(self.entries, config.seed, config.micro_batch_size, config.balance, config.shuffle_window)
