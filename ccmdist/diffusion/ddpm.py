@@ -1,7 +1,7 @@
 """Denoising diffusion in 1000 noise levels, as in diffusers' schedulers, and its samplers: DDIM, DDPM, and all between.
 
-Stock schedulers take fresh noise from one generator for a whole batch, so that an image would depend on those beside it;
-here it is asked for, and whoever draws makes it from a request alone.
+Stock schedulers take fresh noise from one generator for a whole batch, so that an image would depend on those beside
+it; here it is asked for, and whoever draws makes it from a request alone.
 
 Shape suffixes: B samples, C channels, h w latent rows and columns.
 
@@ -11,15 +11,15 @@ Ho 2022 (arXiv:2202.00512), velocity.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from ccmdist.config.objectives import MsdmSettings
 from ccmdist.errors import ConfigError
 
 NUM_LEVELS: Final = 1000
-Prediction = Literal["epsilon", "v_prediction"]
 
 
 class Predict(Protocol):
@@ -40,27 +40,14 @@ class NoiseSchedule:
     """
 
     alpha_bars: Tensor
-    prediction: Prediction
+    prediction: Literal["epsilon", "v_prediction"]
 
     @classmethod
-    def scaled_linear(cls, beta_start: float, beta_end: float, prediction: Prediction) -> "NoiseSchedule":
-        """The schedule of Stable Diffusion: square roots of beta evenly spaced."""
-        betas = torch.linspace(beta_start**0.5, beta_end**0.5, NUM_LEVELS, dtype=torch.float32) ** 2
-        return cls(torch.cumprod(1 - betas, dim=0), prediction)
-
-    def scheduler_config(self, beta_start: float, beta_end: float) -> dict[str, Any]:
-        """What makes diffusers' DDIMScheduler the same."""
-        return {
-            "num_train_timesteps": NUM_LEVELS,
-            "beta_start": beta_start,
-            "beta_end": beta_end,
-            "beta_schedule": "scaled_linear",
-            "clip_sample": False,
-            "set_alpha_to_one": False,
-            "steps_offset": 1,
-            "timestep_spacing": "leading",
-            "prediction_type": self.prediction,
-        }
+    def of(cls, settings: MsdmSettings) -> "NoiseSchedule":
+        """The one that settings ask for, as of Stable Diffusion: square roots of beta evenly spaced."""
+        start, end = settings.beta_start**0.5, settings.beta_end**0.5
+        betas = torch.linspace(start, end, NUM_LEVELS, dtype=torch.float32) ** 2
+        return cls(torch.cumprod(1 - betas, dim=0), settings.prediction)
 
     def noisy(self, x_BChw: Tensor, noise_BChw: Tensor, level_B: Tensor) -> Tensor:
         """sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise."""

@@ -23,7 +23,7 @@ from ccmdist.models import spade
 from ccmdist.train.objectives.latent_flow import shared_by_ranks, spread_over
 from ccmdist.train.objectives.objective import Batch
 
-GENERATOR_SET: Final = "generator"
+GENERATOR_SET: Final = spade.GENERATOR
 DISCRIMINATOR_SET: Final = "discriminator"
 NO_BASE: Final = "none"
 """Identity of frozen weights where there are none."""

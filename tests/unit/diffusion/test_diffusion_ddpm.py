@@ -4,10 +4,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
+from ccmdist.config.objectives import MsdmSettings
 from ccmdist.diffusion import ddpm
 from ccmdist.errors import ConfigError
+from ccmdist.models.msdm_unet import scheduler_config
 
-BETAS = 0.002, 0.02
 SHAPE = (3, 8, 4, 4)
 
 
@@ -17,11 +18,11 @@ def random(seed, *shape):
 
 @pytest.fixture(params=["epsilon", "v_prediction"])
 def schedule(request):
-    return ddpm.NoiseSchedule.scaled_linear(*BETAS, request.param)
+    return ddpm.NoiseSchedule.of(MsdmSettings(prediction=request.param))
 
 
 def stock(schedule, of=DDIMScheduler, **more):
-    config = schedule.scheduler_config(*BETAS)
+    config = scheduler_config(MsdmSettings(prediction=schedule.prediction))
     return of(
         **{name: value for name, value in config.items() if of is DDIMScheduler or name != "set_alpha_to_one"} | more
     )
