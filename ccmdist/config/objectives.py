@@ -29,6 +29,8 @@ class OfObjective(Settings):
     """Of the model folder, where latents are seen."""
     has_noise_levels: ClassVar[bool]
     """Whether images are drawn in denoise steps, with guidance; or in one pass."""
+    adds_noise: ClassVar[bool] = False
+    """Whether noise may be added anew at each denoise step."""
     draws: ClassVar[bool] = True
     """Whether what is trained draws images of masks and prompts; if not, it serves another objective."""
 
@@ -205,6 +207,8 @@ class MsdmVaeSettings(OfObjective):
     text_encoder: Path | None = None
     """A local folder of a transformers BERT or CLIP text model, with its tokenizer, which becomes part of the model
     folder that the run leaves. None: a tiny one with random weights, for trials. Checkpoints hold to its content."""
+    max_text_tokens: int = Field(64, ge=8)
+    """Length to which all prompts are padded, and which none may exceed; less where the encoder takes less."""
 
     @model_validator(mode="after")
     def _channels_fit_norms(self) -> Self:
@@ -239,6 +243,7 @@ class MsdmSettings(OfObjective):
     sees = "latents"
     model_kind = "msdm"
     has_noise_levels = True
+    adds_noise = True
     kind: Literal["msdm"] = "msdm"
     channels: tuple[int, ...] = Field((256, 256, 512, 1024), min_length=2, max_length=6)
     """Of the levels, each half as large as the one before."""

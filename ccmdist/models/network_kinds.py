@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ccmdist.commit import committed_file
-from ccmdist.config.objectives import MsdmSettings, NetworkKind
+from ccmdist.config.objectives import MsdmSettings, MsdmVaeSettings, NetworkKind
 from ccmdist.errors import ModelError
-from ccmdist.models import maisi, msdm_unet, spade
+from ccmdist.models import maisi, msdm, msdm_unet, spade
 from ccmdist.models.network_folder import NETWORK_FILE, REMEDY, NetworkAbout
 
 
@@ -91,6 +91,11 @@ def _write_pipeline(folder: Path, about: NetworkAbout, tensors: Mapping[str, Ten
     msdm_unet.write_pipeline(folder, settings, about.image_size_px, unet, parts)
 
 
+def _write_encoders(folder: Path, about: NetworkAbout, tensors: Mapping[str, Tensor], parts: Path | None) -> None:
+    assert isinstance(about.settings, MsdmVaeSettings), about.kind
+    msdm.write_encoders(folder, about.settings, about.facts, tensors)
+
+
 NETWORKS: Final[Mapping[NetworkKind, NetworkSpec]] = {
     "spade": NetworkSpec(
         build=lambda settings, size_px, _, seed: spade.make_generator(settings, size_px, seed),
@@ -101,6 +106,11 @@ NETWORKS: Final[Mapping[NetworkKind, NetworkSpec]] = {
         build=lambda settings, size_px, _, seed: maisi.make_maisi(settings, seed),
         write=write_file,
         encoders_digest=maisi.latents_digest,
+    ),
+    "msdm_vae": NetworkSpec(
+        build=lambda settings, _, __, seed: msdm.make_vae(settings, seed),
+        write=_write_encoders,
+        weights=msdm.VAE_WEIGHTS,
     ),
     "msdm": NetworkSpec(
         build=_build_unet,
