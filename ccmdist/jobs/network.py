@@ -6,14 +6,18 @@ from typing import Final
 
 from torch import Tensor
 
-from ccmdist.config.objectives import DualSettings, EditSettings, NetworkKind
+from ccmdist.cluster.device import current_device
+from ccmdist.config.objectives import DualSettings, EditSettings, MsdmVaeSettings, NetworkKind
 from ccmdist.config.train import TrainConfig
+from ccmdist.data.shard_samples import ShardSamples
 from ccmdist.errors import ModelError
 from ccmdist.jobs.trained import facts_of, find_trained, quantity_of
+from ccmdist.models.msdm import SCALING_FACTOR, make_vae, measured_scaling
 from ccmdist.models.network_folder import ABOUT_FILE, REMEDY
 from ccmdist.models.network_kinds import NETWORKS
 from ccmdist.models.network_state import NetworkState, read_network
 from ccmdist.train.checkpoint import Checkpoint
+from ccmdist.train.objectives.latent_samples import spread_over
 
 
 def find_network(path: Path) -> NetworkState:
@@ -62,5 +66,21 @@ def tensors_of(checkpoint: Checkpoint, kind: NetworkKind) -> dict[str, Tensor]:
     }
 
 
-OF_CHECKPOINT: Final[Mapping[NetworkKind, Callable[[Checkpoint, TrainConfig], NetworkState]]] = {}
+def _vae_of(checkpoint: Checkpoint, config: TrainConfig) -> NetworkState:
+    """The VAE of MSDM, and how its latents are scaled, which is measured on images of the train split."""
+    settings = config.objective
+    assert isinstance(settings, MsdmVaeSettings), settings.kind
+    tensors = tensors_of(checkpoint, settings.kind)
+    vae = make_vae(settings, 0)
+    vae.load_state_dict(tensors)
+    samples = ShardSamples(config.data, ("train",))
+    entries = spread_over(samples.entries("train"), NUM_MEASURED)
+    factor = measured_scaling(vae.eval().to(current_device()), (samples.triple(entry).image for entry in entries))
+    facts = facts_of(checkpoint) | {SCALING_FACTOR: repr(factor)}
+    return NetworkState.of(settings, config.data.image_size_px, tensors, facts)
+
+
+NUM_MEASURED: Final = 300
+"""Images, at most, on which the scale of latents is measured."""
+OF_CHECKPOINT: Final[Mapping[NetworkKind, Callable[[Checkpoint, TrainConfig], NetworkState]]] = {"msdm_vae": _vae_of}
 """Kinds that need more than their weights and settings."""
