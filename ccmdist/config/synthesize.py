@@ -38,6 +38,8 @@ class SynthesizeConfig(Settings):
     """One step is refused: the noise schedule's terminal shift divides by zero there. A SPADE network has none."""
     guidance_scale: float = Field(4.0, ge=1)
     """Of true classifier-free guidance; 1 means no second pass. A SPADE network has none."""
+    eta: float = Field(0.0, ge=0, le=1)
+    """Noise that an MSDM network adds anew at each denoise step: 0 none (DDIM), 1 as much as DDPM. Others have none."""
     compile_blocks: bool = False
     """Compile the blocks of the model, minutes at the start for each length of prompts, needs a compiler. Fused
     operations round otherwise: part of what decides an image's bytes."""
@@ -64,6 +66,12 @@ class SynthesizeConfig(Settings):
     def _holes_are_cached(self) -> Self:
         if self.completes and self.data.holes is None:
             raise ValueError(f"data.holes: objective {self.objective} fills holes; set data.holes, for precompute too")
+        return self
+
+    @model_validator(mode="after")
+    def _noise_is_added_by_networks(self) -> Self:
+        if self.eta and self.network is None:
+            raise ValueError(f"eta: {self.eta:g}, but Qwen-Image-Edit draws without noise of its own; leave out")
         return self
 
     @model_validator(mode="after")
