@@ -1,5 +1,6 @@
 """What can be learnt, and the settings of each: a tagged union whose tag, `kind`, is also the name of a baseline."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -43,6 +44,11 @@ class OfObjective(Settings):
     def completion_share(self) -> float:
         """Of the optimizer steps, that of those which train to fill holes."""
         return 0.0
+
+    @property
+    def files(self) -> Mapping[str, Path]:
+        """Setting -> the local file or folder that it names, read besides data and model."""
+        return {}
 
     def refuse_size(self, image_size_px: int) -> None:
         """Refuse images that its networks cannot halve as often as they do.
@@ -217,6 +223,12 @@ class MsdmVaeSettings(OfObjective):
         if not self.mse and not self.l1:
             raise ValueError("mse, l1: one of them must be above 0, or brightness is not learnt")
         return self
+
+    @property
+    def files(self) -> Mapping[str, Path]:
+        """See :class:`OfObjective`."""
+        named = {"text_encoder": self.text_encoder, "perceptual_weights": self.perceptual_weights}
+        return {name: path for name, path in named.items() if path is not None}
 
     def refuse_size(self, image_size_px: int) -> None:
         """See :meth:`OfObjective.refuse_size`."""

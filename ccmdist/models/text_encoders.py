@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 from transformers.utils import logging
@@ -76,7 +77,7 @@ class TextEncoder:
                 ignore_mismatched_sizes=True,
             )
             read = AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ModelError(f"{encoder}: cannot be read ({str(error).splitlines()[0]})", REMEDY) from None
         missing = [name for name in map(str, loading["missing_keys"]) if not name.startswith(POOLER)]
         for problem, names in (("missing", missing), ("mismatched", list(map(str, loading["mismatched_keys"])))):

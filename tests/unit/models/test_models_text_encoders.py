@@ -134,6 +134,9 @@ def test_folders_that_hold_no_text_encoder_are_refused(tmp_path, bert):
     assert refusal(tmp_path / "none").startswith(f"{tmp_path / 'none'}: there is no such folder; use config.json")
     (empty := tmp_path / "empty").mkdir()
     assert refusal(empty).startswith(f"{empty}: cannot be read (")
+    pointer = saved(tmp_path / "pointer", tiny_text_encoder().model)
+    (pointer / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert refusal(pointer).startswith(f"{pointer}: cannot be read (")
     other = saved(tmp_path / "other", tiny_text_encoder().model)
     file = other / "config.json"
     file.write_text(json.dumps({"model_type": "gpt2"}))

@@ -12,7 +12,8 @@ from ccmdist.config.loading import load
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.phantom_shards import write_phantom_set
 from ccmdist.data.stream import collated
-from ccmdist.errors import ModelError
+from ccmdist.errors import ConfigError, ModelError
+from ccmdist.jobs.train import describe
 from ccmdist.models.text_encoders import tiny_text_encoder
 from ccmdist.train.objectives.choice import objective_of
 from ccmdist.train.objectives.spade import NO_BASE
@@ -35,11 +36,14 @@ def shards(tmp_path_factory):
     return folder
 
 
-def built(shards, *overrides):
+def config(shards, *overrides):
     data = [f"data.shards={shards}", "data.model=none", f"data.image_size_px={SIZE_PX}"]
     sizes = ["global_batch_size=4", "micro_batch_size=4", "run=none"]
-    config = load(TrainConfig, [], [*VAE, *data, *sizes, *overrides])
-    return objective_of(config, OneRank())
+    return load(TrainConfig, [], [*VAE, *data, *sizes, *overrides])
+
+
+def built(shards, *overrides):
+    return objective_of(config(shards, *overrides), OneRank())
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +167,9 @@ def test_what_is_frozen_is_known_by_its_content_and_refused_at_once_if_it_cannot
         built(shards, f"objective.text_encoder={tmp_path / 'three'}")
     with pytest.raises(ModelError, match="cannot be read as weights"):
         built(shards, f"objective.perceptual_weights={tmp_path / 'vgg.pth'}")
+
+
+def test_a_dry_run_tells_what_is_trained_and_refuses_files_that_are_not_there(shards, tmp_path):
+    assert describe(config(shards)).startswith("model: msdm_vae from scratch, on pixels\nsamples: ")
+    with pytest.raises(ConfigError, match=rf"objective.text_encoder: {tmp_path}/bert is not there; copy it there from"):
+        describe(config(shards, f"objective.text_encoder={tmp_path}/bert"))
