@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from files_of_sets import contents, images_of
 
 from ccmdist.config.data import PrecomputeConfig
@@ -13,6 +14,8 @@ from ccmdist.models.network_state import write_network
 from ccmdist.precompute.fill import fill_cache
 from ccmdist.synthesis.generate import synthesize
 from ccmdist.synthesis.plan import read_plan
+from ccmdist.synthesis.requests import Request
+from ccmdist.synthesis.sampler import noise_of
 from ccmdist.synthesis.verify import verify_against_plan
 from tests.small_msdm import UNET, network_state, write_encoders
 
@@ -67,6 +70,14 @@ def test_images_do_not_depend_on_those_beside_them_also_where_noise_is_added_ane
         difference = np.abs(image.astype(int) - alone[key])
         assert difference.max() <= 1
         assert (difference > 0).mean() <= 1e-2
+
+
+def test_noise_that_is_added_anew_is_new_at_each_step_and_in_each_request():
+    places = [("k0", 0), ("k0", 1), ("k1", 0)]
+    requests = [Request(f"{source}-{number:04d}", source, number, "s", "Control") for source, number in places]
+    drawn = [noise_of(0, request, (4, 8), step) for request in requests for step in (None, 0, 1, 2)]
+    assert len({tuple(noise.flatten().tolist()) for noise in drawn}) == len(drawn)
+    assert torch.equal(noise_of(0, requests[1], (4, 8), 1), drawn[6])  # after its first noise and that of step 0
 
 
 def test_eta_guidance_and_mask_each_change_the_images(state, encoders, config_of, tmp_path):
