@@ -34,6 +34,7 @@ ORIGIN: Final = (
     "adapter_digest",
     "denoise_steps",
     "guidance_scale",
+    "eta",
     "seed",
     "source_set_digest",
     "network_kind",

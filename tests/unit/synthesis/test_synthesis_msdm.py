@@ -96,8 +96,9 @@ def test_eta_guidance_and_mask_each_change_the_images(state, encoders, config_of
 
 def test_a_dry_run_tells_of_the_network(state, config_of, tmp_path):
     write_network(tmp_path / "network", state)
-    told = describe(config_of(f"network={tmp_path}/network"))
-    assert told.endswith(f"model: msdm from scratch at {tmp_path}/network, 2 denoise steps, guidance 3")
+    for eta, told in ((0, ""), (0.5, ", eta 0.5")):
+        expected = f"model: msdm from scratch at {tmp_path}/network, 2 denoise steps, guidance 3{told}"
+        assert describe(config_of(f"network={tmp_path}/network", f"eta={eta}")).endswith(expected)
 
 
 def test_what_cannot_draw_is_refused_and_leaves_no_plan(state, encoders, config, config_of, sources, tmp_path):
