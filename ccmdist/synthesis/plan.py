@@ -271,10 +271,14 @@ def _refuse_network(config: SynthesizeConfig, network: NetworkAbout) -> None:
             f"{config.network}: is a network of {network.kind}, which draws no images of masks",
             "give it as data.model to `ccmdist precompute`, train objective.kind msdm on it, and draw with that",
         )
-    if config.eta and not network.settings.adds_noise:
+    if network.settings.adds_noise:
+        return
+    if config.eta:
         raise ConfigError(
             f"eta: {config.eta:g}, but a network of {network.kind} draws without noise of its own", "leave eta out"
         )
+    if config.denoise_steps < 2 and network.settings.has_noise_levels:
+        raise ConfigError("denoise_steps: 1 is too few for a flow", "use at least 2")
 
 
 def _settings(

@@ -80,17 +80,18 @@ def test_noise_that_is_added_anew_is_new_at_each_step_and_in_each_request():
     assert torch.equal(noise_of(0, requests[1], (4, 8), 1), drawn[6])  # after its first noise and that of step 0
 
 
-def test_eta_guidance_and_mask_each_change_the_images(state, encoders, config_of, tmp_path):
+def test_eta_guidance_steps_and_mask_each_change_the_images(state, encoders, config_of, tmp_path):
     without_mask = network_state(encoders, SIZE_PX, UNET.model_copy(update={"mask_condition": False}))
     for out, one, *overrides in (
         ("usual", state),
         ("noisy", state, "eta=1"),
         ("unguided", state, "guidance_scale=1"),
         ("maskless", without_mask),
+        ("one step", state, "denoise_steps=1"),
     ):
         assert synthesize(config_of("images_per_mask=1", *overrides, out=out), one)
     usual = images_of(tmp_path / "usual")
-    for other in ("noisy", "unguided", "maskless"):
+    for other in ("noisy", "unguided", "maskless", "one step"):
         assert any((image != usual[key]).any() for key, image in images_of(tmp_path / other).items()), other
 
 
