@@ -5,7 +5,7 @@ python benchmarks/quality_cost.py [--systems msdm lora wdlora] [--folder FOLDER]
 The commands that a user types train each system by its tiny settings, draw the test masks, and evaluate all sets in one
 report. What drawing costs is then measured on one batch of each set, by the sampler that has drawn it:
 
-    parameters   of all networks that run (prompts are cached, so no text encoder is), and how many of them were trained
+    parameters   of all networks that run (prompts are cached, so no text encoder does), and how many were trained
     FLOPs        per image, counted by torch in one batch: denoise steps, branches of guidance, VAE
     images/s     of that batch, one thread, weights loaded
 
@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import torch
 from baselines import ccmdist, files_of, make_world, with_vae
-from measure.rows import Row, finish
+from measure.rows import Row, write
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -48,7 +48,7 @@ DISTANCES: Final = ("frechet", "precision", "recall")
 
 def trained(system: str, folder: Path, data: list[str]) -> list[str]:
     """Train a system and draw its set; the words that name what draws."""
-    run = folder / f"{system}-cost"
+    run = folder / f"{system}-trained"
     if system == "msdm":
         data, _ = with_vae(folder, data)
         ccmdist("train", *files_of("msdm"), f"run={run}", *data)
@@ -56,7 +56,7 @@ def trained(system: str, folder: Path, data: list[str]) -> list[str]:
     else:
         ccmdist("train", "configs/train/tiny.yaml", f"run={run}", f"adapter.kind={system}", *data)
         drawing = [f"adapter={run}/adapter", *data]
-    words = [*drawing, f"out={folder}/{system}-cost-images"]
+    words = [*drawing, f"out={folder}/{system}-trained-images"]
     ccmdist("synthesize", SETTINGS, *words)
     return words
 
@@ -85,7 +85,7 @@ def opened(config: SynthesizeConfig) -> tuple[Any, torch.nn.Module, list[torch.T
     if config.network is not None:
         state = find_network(config.network)
         sampler: Any = NetworkDrawing(config, state).open(plan, "synthesis")[0]
-        return sampler, sampler.network, list(state.tensors.values())
+        return sampler, sampler.network, [*state.tensors.values(), *sampler.codec.vae.parameters()]
     assert config.adapter is not None, "the words name what draws"
     adapter, model = find(config.adapter), ModelFolder.open(config.data.model)
     cache = LatentCache.open(config.data, model.encoder_identity(), (config.split,))
@@ -131,13 +131,13 @@ def main() -> None:
         folder = (given.folder or Path(temporary)).resolve()
         data = make_world(folder)
         words = {system: trained(system, folder, data) for system in given.systems}
-        sets = [f"synthetic.{system}={folder}/{system}-cost-images" for system in words]
+        sets = [f"synthetic.{system}={folder}/{system}-trained-images" for system in words]
         sets += [f"synthetic.{one}" for one in given.set]
         ccmdist("evaluate", f"real={folder}/shards", f"out={folder}/cost-report", "memorisation=null", *sets)
         report = json.loads((folder / "cost-report" / "report.json").read_text())["synthetic"]
         found = {name: (costs(words[name]) if name in words else {}) | qualities(report[name]) for name in report}
         show(found)
-    sys.exit(finish("quality_cost", list(rows(found))))
+        write("quality_cost", list(rows(found)))
 
 
 if __name__ == "__main__":
