@@ -1,8 +1,8 @@
 """Baselines from scratch learn to draw nerves where masks want them, on phantoms, in minutes on a CPU.
 
-The commands that a user types: shards, cache, training by configs/train/tiny_{spade,maisi}.yaml, synthesis of the test
-masks. Nerves are found by the one frozen segmenter and compared with the masks by clDice. The anchor of a network is
-the same network after its first updates.
+The commands that a user types: shards, cache, training by configs/train/tiny_{spade,maisi,msdm}.yaml, synthesis of the
+test masks. MSDM has a VAE of its own to train before, and a cache of its latents. Nerves are found by the one frozen
+segmenter and compared with the masks by clDice. The anchor of a network is the same network after its first updates.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 from measure.rows import ROOT, Row, finish
 
+from ccmdist.ccm.overlap import centreline_dice
 from ccmdist.ccm.segmenter import segment
 from ccmdist.data.reader import read_split
-from ccmdist.evaluation.overlap import centreline_dice
 
-MARGINS = {"spade": 0.25, "maisi": 0.15}
+MARGINS = {"spade": 0.25, "maisi": 0.15, "msdm": 0.3}
 """By how much clDice has to exceed that of the network after its first updates."""
 BEGINNING = 2
 """Steps of that one: of SPADE one for each of its networks."""
@@ -48,9 +48,27 @@ def adherence(folder: Path) -> float:
     return float(np.mean([centreline_dice(segment(triple.image), triple.nerve_mask) for triple in triples]))
 
 
+def files_of(kind: str) -> list[str]:
+    """Settings of the training of a kind."""
+    return [f"configs/train/{name}.yaml" for name in ("tiny", kind, f"tiny_{kind}")]
+
+
+def with_vae(folder: Path, data: list[str]) -> tuple[list[str], float]:
+    """Train the VAE of MSDM and cache its latents; the words that name them, and the minutes of the training."""
+    start, encoders = time.monotonic(), folder / "msdm_vae/network"
+    ccmdist("train", *files_of("msdm_vae"), f"run={folder}/msdm_vae", *data)
+    minutes = (time.monotonic() - start) / 60
+    data = [*data, f"data.model={encoders}"]
+    ccmdist("precompute", "configs/precompute/tiny.yaml", *data)
+    return data, minutes
+
+
 def learnt(kind: str, folder: Path, data: list[str]) -> Iterator[Row]:
     """What the network draws after its training, by clDice, and the time of the training."""
-    found, files = {}, [f"configs/train/{name}.yaml" for name in ("tiny", kind, f"tiny_{kind}")]
+    found, files = {}, files_of(kind)
+    if kind == "msdm":
+        data, minutes_of_vae = with_vae(folder, data)
+        yield Row("msdm: minutes of training of its VAE", minutes_of_vae)
     for name, overrides in (("begun", [f"num_steps={BEGINNING}", "optim.warmup_steps=0"]), ("trained", [])):
         run, out = folder / f"{kind}-{name}", folder / f"{kind}-{name}-images"
         start = time.monotonic()

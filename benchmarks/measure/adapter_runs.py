@@ -8,7 +8,6 @@ from torch import nn
 
 from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.config.train import TrainConfig
-from ccmdist.diffusion import flow
 from ccmdist.train.engine import Engine, zero_config
 from ccmdist.train.objectives.edit import ADAPTER_SET, EditObjective
 from ccmdist.train.optim import learning_rate, optimizer
@@ -81,8 +80,7 @@ def untuned(config: TrainConfig, group: ProcessGroup, split: str) -> Trained:
 @torch.no_grad()
 def held_out(objective: EditObjective, model: nn.Module, split: str) -> float:
     """Mean flow loss over a split's samples and the noise levels of validation."""
-    sigmas_Q = torch.stack([flow.nearest_on_grid(s, objective.grid) for s in objective.config.validation.sigmas])
-    losses = [objective._held_out_losses(model, e, sigmas_Q).mean() for e in objective.cache.entries(split)]
+    losses = [objective._held_out_losses(model, e).mean() for e in objective.cache.entries(split)]
     return float(torch.stack(losses).mean())
 
 

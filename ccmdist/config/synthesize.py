@@ -34,10 +34,12 @@ class SynthesizeConfig(Settings):
     batch_size: int = Field(8, ge=1, le=1024)
     """Images of one text length that are sampled together: the unit of work. Part of what decides an image's bytes."""
     batches_per_shard: int = Field(16, ge=1)
-    denoise_steps: int = Field(40, ge=2)
-    """One step is refused: the noise schedule's terminal shift divides by zero there. A SPADE network has none."""
+    denoise_steps: int = Field(40, ge=1)
+    """Of flows two or more: the noise schedule's terminal shift divides by zero in one. A SPADE network has none."""
     guidance_scale: float = Field(4.0, ge=1)
     """Of true classifier-free guidance; 1 means no second pass. A SPADE network has none."""
+    eta: float = Field(0.0, ge=0, le=1)
+    """Noise that an MSDM network adds anew at each denoise step: 0 none (DDIM), 1 as much as DDPM. Others have none."""
     compile_blocks: bool = False
     """Compile the blocks of the model, minutes at the start for each length of prompts, needs a compiler. Fused
     operations round otherwise: part of what decides an image's bytes."""
@@ -64,6 +66,16 @@ class SynthesizeConfig(Settings):
     def _holes_are_cached(self) -> Self:
         if self.completes and self.data.holes is None:
             raise ValueError(f"data.holes: objective {self.objective} fills holes; set data.holes, for precompute too")
+        return self
+
+    @model_validator(mode="after")
+    def _edit_model_follows_a_flow(self) -> Self:
+        if self.network is not None:
+            return self
+        if self.eta:
+            raise ValueError(f"eta: {self.eta:g}, but Qwen-Image-Edit draws without noise of its own; leave out")
+        if self.denoise_steps < 2:
+            raise ValueError("denoise_steps: 1, but for Qwen-Image-Edit it has to be greater than or equal to 2")
         return self
 
     @model_validator(mode="after")

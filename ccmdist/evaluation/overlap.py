@@ -1,39 +1,13 @@
-"""Do the nerves of an image lie where its mask wanted them: overlap, overlap of centrelines, offset."""
+"""By how much the nerves of an image are moved against those that its mask wanted."""
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
 from scipy.ndimage import gaussian_filter
 
-from ccmdist.ccm.skeleton import Bools, centreline_of
+from ccmdist.ccm.skeleton import Bools
 
 OFFSET_BLUR_PX = 1.0
-
-
-def dice(found: Bools, wanted: Bools) -> float:
-    """Twice the common area over the sum of the areas; 1 if both are empty."""
-    total = int(found.sum()) + int(wanted.sum())
-    return 2 * int((found & wanted).sum()) / total if total else 1.0
-
-
-def centreline_dice(found: Bools, wanted: Bools) -> float:
-    """clDice: harmonic mean of the share of each mask's centreline that lies in the other mask; 1 if both are empty.
-
-    Thin nerves that lie one pixel beside the wanted place cost Dice a third, and clDice little.
-
-    Source:
-        Shit et al., CVPR 2021 (arXiv:2003.07311), Eq. 1 and 2.
-    """
-    if not found.any() and not wanted.any():
-        return 1.0
-    precision, sensitivity = _share_inside(found, wanted), _share_inside(wanted, found)
-    total = precision + sensitivity
-    return 2 * precision * sensitivity / total if total else 0.0
-
-
-def _share_inside(mask: Bools, other: Bools) -> float:
-    centreline = centreline_of(mask)
-    return float(other[centreline].mean()) if centreline.any() else 0.0
 
 
 def offset_px(found: Bools, wanted: Bools) -> NDArray[np.float64]:

@@ -36,7 +36,7 @@ def describe(config: PrecomputeConfig) -> str:
     return (
         f"{plan.folder}: {plan.num_committed} of {len(plan.shards)} shards are committed, "
         f"{sum(shard.num_samples for shard in plan.open_shards)} samples are to be encoded by "
-        f"Qwen-Image-Edit {model.version}{_told(config.data)}"
+        f"{model.title}{_told(config.data)}"
     )
 
 

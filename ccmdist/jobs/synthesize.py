@@ -104,6 +104,8 @@ def _described_network(config: SynthesizeConfig, folder: Path) -> str:
     plan = make_network_plan(config, about)
     refuse_other_set(config.out, plan)
     steps = f"{config.denoise_steps} denoise steps, guidance {config.guidance_scale:g}"
+    if config.eta:
+        steps += f", eta {config.eta:g}"
     if not about.settings.has_noise_levels:
         steps = "one pass"
     return f"{_described_batches(config, plan)}\nmodel: {about.kind} from scratch at {exported}, {steps}"

@@ -68,8 +68,10 @@ def describe(config: TrainConfig) -> str:
             divide, or a budget of ranks does not suffice.
     """
     refuse_missing_libraries(config)
-    model = None if config.objective.sees == "pixels" else ModelFolder.open(config.data.model)
-    if model is not None and config.objective.trains == "adapter":
+    _refuse_missing_files(config)
+    objective = config.objective
+    model = None if objective.sees == "pixels" else ModelFolder.open(config.data.model, objective.model_kind)
+    if model is not None and objective.trains == "adapter":
         check_growth(config, Transformer.from_config(model.config("transformer")))
     entries = _entries(config, model)
     order = Order(entries, config.seed, config.micro_batch_size, config.balance, config.shuffle_window)
@@ -104,6 +106,15 @@ def refuse_missing_libraries(config: TrainConfig) -> None:
             f"{' and '.join(asked)} needs bitsandbytes, which is not installed",
             'run `pip install "ccmdist[quant]"`, or set base=int8 or bf16 and optim.kind=adamw',
         )
+
+
+def _refuse_missing_files(config: TrainConfig) -> None:
+    for name, path in config.objective.files.items():
+        if not path.exists():
+            raise ConfigError(
+                f"objective.{name}: {path} is not there",
+                "copy it there from a machine with internet, for nothing is fetched here; or set it to null",
+            )
 
 
 def _model(config: TrainConfig, model: ModelFolder | None) -> str:

@@ -128,6 +128,10 @@ class LatentCodec:
         rgb = scaled.to(self.vae.dtype).unsqueeze(2)
         return normalised(self.vae.encode(rgb).latent_dist.mode(), self.vae).squeeze(2)
 
+    def encode_structure(self, pictures: np.ndarray) -> Tensor:
+        """Latents of what stands for the nerves; here as of images."""
+        return self.encode(pictures)
+
     @torch.no_grad()
     def decode(self, latents_BChw: Tensor) -> np.ndarray:
         """Grey frames, uint8 of shape (B, H, W), of normalised latents."""

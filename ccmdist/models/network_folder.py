@@ -2,7 +2,7 @@
 
 FOLDER/
   network.json         kind, settings, facts, and the digest of all that decides what it draws
-  network.safetensors  its weights, fp32
+  network.safetensors  its weights, fp32; of an MSDM they lie in a folder that stock diffusers opens, with all around it
 """
 
 import json
@@ -13,12 +13,13 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ccmdist.commit import commit_json
-from ccmdist.config.objectives import MaisiSettings, NetworkKind, SpadeSettings
+from ccmdist.config.objectives import MaisiSettings, MsdmSettings, MsdmVaeSettings, NetworkKind, SpadeSettings
 from ccmdist.errors import OF_THE_MACHINE, ModelError
 
 ABOUT_FILE: Final = "network.json"
 NETWORK_FILE: Final = "network.safetensors"
 REMEDY: Final = "give the folder `network` of a finished run, the run itself, or one of its checkpoints"
+NetworkSettings = Annotated[SpadeSettings | MaisiSettings | MsdmVaeSettings | MsdmSettings, Field(discriminator="kind")]
 
 
 class NetworkAbout(BaseModel):
@@ -28,7 +29,7 @@ class NetworkAbout(BaseModel):
 
     format: Literal["ccmdist network"] = "ccmdist network"
     format_version: Literal[1] = 1
-    settings: Annotated[SpadeSettings | MaisiSettings, Field(discriminator="kind")]
+    settings: NetworkSettings
     image_size_px: int
     """Edge of the images that it was trained on, and draws."""
     facts: Mapping[str, str]

@@ -25,6 +25,8 @@ from ccmdist.ccm.groups import CLINICAL_GROUPS, ClinicalGroup
 from ccmdist.config.objectives import SpadeSettings
 
 NUM_LABELS: Final = 2 + len(CLINICAL_GROUPS)
+GENERATOR: Final = "generator"
+"""Name of the network that draws, of the two that are trained."""
 Scores = list[Tensor]
 Features = list[list[Tensor]]
 

@@ -26,7 +26,7 @@ from ccmdist.data.reader import read_shard
 from ccmdist.data.triple import Triple
 from ccmdist.data.views import views
 from ccmdist.errors import Preempted, ShardError
-from ccmdist.models.encoders import LatentCodec, PromptEncoder
+from ccmdist.models.encoder_choice import load_encoders
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.precompute.plan import FillPlan, fill_plan
 
@@ -49,6 +49,7 @@ def fill_cache(
         ShardError: If a source shard is damaged, a frame is not square, one that is to get the next group's prompt
             has no group, or one that is to teach how holes are filled hides something itself.
         ModelError: If the model folder is not complete.
+        ConfigError: If a prompt is longer than a text encoder of MSDM takes, or the VAE does not divide the images.
     """
     model = ModelFolder.open(config.data.model)
     plan = fill_plan(config, model, worker_index, num_workers)
@@ -84,8 +85,7 @@ class Encoders:
         self.data, self.batch_size = data, batch_size
         dtype = DTYPES[data.dtype]
         device = current_device()
-        self.prompts = PromptEncoder.load(model, dtype, device)
-        self.codec = LatentCodec.load(model, dtype, device)
+        self.prompts, self.codec = load_encoders(model, dtype, device)
 
     def encoded(self, shard: ShardEntry) -> Iterator[EncodedSample]:
         """The samples of a source shard and, of train, their flipped views."""
@@ -117,7 +117,7 @@ class Encoders:
         positive = self.prompts.encode(prompts, pictures)
         negative = self.prompts.encode([NEGATIVE_PROMPT] * len(triples), pictures)
         images = self.codec.encode(np.stack([triple.image for triple in triples]))
-        structures = self.codec.encode(np.stack(pictures))
+        structures = self.codec.encode_structure(np.stack(pictures))
         holed = [self._holed(*one) for one in zip(triples, pictures, strict=True)]
         for triple, *tensors, with_holes in zip(triples, positive, negative, images, structures, holed, strict=True):
             yield EncodedSample(triple.key, triple.meta.clinical_group, triple.meta.subject, *tensors, **with_holes)

@@ -1,9 +1,10 @@
-"""Draw with networks that were trained from scratch: SPADE from masks, MAISI from cached latents of masks.
+"""Draw with networks that were trained from scratch: SPADE from masks, MAISI and MSDM from the cache.
 
-Shape suffixes: B samples, S packed latent tokens, C channels, h w latent rows and columns, H W rows and columns.
+Shape suffixes: B samples, S packed latent tokens, C channels, L text tokens, D text width, h w latent rows and columns,
+H W rows and columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from ccmdist.ccm.groups import ClinicalGroup
 from ccmdist.cluster.device import current_device
-from ccmdist.config.data import PX_PER_TOKEN
-from ccmdist.config.objectives import AdapterName, SpadeSettings
+from ccmdist.config.data import PX_PER_TOKEN, DataSettings
+from ccmdist.config.objectives import AdapterName, MsdmSettings, NetworkKind, SpadeSettings
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.data.cache_index import CacheEntry
 from ccmdist.data.cached_samples import CachedSamples
@@ -23,12 +24,14 @@ from ccmdist.data.latent_cache import LatentCache
 from ccmdist.data.manifest import read_manifest
 from ccmdist.data.shard_samples import ShardSamples
 from ccmdist.data.trained_on import training_of
-from ccmdist.diffusion import flow
+from ccmdist.diffusion import ddpm, flow
 from ccmdist.diffusion.sampler import sample
 from ccmdist.errors import ModelError
-from ccmdist.models import maisi, spade
+from ccmdist.models import maisi, msdm_unet, spade
 from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.msdm import MsdmCodec
+from ccmdist.models.network_kinds import NETWORKS
 from ccmdist.models.network_state import NetworkState
 from ccmdist.precompute.fill import DTYPES
 from ccmdist.synthesis.output import SyntheticSet
@@ -38,6 +41,8 @@ from ccmdist.synthesis.sampler import Sampler, noise_of, refuse_another_structur
 
 REMEDY: Final = "train it anew with a lower optim.lr, or name an earlier checkpoint"
 TOKEN_CHANNELS: Final = 4 * maisi.LATENT_CHANNELS
+Opened = tuple[Sampler, CachedSamples]
+"""What draws, and the samples that it draws from."""
 
 
 class SpadeSampler:
@@ -115,6 +120,57 @@ class MaisiSampler:
         return self.codec.decode(flow.unpack_latents(latents_BSC, *self.latent_hw))
 
 
+class MsdmSampler:
+    """Draws latents by DDIM, DDPM or between, with guidance away from the negative prompt; reads the cache alone."""
+
+    def __init__(self, plan: Plan, state: NetworkState, cache: LatentCache, model: ModelFolder) -> None:
+        """Load the U-Net and the VAE onto this process's device. Prompts need no encoder."""
+        settings, of_network = plan.settings, state.about.settings
+        assert isinstance(of_network, MsdmSettings), state.about.kind
+        self.plan, self.device, self.cache = plan, current_device(), cache
+        self.schedule, self.sees_mask = ddpm.NoiseSchedule.of(of_network), of_network.mask_condition
+        self.network = state.network(self.device)
+        self.codec = MsdmCodec.load(model, DTYPES[settings.dtype], self.device)
+        self.entries: dict[str, CacheEntry] = {entry.key: entry for entry in cache.entries(settings.split)}
+
+    @torch.no_grad()
+    def draw(self, requests: Sequence[Request]) -> NDArray[np.uint8]:
+        """Grey images, uint8 (B, H, W).
+
+        Raises:
+            RunError: If an image is not finite; names the request.
+            CacheError: If a cached sample is damaged.
+        """
+        plan = self.plan.settings
+        entries = [self.entries[request.source_key] for request in requests]
+        samples = [self.cache.read(entry) for entry in entries]
+        mask_BChw = self._placed([sample["mask_latents"] for sample in samples])
+        branches = [self._placed([sample["prompt_embeds"] for sample in samples])]
+        if plan.guidance_scale > 1:
+            branches.append(self._placed([self.cache.read_negative(entry) for entry in entries]))
+
+        def predict(latents_BChw: Tensor, level: int) -> tuple[Tensor, ...]:
+            level_B = torch.full((len(latents_BChw),), level, device=self.device)
+            mask = mask_BChw if self.sees_mask else None
+            return tuple(
+                msdm_unet.predicted(self.network, latents_BChw, mask, text_BLD, level_B) for text_BLD in branches
+            )
+
+        def noise(denoise_step: int | None = None) -> Tensor:
+            return self._placed(
+                [noise_of(plan.seed, request, mask_BChw.shape[1:], denoise_step) for request in requests]
+            )
+
+        latents_BChw = ddpm.sample(
+            predict, noise(), self.schedule, plan.denoise_steps, plan.guidance_scale, plan.eta, noise
+        )
+        refuse_non_finite(latents_BChw, requests, REMEDY)
+        return self.codec.decode(latents_BChw)
+
+    def _placed(self, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(tensors)).float().to(self.device)
+
+
 class NetworkDrawing:
     """A set that a network from scratch draws."""
 
@@ -138,15 +194,38 @@ class NetworkDrawing:
         output.accept()
         return output
 
-    def open(self, plan: Plan, _objective: AdapterName) -> tuple[Sampler, CachedSamples]:
+    def open(self, plan: Plan, _objective: AdapterName) -> Opened:
         """The network, loaded, and the samples that are drawn from; it draws whole images alone."""
-        data, split = self.config.data, self.config.split
-        samples = ShardSamples(data, (split,))
-        if isinstance(self.state.about.settings, SpadeSettings):
-            return SpadeSampler(plan, self.state, samples), samples.entries(split)
-        model = ModelFolder.open(data.model)
-        cache = LatentCache.open(data, model.encoder_identity(), (split,))
-        return MaisiSampler(plan, self.state, samples, cache, model), cache.entries(split)
+        return SAMPLERS[self.state.about.kind](plan, self.state, self.config.data)
+
+
+def _spade(plan: Plan, state: NetworkState, data: DataSettings) -> Opened:
+    samples = ShardSamples(data, (plan.settings.split,))
+    return SpadeSampler(plan, state, samples), samples.entries(plan.settings.split)
+
+
+def _maisi(plan: Plan, state: NetworkState, data: DataSettings) -> Opened:
+    model, cache = _cached(plan, data)
+    samples = ShardSamples(data, (plan.settings.split,))
+    return MaisiSampler(plan, state, samples, cache, model), cache.entries(plan.settings.split)
+
+
+def _msdm(plan: Plan, state: NetworkState, data: DataSettings) -> Opened:
+    model, cache = _cached(plan, data)
+    return MsdmSampler(plan, state, cache, model), cache.entries(plan.settings.split)
+
+
+def _cached(plan: Plan, data: DataSettings) -> tuple[ModelFolder, LatentCache]:
+    model = ModelFolder.open(data.model)
+    return model, LatentCache.open(data, model.encoder_identity(), (plan.settings.split,))
+
+
+SAMPLERS: Final[Mapping[NetworkKind, Callable[[Plan, NetworkState, DataSettings], Opened]]] = {
+    "spade": _spade,
+    "maisi": _maisi,
+    "msdm": _msdm,
+}
+"""What loads each kind of network that draws."""
 
 
 def _groups(plan: Plan, requests: Sequence[Request]) -> list[ClinicalGroup | None]:
@@ -167,9 +246,9 @@ def _refuse_misfit(config: SynthesizeConfig, state: NetworkState) -> None:
             f"{config.network}: draws images of {about.image_size_px} px, data.image_size_px is {data.image_size_px}",
             f"set data.image_size_px={about.image_size_px}",
         )
-    if about.settings.sees == "latents":
+    if (digest := NETWORKS[about.kind].encoders_digest) is not None:
         trained_on = about.facts.get("base_digest", "(not known)")
-        found = maisi.latents_digest(ModelFolder.open(data.model).encoder_identity())
+        found = digest(ModelFolder.open(data.model, about.settings.model_kind).encoder_identity())
         if trained_on != found:
             raise ModelError(
                 f"{config.network}: was trained on latents of the VAE {trained_on[:12]}, {data.model} holds "

@@ -24,7 +24,7 @@ from ccmdist.data.given_prompts import prompted_group
 from ccmdist.data.manifest import MANIFEST, ShardEntry, read_manifest
 from ccmdist.data.shard_samples import ShardSamples
 from ccmdist.data.writer import shards_in
-from ccmdist.errors import OF_THE_MACHINE, ConfigError, RunError, ShardError
+from ccmdist.errors import OF_THE_MACHINE, ConfigError, ModelError, RunError, ShardError
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.network_folder import NetworkAbout
 from ccmdist.synthesis.requests import Batch, Request, batches_of
@@ -77,6 +77,8 @@ class PlanSettings:
     """How holes are cut, where some are filled."""
     completion_digest: str | None = None
     """Of the adapter that fills holes, where it is not the one that draws whole images."""
+    eta: float = 0.0
+    """Noise that is added anew at each denoise step."""
 
 
 LATER: Final = {
@@ -86,6 +88,7 @@ LATER: Final = {
     "structure": "mask",
     "holes": None,
     "completion_digest": None,
+    "eta": 0.0,
 }
 """Settings that were added without another CONTENT_VERSION, and what they mean where they are not told."""
 
@@ -149,6 +152,8 @@ class Plan(BaseModel):
             about |= {"prompts": settings.prompts, "prompted_group": group}
         if settings.network_kind is not None:
             about |= {"network_kind": settings.network_kind, "network_digest": settings.network_digest}
+        if settings.eta:
+            about |= {"eta": settings.eta}
         if settings.structure != "mask":
             about |= {"structure": settings.structure}
         if is_completion:
@@ -232,13 +237,16 @@ def make_network_plan(config: SynthesizeConfig, network: NetworkAbout) -> Plan:
 
     Raises:
         CacheError: If the network sees latents, and no cache fits, or shards are missing in it.
-        ConfigError: If the split is empty, a key would become too long, or there are too many batches.
+        ConfigError: If the split is empty, a key would become too long, there are too many batches, or noise is to be
+            added anew by a network that has no place for it.
         ShardError: If the network sees pixels, and a tar is not the one that the manifest names.
+        ModelError: If the network draws no images, or the model folder is of another kind than it needs.
     """
+    _refuse_network(config, network)
     manifest, data = read_manifest(config.data.shards), config.data
     cache_digest = schedule_digest = NONE
     if network.settings.sees == "latents":
-        model = ModelFolder.open(data.model)
+        model = ModelFolder.open(data.model, network.settings.model_kind)
         folder, cache_digest = find_cache(data, manifest.digest, model.encoder_identity())
         schedule_digest = digest_of(model.noise_schedule())
         entries = _entries(config, folder, manifest.of_split(config.split))
@@ -255,6 +263,22 @@ def make_network_plan(config: SynthesizeConfig, network: NetworkAbout) -> Plan:
         network=network,
     )
     return Plan(settings=settings, batches=batches_of(config, entries))
+
+
+def _refuse_network(config: SynthesizeConfig, network: NetworkAbout) -> None:
+    if not network.settings.draws:
+        raise ModelError(
+            f"{config.network}: is a network of {network.kind}, which draws no images of masks",
+            "give it as data.model to `ccmdist precompute`, train objective.kind msdm on it, and draw with that",
+        )
+    if network.settings.adds_noise:
+        return
+    if config.eta:
+        raise ConfigError(
+            f"eta: {config.eta:g}, but a network of {network.kind} draws without noise of its own", "leave eta out"
+        )
+    if config.denoise_steps < 2 and network.settings.has_noise_levels:
+        raise ConfigError("denoise_steps: 1 is too few for a flow", "use at least 2")
 
 
 def _settings(
@@ -293,6 +317,7 @@ def _settings(
         structure=data.structure,
         holes=data.holes if config.completes else None,
         completion_digest=completion_digest,
+        eta=config.eta,
     )
 
 

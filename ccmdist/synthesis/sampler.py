@@ -26,15 +26,17 @@ class Sampler(Protocol):
         ...
 
 
-def noise_of(seed: int, request: Request, shape: Sequence[int]) -> Tensor:
+def noise_of(seed: int, request: Request, shape: Sequence[int], denoise_step: int | None = None) -> Tensor:
     """The same for a request whatever batch it is in, and whoever draws it: sets can be compared in pairs.
 
     Args:
         seed: Of the plan.
         request: What is drawn.
         shape: Of the noise.
+        denoise_step: Where it is added anew; None for the noise that drawing begins with.
     """
-    return torch.randn(*shape, generator=generator(seed, request.objective, request.source_key, request.image_number))
+    place = (request.objective, request.source_key, request.image_number)
+    return torch.randn(*shape, generator=generator(seed, *place, *(() if denoise_step is None else (denoise_step,))))
 
 
 def refuse_non_finite(drawn: Tensor, requests: Sequence[Request], remedy: str) -> None:

@@ -1,6 +1,7 @@
 """Settings of the baselines in the small world, and what the ranks of their tests run."""
 
 from itertools import islice
+from pathlib import Path
 
 import torch
 
@@ -19,7 +20,29 @@ SETTINGS_OF = {
         "objective={kind: maisi, channels: [32, 32], norm_groups: 8, num_res_blocks: 1, num_attention_levels: 1, "
         "null_fraction: 0.3}",
     ],
+    "msdm_vae": [
+        *OF_NETWORKS,
+        "objective={kind: msdm_vae, channels: [8, 16, 16], latent_channels: 4, layers_per_block: 1, crop_px: 32}",
+        "validation.sigmas=[0.1,0.3,0.5,0.7,0.9]",
+    ],
+    "msdm": [
+        *OF_NETWORKS,  # its dropout is not switched off: it must not depend on the number of ranks either
+        "objective={kind: msdm, channels: [32, 32], layers_per_block: 1, norm_groups: 8, num_attention_levels: 1, "
+        "heads: 4, cross_attention_dim: 32, null_fraction: 0.3}",
+    ],
 }
+
+
+def make_msdm(world):
+    """The encoders of a small MSDM and their cache beside what the world has: msdm/ in it."""
+    from ccmdist.config.data import PrecomputeConfig
+    from ccmdist.config.loading import load
+    from ccmdist.precompute.fill import fill_cache
+    from tests.distributed.small_world import IMAGE_SIZE_PX, data_overrides
+    from tests.small_msdm import write_encoders
+
+    write_encoders(Path(world) / "msdm", IMAGE_SIZE_PX)
+    fill_cache(load(PrecomputeConfig, [], [*data_overrides(world), f"data.model={world}/msdm"]), 0, 1)
 
 
 def turns(group, world):

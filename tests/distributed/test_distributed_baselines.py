@@ -8,7 +8,7 @@ import torch
 
 from ccmdist.models.network_state import read_network
 from ccmdist.train.checkpoint import newest_valid
-from tests.distributed.small_networks import SETTINGS_OF, norm_of_second_step, turns
+from tests.distributed.small_networks import SETTINGS_OF, make_msdm, norm_of_second_step, turns
 from tests.distributed.small_world import losses
 
 pytestmark = pytest.mark.distributed
@@ -23,18 +23,38 @@ def state(folder):
     return whole, checkpoint.manifest["adam_steps"]
 
 
-@pytest.mark.parametrize("kind", ["spade", "maisi"])
-def test_a_baseline_resumes_bitwise_after_a_kill_and_follows_the_same_curve_on_two_ranks(train_ranks, kind):
+UPDATES = {
+    "spade": {"generator": 2, "discriminator": 2},
+    "maisi": {"network": 4},
+    "msdm_vae": {"vae": 4},
+    "msdm": {"network": 4},
+}
+
+
+@pytest.fixture(scope="session")
+def msdm(forkserver, world):
+    """Folder of the encoders of a small MSDM, whose cache is filled."""
+    child = forkserver.Process(target=make_msdm, args=(str(world),))
+    child.start()
+    child.join(timeout=300)
+    assert child.exitcode == 0, "the small MSDM could not be made"
+    return world / "msdm"
+
+
+@pytest.mark.parametrize("kind", list(UPDATES))
+def test_a_baseline_resumes_bitwise_after_a_kill_and_follows_the_same_curve_on_two_ranks(train_ranks, kind, request):
     """Between one and two ranks sums are ordered otherwise. Measured: 9e-7 of losses, 1.5e-4 of weights, where biases
     without a gradient but rounding are moved by Adam, 4e-5 of moments.
     """
     folder, settings = train_ranks.folder, [*SETTINGS_OF[kind], "num_steps=4"]
+    if kind == "msdm":
+        settings.append(f"data.model={request.getfixturevalue('msdm')}")
     assert train_ranks("straight", 1, *settings) == [0]
     assert train_ranks("killed", 1, *settings, fault="sigkill@step:rank=0,step=3") == [-9]
     assert train_ranks("killed", 1, *settings) == [0]
     assert train_ranks("shared", 2, *settings) == [0, 0]
     (expected, updates), (found, updates_again) = state(folder / "straight"), state(folder / "killed")
-    assert updates == updates_again == ({"generator": 2, "discriminator": 2} if kind == "spade" else {"network": 4})
+    assert updates == updates_again == UPDATES[kind]
     for name, values in expected.items():
         assert torch.equal(found[name], values), name
     assert losses(folder / "killed") == losses(folder / "straight")
@@ -42,7 +62,7 @@ def test_a_baseline_resumes_bitwise_after_a_kill_and_follows_the_same_curve_on_t
     assert exported.digest == again.digest
     assert exported.facts["training_split"] == "train"
     assert len(exported.facts["training_set_digest"]) == 64
-    for tag in ("loss/mean", "held_out/l1" if kind == "spade" else "held_out/mean"):
+    for tag in ("loss/mean", "held_out/l1" if kind in ("spade", "msdm_vae") else "held_out/mean"):
         for (_, two), (_, one) in zip(losses(folder / "shared", tag), losses(folder / "straight", tag), strict=True):
             assert math.isclose(two, one, rel_tol=1e-5), tag
     shared, _ = state(folder / "shared")

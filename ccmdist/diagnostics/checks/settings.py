@@ -9,7 +9,7 @@ from ccmdist.data.manifest import read_manifest
 from ccmdist.diagnostics.checks.finding import DoctorConfig, Finding, Findings, Request, size
 from ccmdist.diagnostics.checks.lead import timeouts
 from ccmdist.errors import CcmdistError, ShardError
-from ccmdist.models.model_folder import WEIGHT_FILES, ModelFolder
+from ccmdist.models.model_folder import ModelFolder
 
 
 def check(request: Request) -> Findings:
@@ -18,7 +18,7 @@ def check(request: Request) -> Findings:
         return
     sources = [_told("shard set", lambda: _shards(config.data))]
     if needs_cache := config.objective.sees == "latents":
-        sources = [_told("model files", lambda: _model(config.data)), *sources]
+        sources = [_told("model files", lambda: _model(config)), *sources]
     yield from sources
     if needs_cache and all(finding.state == "OK" for finding in sources):  # both are part of the cache's name
         yield _told("cached samples", lambda: _cache(config.data))
@@ -33,12 +33,12 @@ def _told(what: str, look: Callable[[], str]) -> Finding:
         return Finding(what, "MISS", error.message, error.remedy)
 
 
-def _model(data: DataSettings) -> str:
+def _model(config: DoctorConfig) -> str:
     """Every file that the model's indexes name is there and has all its bytes."""
-    model = ModelFolder.open(data.model)
-    sizes = {c: sum(f.stat().st_size for f in set(model.weight_files(c).values())) for c in WEIGHT_FILES}
+    model = ModelFolder.open(config.data.model, config.objective.model_kind)
+    sizes = {c: sum(f.stat().st_size for f in set(model.weight_files(c).values())) for c in model.components}
     parts = ", ".join(f"{component} {size(num_bytes)}" for component, num_bytes in sizes.items())
-    return f"Qwen-Image-Edit {model.version}, complete: {parts}"
+    return f"{model.title}, complete: {parts}"
 
 
 def _shards(data: DataSettings) -> str:

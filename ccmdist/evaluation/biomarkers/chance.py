@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ccmdist.ccm.overlap import centreline_dice, dice
 from ccmdist.ccm.skeleton import Bools
-from ccmdist.evaluation.overlap import centreline_dice, dice
 
 
 @dataclass(frozen=True)

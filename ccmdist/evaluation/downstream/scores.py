@@ -10,8 +10,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ccmdist.ccm.overlap import centreline_dice, dice
 from ccmdist.ccm.skeleton import Bools, Floats
-from ccmdist.evaluation.overlap import centreline_dice, dice
 
 Labels = NDArray[np.int64]
 NUM_BINS: Final = 10

@@ -42,9 +42,23 @@ def _maisi(config: TrainConfig, group: ProcessGroup) -> Objective:
     return MaisiObjective(config, group)
 
 
+def _msdm_vae(config: TrainConfig, group: ProcessGroup) -> Objective:
+    from ccmdist.train.objectives.msdm_vae import MsdmVaeObjective
+
+    return MsdmVaeObjective(config, group)
+
+
+def _msdm(config: TrainConfig, group: ProcessGroup) -> Objective:
+    from ccmdist.train.objectives.msdm import MsdmObjective
+
+    return MsdmObjective(config, group)
+
+
 OBJECTIVES: Final[dict[ObjectiveKind, Callable[[TrainConfig, ProcessGroup], Objective]]] = {
     "edit": _edit,
     "dual": _dual,
     "spade": _spade,
     "maisi": _maisi,
+    "msdm": _msdm,
+    "msdm_vae": _msdm_vae,
 }

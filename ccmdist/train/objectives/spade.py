@@ -20,10 +20,10 @@ from ccmdist.data.shard_samples import ShardSamples
 from ccmdist.data.stream import SampleStream, batches, collated
 from ccmdist.diffusion.seeding import generator
 from ccmdist.models import spade
-from ccmdist.train.objectives.latent_flow import shared_by_ranks, spread_over
+from ccmdist.train.objectives.latent_samples import shared_by_ranks, spread_over
 from ccmdist.train.objectives.objective import Batch
 
-GENERATOR_SET: Final = "generator"
+GENERATOR_SET: Final = spade.GENERATOR
 DISCRIMINATOR_SET: Final = "discriminator"
 NO_BASE: Final = "none"
 """Identity of frozen weights where there are none."""

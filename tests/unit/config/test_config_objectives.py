@@ -22,8 +22,10 @@ def test_settings_of_an_adapter_are_written_as_before_there_were_other_objective
     assert digest(config(files=["tiny"])) == "3cc5c1bdcde77c993e1b2512970968c56623f0c6640b4c066f9f248475c50813"
 
 
-@pytest.mark.parametrize("kind", ["spade", "maisi"])
-@pytest.mark.parametrize("before", [["wdlora"], ["tiny"]])
+@pytest.mark.parametrize(
+    ("kind", "before"),
+    [*((kind, before) for kind in ("spade", "maisi") for before in (["wdlora"], ["tiny"])), ("msdm_vae", ["wdlora"])],
+)
 def test_a_baseline_follows_the_settings_of_the_adapter_and_is_read_back_as_it_was_written(kind, before):
     found = config(files=[*before, kind])
     assert found.objective.kind == kind
@@ -34,7 +36,7 @@ def test_a_baseline_follows_the_settings_of_the_adapter_and_is_read_back_as_it_w
     )
 
 
-@pytest.mark.parametrize("kind", ["spade", "maisi"])
+@pytest.mark.parametrize("kind", ["spade", "maisi", "msdm_vae"])
 def test_a_small_baseline_has_the_data_of_the_small_adapter(kind):
     assert config(files=["tiny", kind, f"tiny_{kind}"]).data == config(files=["tiny"]).data
 
@@ -84,10 +86,29 @@ def test_a_small_baseline_has_the_data_of_the_small_adapter(kind):
             "objective.noise_dim: no such field; a field of kind spade",
         ),
         (
+            ["objective.kind=msdm_vae", "objective.crop_px=100"],
+            "4 levels need an edge that 8 divides; objective.crop_px is 100, the nearest are 96 and 104",
+        ),
+        (["objective.kind=msdm_vae", "objective.crop_px=512"], "objective.crop_px: 512 is larger than data.image_size"),
+        (
+            ["objective.kind=msdm_vae", "objective.channels=[20]"],
+            "norm_groups: 20 channels do not divide into 8",
+        ),
+        (["objective.kind=msdm_vae", "objective.mse=0"], "mse, l1: one of them must be above 0"),
+        (
+            ["objective.kind=msdm", "objective.channels=[32,48]"],
+            "norm_groups: 48 channels do not divide into",
+        ),
+        (["objective.kind=msdm", "objective.heads=3"], "heads: 256 channels do not divide into 3 heads"),
+        (["objective.kind=msdm", "objective.beta_start=0.1"], "beta_start 0.1 must not be above beta_end 0.02"),
+        (
             ["objective.noise_dim=3"],
             "noise_dim: no such field; a field of kind spade; is a file missing that sets objective.kind?",
         ),
-        (["objective.kind=gan"], "objective.kind: must be one of 'edit', 'dual', 'spade', 'maisi' (got 'gan')"),
+        (
+            ["objective.kind=gan"],
+            "objective.kind: must be one of 'edit', 'dual', 'spade', 'maisi', 'msdm_vae', 'msdm' (got 'gan')",
+        ),
     ],
 )
 def test_what_does_not_apply_or_fit_is_refused_in_a_sentence(overrides, problem):

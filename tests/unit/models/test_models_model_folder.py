@@ -142,7 +142,7 @@ def test_an_index_without_a_map_is_told(tiny_copy, weight_map):
 
 def test_another_pipeline_is_refused_by_name(tiny_copy):
     change(tiny_copy / "model_index.json", _class_name="StableDiffusion3Pipeline")
-    expected = "model_index.json: StableDiffusion3Pipeline is not a pipeline of Qwen-Image-Edit"
+    expected = "model_index.json: StableDiffusion3Pipeline is a pipeline of neither Qwen-Image-Edit nor MSDM"
     assert refusal(tiny_copy) == f"{tiny_copy}/{expected}{remedy(tiny_copy)}"
 
 

@@ -122,6 +122,16 @@ def test_a_network_is_shown_what_it_was_trained_on_or_is_refused_and_leaves_no_p
     assert not (tmp_path / "out").exists()
 
 
+def test_a_flow_takes_two_steps_and_no_noise_of_its_own(sources, config, tmp_path):
+    maisi, spade = (network_state(sources, kind) for kind in ("maisi", "spade"))
+    with pytest.raises(ConfigError, match="denoise_steps: 1 is too few for a flow; use at least 2"):
+        synthesize(config("network=n", "denoise_steps=1"), maisi)
+    for state in (maisi, spade):
+        with pytest.raises(ConfigError, match=f"eta: 1, but a network of {state.about.kind} draws without noise"):
+            synthesize(config("network=n", "eta=1"), state)
+    assert not (tmp_path / "out").exists()
+
+
 def test_spade_needs_neither_cache_nor_model_folder(sources, config, tmp_path):
     nothing = ["data.cache=nowhere", "data.model=nowhere", "images_per_mask=1", "split=train", "data.flips=[hflip]"]
     assert synthesize(config("network=n", *nothing), network_state(sources, "spade", training_set="0" * 64))

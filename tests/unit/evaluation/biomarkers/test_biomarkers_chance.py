@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from ccmdist.ccm.overlap import centreline_dice, dice
 from ccmdist.ccm.phantom import make_nerves
 from ccmdist.evaluation.biomarkers.chance import Nerves, with_other_masks
-from ccmdist.evaluation.overlap import centreline_dice, dice
 
 
 def nerves(key, subject, source, seed=0):

@@ -1,0 +1,65 @@
+"""The encoders of a model folder, of whatever kind it is: the one table. What a kind needs is imported when chosen."""
+
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ccmdist.config.objectives import ModelKind
+from ccmdist.models.model_folder import ModelFolder
+
+
+class PromptEncoding(Protocol):
+    """Prompts, and for some models the pictures beside them, to embeddings."""
+
+    def encode(self, prompts: list[str], pictures: list[np.ndarray]) -> list[Tensor]:
+        """Embeddings of each prompt with its picture, uint8 (H, W) or (H, W, 3); shape (L, D) each."""
+        ...
+
+
+class PictureEncoding(Protocol):
+    """Pictures to latents and back; all uint8, grey (B, H, W) or with colours (B, H, W, 3)."""
+
+    def encode(self, pictures: np.ndarray) -> Tensor:
+        """Latents of images, with a standard deviation of about one."""
+        ...
+
+    def encode_structure(self, pictures: np.ndarray) -> Tensor:
+        """Latents of what stands for the nerves, as the model is given them."""
+        ...
+
+    def decode(self, latents_BChw: Tensor) -> np.ndarray:
+        """Grey frames of latents of images."""
+        ...
+
+
+Encoding = tuple[PromptEncoding, PictureEncoding]
+
+
+def load_encoders(folder: ModelFolder, dtype: torch.dtype, device: torch.device | str) -> Encoding:
+    """Both encoders of a model folder; nothing is fetched.
+
+    Raises:
+        ModelError: If weights do not fit their config.
+    """
+    return ENCODERS[folder.kind](folder, dtype, device)
+
+
+def _qwen(folder: ModelFolder, dtype: torch.dtype, device: torch.device | str) -> Encoding:
+    from ccmdist.models.encoders import LatentCodec, PromptEncoder
+
+    return PromptEncoder.load(folder, dtype, device), LatentCodec.load(folder, dtype, device)
+
+
+def _msdm(folder: ModelFolder, dtype: torch.dtype, device: torch.device | str) -> Encoding:
+    from ccmdist.models.msdm import MsdmCodec, load_text_encoder
+
+    return load_text_encoder(folder, dtype, device), MsdmCodec.load(folder, dtype, device)
+
+
+ENCODERS: Final[dict[ModelKind, Callable[[ModelFolder, torch.dtype, torch.device | str], Encoding]]] = {
+    "qwen": _qwen,
+    "msdm": _msdm,
+}
