@@ -67,7 +67,6 @@ def encoders(request, tmp_path_factory):
 
 @pytest.mark.parametrize("with_mask", [True, False])
 def test_stock_diffusers_opens_the_folder_and_draws_what_we_draw(encoders, with_mask, tmp_path):
-    """Measured: 1.5e-6 of images in [0, 1]."""
     state = network_state(encoders, SIZE_PX, UNET.model_copy(update={"mask_condition": with_mask}))
     write_network(tmp_path, state)
     folder = ModelFolder.open(tmp_path, "msdm")
