@@ -64,6 +64,8 @@ def write_folder_set(config: FolderShardsConfig) -> Manifest:
     for split, fraction in (("val", config.val_fraction), ("test", config.test_fraction)):
         if fraction and split not in splits.values():
             log.warning("%s: too few subjects for a %s split, it stays empty", path, split)
+    if "train" not in splits.values():
+        log.warning("%s: every subject has an inpaint_mask, so there is nobody to train on", path)
     split_of = {pseudonyms.subject(name): split for name, split in splits.items()}
     triples = _triples(rows, pseudonyms)
     samples = ((split_of[triple.meta.subject], triple) for triple in tracked(triples, "frames", len(rows)))

@@ -41,9 +41,9 @@ def show(source: Path, name: str | None = None) -> None:
     console.print(table)
     if state.settings.growth:
         console.print(_rank_table(state))
-    for fact, value in sorted(state.facts.items()):
-        if fact != "movement":
-            console.print(f"{fact:14} {value}", highlight=False, soft_wrap=True)
+    facts = {fact: value for fact, value in sorted(state.facts.items()) if fact != "movement"}
+    for fact, value in facts.items():
+        console.print(f"{fact:{max(map(len, facts))}} {value}", highlight=False, soft_wrap=True)
     if not moved and state.settings.kind == "wdlora":
         console.print("how far it has moved is known once it is exported, for that takes the base")
 

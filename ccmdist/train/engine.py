@@ -204,7 +204,8 @@ class Engine:
             named = ", ".join(f"{name} (ratio {ratio:.2f})" for name, ratio in list(grown.items())[:NAMED])
             more = f" and {len(grown) - NAMED} more" if len(grown) > NAMED else ""
             total = sum(self._growth.active.values())
-            log.info("one rank more, %d in all, after %d updates: %s%s", total, num_steps, named, more)
+            spent = "; rank_budget is used up" if total == self._growth.settings.rank_budget else ""
+            log.info("one rank more, %d in all, after %d updates: %s%s%s", total, num_steps, named, more, spent)
 
     def _let_adapter_persist(self) -> None:
         """Gather what is trained once per optimizer step, instead of twice per block and micro-step. Collective."""

@@ -61,8 +61,8 @@ class Monitor:
         sizes = ", ".join(f"{name}: {number:,} parameters" for name, number in count.items())
         log.info("training %s on %d ranks from step %d", sizes, self.group.ranks.world_size, self.first_step)
         if self._writer and self.first_step == 0 and self.config.monitor.images_every_steps:
-            picture = objective.first_batch_image()
-            self._add_image("first_batch/mask_target_input", picture, 0)
+            for name, picture in objective.first_batch_images().items():
+                self._add_image(name, picture, 0)
 
     def after_step(self, done: int, report: StepReport, objective: Objective, nonfinite_in_a_row: int) -> None:
         """Gather a step's figures and, every so many steps, write them."""

@@ -14,7 +14,7 @@ def gate_sentences(comparison: Comparison) -> list[str]:
 def _told(one: SetReport, alpha: float) -> str:
     assert one.gate is not None, "it was judged"
     if not one.gate.passed:
-        return f"is withheld by the gate, and `ccmdist release` refuses it: {'; '.join(one.gate.reasons)}."
+        return f"is withheld by the gate, and ccmdist release refuses it: {'; '.join(one.gate.reasons)}."
     assert one.gate.figures is not None, "what was not searched does not pass"
     figures = one.gate.figures
     # Not "no more than held-out frames": a test that did not find it has not shown that.

@@ -41,6 +41,10 @@ PICTURES: Final[dict[str, str]] = {
     "synthesis": "samples/synthesis_structure_real_sampled",
     "completion": "samples/completion_structure_holed_real_filled",
 }
+FIRST_BATCH: Final[dict[str, str]] = {
+    "synthesis": "first_batch/synthesis_structure_target_input",
+    "completion": "first_batch/completion_structure_holed_target_input",
+}
 """Names of the grids, which tell their columns."""
 
 
@@ -144,10 +148,11 @@ class DualObjective(EditObjective):
                 pictures[PICTURES[adapter]] = self._decoded_grid(rows)
         return pictures
 
-    def first_batch_image(self) -> torch.Tensor:
+    def first_batch_images(self) -> dict[str, torch.Tensor]:
         """Rows of what the first samples of the run look like to the adapter of the first step; local."""
-        self.named.activate(adapter_of_step(self.config.seed, 0, self.settings))
-        return super().first_batch_image()
+        first = adapter_of_step(self.config.seed, 0, self.settings)
+        self.named.activate(first)
+        return {FIRST_BATCH[first]: self._first_batch_grid()}
 
     def _posed(self, batch: Batch, places: Sequence[int | str]) -> Batch:
         """The samples as the active adapter is asked about them: for completion with one of their holes.

@@ -106,8 +106,11 @@ class LatentSamples(ABC):
         rows = self._sampled_rows(model)
         return {"samples/mask_real_sampled": self._decoded_grid(rows)} if self.group.ranks.is_first else {}
 
-    def first_batch_image(self) -> torch.Tensor:
+    def first_batch_images(self) -> dict[str, torch.Tensor]:
         """Rows of mask, target and noisy target of the first samples of the run; local."""
+        return {"first_batch/mask_target_input": self._first_batch_grid()}
+
+    def _first_batch_grid(self) -> torch.Tensor:
         chosen = self.order.cell(0)[: self.config.monitor.num_images]
         return self._decoded_grid([self._noisy(place, self.entries[index]) for place, index in enumerate(chosen)])
 

@@ -150,11 +150,12 @@ class MsdmVaeObjective:
             rows.append(torch.cat([_shown(picture) for picture in row], dim=1))
         return {"samples/mask_returned_real_returned": torch.cat(rows)} if self.group.ranks.is_first else {}
 
-    def first_batch_image(self) -> Tensor:
+    def first_batch_images(self) -> dict[str, Tensor]:
         """The first crops of the run, side by side; local."""
         chosen = self.order.cell(0)[: self.config.monitor.num_images]
         batch = collated(self.source, [self.entries[index] for index in chosen])
-        return torch.cat([_shown(crop[0]) for crop in self._crops(batch, range(len(chosen)))], dim=1)
+        crops = [_shown(crop[0]) for crop in self._crops(batch, range(len(chosen)))]
+        return {"first_batch/crops": torch.cat(crops, dim=1)}
 
     def drawn_sigmas(self) -> Tensor:
         """No noise levels."""

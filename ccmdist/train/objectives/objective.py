@@ -62,8 +62,8 @@ class Objective(Protocol):
         """Pictures by name, uint8 of shape (H, W) or (H, W, 3), on rank 0: grids of sampled images; none elsewhere."""
         ...
 
-    def first_batch_image(self) -> torch.Tensor:
-        """What the first samples of the run look like to the model, uint8 of shape (H, W)."""
+    def first_batch_images(self) -> dict[str, torch.Tensor]:
+        """What the first samples of the run look like to the model, as :meth:`images`; local."""
         ...
 
     def drawn_sigmas(self) -> torch.Tensor:

@@ -164,10 +164,11 @@ class SpadeObjective:
             rows.append(_row(batch, self._drawn(model, batch).cpu()))
         return {"samples/mask_real_sampled": torch.cat(rows)} if self.group.ranks.is_first else {}
 
-    def first_batch_image(self) -> torch.Tensor:
+    def first_batch_images(self) -> dict[str, torch.Tensor]:
         """Rows of mask and image of the first samples of the run; local."""
         chosen = self.order.cell(0)[: self.config.monitor.num_images]
-        return torch.cat([_row(collated(self.source, [self.entries[index]])) for index in chosen])
+        rows = [_row(collated(self.source, [self.entries[index]])) for index in chosen]
+        return {"first_batch/mask_target": torch.cat(rows)}
 
     def drawn_sigmas(self) -> torch.Tensor:
         """No noise levels."""

@@ -72,12 +72,13 @@ def test_people_whose_frames_are_to_be_repaired_are_never_trained_on(source):
     assert describe_folder_set(source.config()).endswith("; 1 with inpaint_mask")
 
 
-def test_a_set_of_frames_to_be_repaired_alone_has_a_test_split_alone(source):
+def test_a_set_of_frames_to_be_repaired_alone_has_a_test_split_alone_and_it_is_said(source, logged):
     source.add("p1").add("p1").add("p2")
     for index in range(3):
         bring(source, index, inpaint_mask=hole())
     manifest = source.pack()
     assert {shard.split for shard in manifest.shards} == {"test"}
+    assert "every subject has an inpaint_mask, so there is nobody to train on" in logged.text
 
 
 def test_a_native_export_loses_its_footer_in_every_picture(source):

@@ -218,6 +218,9 @@ def test_pictures_of_completion_keep_what_is_known_and_fill_the_rest(folder, mon
         "samples/completion_structure_holed_real_filled",
     ]
     assert [len(row) for rows in grids for row in rows] == [3] * 3 + [4] * 3
+    (name,) = objective.first_batch_images()
+    assert name.startswith(f"first_batch/{adapter_of_step(objective.config.seed, 0, objective.settings)}_structure_")
+    assert {len(row) for row in grids[2]} == {4 if "holed" in name else 3}
     for _, holed, real, filled in grids[1]:
         is_known = (flow.pack_latents(filled) == flow.pack_latents(holed)).all(dim=2)
         assert 0 < is_known.float().mean() < 1

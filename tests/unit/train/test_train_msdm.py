@@ -150,7 +150,8 @@ def test_pictures_show_mask_real_and_drawn_and_what_the_first_step_sees(made):
     grids = objective.images(model)
     rows = min(len(objective.cache.entries("val")), objective.config.monitor.num_images)
     assert grids["samples/mask_real_sampled"].shape == (rows * SIZE_PX, 3 * SIZE_PX)
-    assert objective.first_batch_image().shape == (4 * SIZE_PX, 3 * SIZE_PX)
+    (first,) = objective.first_batch_images().values()
+    assert first.shape == (4 * SIZE_PX, 3 * SIZE_PX)
 
 
 def test_without_a_mask_the_network_sees_none(folder, batch):

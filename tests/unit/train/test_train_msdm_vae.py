@@ -143,7 +143,7 @@ def test_pictures_show_mask_and_frame_each_beside_what_comes_back(made):
     assert picture.shape == (num_rows * SIZE_PX, 4 * SIZE_PX)
     batch = collated(objective.source, [objective.samples.entries("val")[0]])
     assert torch.equal(picture[:SIZE_PX, :SIZE_PX], batch["nerve_masks"][0].to(torch.uint8) * 255)
-    assert objective.first_batch_image().shape == (32, 4 * 32)
+    assert objective.first_batch_images()["first_batch/crops"].shape == (32, 4 * 32)
 
 
 def test_no_lpips_without_a_file_is_said(shards, caplog):
