@@ -3,10 +3,10 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,17 +19,17 @@ from ccmdist.adapters.merge import merged_rows, row_slices
 from ccmdist.adapters.state import WEIGHTS_FILE, AdapterState, read_adapter, write_adapter
 from ccmdist.adapters.wdlora import RowState
 from ccmdist.commit import commit_bytes, committed_file, sync_folder, temporary_name
-from ccmdist.config.objectives import AdapterName, DualSettings
+from ccmdist.config.objectives import DualSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import log, tracked
 from ccmdist.errors import AdapterError, ModelError
 from ccmdist.jobs.adapter_check import compare, linear_shapes
+from ccmdist.jobs.adapter_names import NAMES, chosen_name
 from ccmdist.jobs.trained import facts_of, find_trained, quantity_of
 from ccmdist.models.model_folder import REPOSITORIES, ModelFolder
 from ccmdist.models.sizes import PIPELINES
 from ccmdist.train.checkpoint import Checkpoint
 
-NAMES: Final = get_args(AdapterName)
 PUBLISHED_WIDTH = {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128}
 """Of the published transformers, which are what their class builds by default."""
 
@@ -71,24 +71,6 @@ def _exported(folder: Path, name: str | None) -> Path | None:
         return folder
     there = [one for one in NAMES if (folder / one / WEIGHTS_FILE).is_file()]
     return folder / chosen_name(there, name, folder) if there else None
-
-
-def chosen_name(there: Sequence[str], name: str | None, where: Path) -> str:
-    """Which of the adapters ``there`` is meant: the one called ``name`` or, if no name is given, the only one.
-
-    Raises:
-        AdapterError: With the names there are.
-    """
-    chosen = there[0] if name is None and len(there) == 1 else name
-    if chosen is None or chosen not in there:
-        told = f"adapters {' and '.join(there)}" if there[1:] else f"adapter {there[0]}"
-        what = f"none called {name}" if name else "and which of them is meant is not said"
-        names = " or ".join(there)
-        raise AdapterError(
-            f"{where}: holds the {told}, {what}",
-            f"name one that it holds: --name {names}; to `ccmdist synthesize`, --objective {names}",
-        )
-    return chosen
 
 
 def adapter_of(checkpoint: Checkpoint, config: TrainConfig, name: str | None = None) -> AdapterState:

@@ -9,6 +9,7 @@ from ccmdist.cluster.run_directory import RunDirectory
 from ccmdist.config.loading import read_resolved
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.console import log
+from ccmdist.jobs.adapter_names import refuse_what_was_not_trained
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.network_folder import ABOUT_FILE, read_about
 from ccmdist.synthesis.output import SyntheticSet
@@ -52,14 +53,18 @@ def run(config_path: str) -> None:
 
 
 def describe(config: SynthesizeConfig) -> str:
-    """What the command would do: images, batches, and what is committed of them. Does not look into the adapter.
+    """What the command would do: images, batches, and what is committed of them.
+
+    Of the adapter only the settings of its run are read.
 
     Raises:
-        CcmdistError: If model, shards or cache are not there or do not fit, or the folder holds another set.
+        CcmdistError: If model, shards or cache are not there or do not fit, the run of the adapter has trained
+            something else, or the folder holds another set.
     """
     if config.network is not None:
         return _described_network(config, config.network)
     model = ModelFolder.open(config.data.model)
+    refuse_what_was_not_trained(config)
     digests: tuple[str, str | None] = (UNTUNED, None)
     if config.adapter is not None:
         # Taken as those that the set was begun with: to know them would need torch.

@@ -45,8 +45,9 @@ from ccmdist.synthesis.networks import NetworkDrawing
 from ccmdist.synthesis.output import SyntheticSet
 from ccmdist.synthesis.plan import NF4, UNTUNED, Plan, base_of, make_plan
 from ccmdist.synthesis.requests import Request
-from ccmdist.synthesis.sampler import Sampler, noise_of, refuse_another_structure, refuse_non_finite
+from ccmdist.synthesis.sampler import Sampler, noise_of, refuse_non_finite
 from ccmdist.synthesis.sources import Sources
+from ccmdist.synthesis.trained_for import refuse_another_structure
 
 Adapters = Mapping[AdapterName, AdapterState]
 """What draws for each objective; none of the untuned model."""

@@ -37,7 +37,8 @@ from ccmdist.precompute.fill import DTYPES
 from ccmdist.synthesis.output import SyntheticSet
 from ccmdist.synthesis.plan import Plan, make_network_plan
 from ccmdist.synthesis.requests import Request
-from ccmdist.synthesis.sampler import Sampler, noise_of, refuse_another_structure, refuse_non_finite
+from ccmdist.synthesis.sampler import Sampler, noise_of, refuse_non_finite
+from ccmdist.synthesis.trained_for import refuse_another_structure
 
 REMEDY: Final = "train it anew with a lower optim.lr, or name an earlier checkpoint"
 TOKEN_CHANNELS: Final = 4 * maisi.LATENT_CHANNELS

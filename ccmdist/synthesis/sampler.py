@@ -1,6 +1,6 @@
 """What draws: a protocol, and what all that draw have in common."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -8,9 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.diffusion.seeding import generator
-from ccmdist.errors import ConfigError, RunError
+from ccmdist.errors import RunError
 from ccmdist.synthesis.requests import Request
 
 
@@ -48,22 +47,3 @@ def refuse_non_finite(drawn: Tensor, requests: Sequence[Request], remedy: str) -
     finite = drawn.isfinite().flatten(1).all(dim=1).tolist()
     if bad := [request.key for request, is_finite in zip(requests, finite, strict=True) if not is_finite]:
         raise RunError(f"{len(bad)} of {len(requests)} images of a batch are not finite (first: {bad[0]})", remedy)
-
-
-def refuse_another_structure(facts: Mapping[str, str], config: SynthesizeConfig) -> None:
-    """Check that what stands for the nerves is what it was in training.
-
-    Args:
-        facts: Of what draws.
-        config: Of the set.
-
-    Raises:
-        ConfigError: If it is not.
-    """
-    trained_on = facts.get("structure", "mask")
-    if trained_on != config.data.structure:
-        raise ConfigError(
-            f"data.structure: {config.data.structure}, but {config.adapter or config.network} was trained on "
-            f"{trained_on}",
-            f"set data.structure={trained_on}, for precompute too, or name what was trained on {config.data.structure}",
-        )
