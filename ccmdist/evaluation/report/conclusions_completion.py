@@ -20,10 +20,10 @@ def _told(found: Completion) -> str:
     if drawn is None:
         return "too few repaired frames have a real one to say how good what fills their holes is."
     outcomes = ((label, _outcome(found, fill)) for fill, label in FILLS.items() if found.measure(fill, "ssim"))
-    against = "; ".join(f"against {joined(labels)} {text}" for labels, text in told_once(outcomes) if text)
+    against = "; ".join(f"{text} than {joined(labels)}" for labels, text in told_once(outcomes) if text)
     return (
-        f"inside the holes of {drawn.num_images} repaired frames of {drawn.num_subjects} subjects, the model is, "
-        f"{against or 'for want of simple fills, compared with nothing'} (95 % intervals without zero, uncorrected)."
+        f"inside the holes of {drawn.num_images} repaired frames of {drawn.num_subjects} subjects, the model is "
+        f"{against or 'compared with nothing, for want of simple fills'} (95 % intervals without zero, uncorrected)."
     )
 
 
