@@ -107,7 +107,8 @@ def test_a_small_baseline_has_the_data_of_the_small_adapter(kind):
         ),
         (
             ["objective.kind=gan"],
-            "objective.kind: must be one of 'edit', 'dual', 'spade', 'maisi', 'msdm_vae', 'msdm' (got 'gan')",
+            "objective.kind: must be one of 'edit', 'dual', 'spade', 'maisi', 'msdm_vae', 'msdm', "
+            "'segment', 'diagnose' (got 'gan')",
         ),
     ],
 )
