@@ -96,9 +96,7 @@ def network_of(state: NetworkState, device: torch.device) -> MdfMllm:
     """
     settings, wanted = state.about.settings, state.about.facts.get("base_digest", "")
     if not isinstance(settings, DiagnoseSettings):
-        raise ModelError(
-            f"network: is one of {state.about.kind}", "name the network of a run of objective.kind diagnose"
-        )
+        raise ModelError(f"network: is one of {state.about.kind}", "name that of a run of objective.kind diagnose")
     if (found := base_digest(settings)) != wanted:
         raise ModelError(
             f"{settings.mllm}: with the U-Net it is {found[:12]}, and the network was trained with {wanted[:12]}",
