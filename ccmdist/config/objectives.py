@@ -20,7 +20,7 @@ ModelKind = Literal["qwen", "msdm"]
 
 
 UNET_FACTOR: Final = 16
-"""Images over the deepest level of the U-Net that segments and diagnoses."""
+"""Images over the deepest level of the U-Net that segments and diagnoses; image_size_px is always a multiple."""
 
 
 class OfObjective(Settings):
@@ -308,15 +308,6 @@ class UnetSettings(OfObjective):
     channels: tuple[int, int, int, int, int, int] = (32, 32, 64, 128, 256, 32)
     """Of the image's own level, the four below, each half as large as the one before, and the last convolution."""
 
-    def refuse_size(self, image_size_px: int) -> None:
-        """See :meth:`OfObjective.refuse_size`."""
-        if image_size_px % UNET_FACTOR or image_size_px < 2 * UNET_FACTOR:
-            lower = max(image_size_px // UNET_FACTOR, 2) * UNET_FACTOR
-            raise ValueError(
-                f"objective.channels: the U-Net halves images four times; data.image_size_px {image_size_px} is not "
-                f"{UNET_FACTOR} times 2 or more; the nearest are {lower} and {lower + UNET_FACTOR}"
-            )
-
 
 class SegmentSettings(UnetSettings):
     """Nerve masks of frames by a U-Net from scratch: what MDF-MLLM's U-Net is before it learns to diagnose."""
@@ -362,7 +353,6 @@ class DiagnoseSettings(UnetSettings):
 
     def refuse_size(self, image_size_px: int) -> None:
         """See :meth:`OfObjective.refuse_size`."""
-        super().refuse_size(image_size_px)
         if (edge := image_size_px // UNET_FACTOR) % self.token_grid:
             where = f"the {edge} px of level 4, with data.image_size_px {image_size_px}"
             raise ValueError(f"objective.token_grid: {self.token_grid} does not divide {where}")
