@@ -188,6 +188,13 @@ def test_settings_that_do_not_fit_are_refused(world, objective, problem):
 
 def test_a_dry_run_tells_what_is_trained_and_refuses_folders_that_are_not_there(world, tmp_path):
     assert describe(config(world, "kind: segment")).startswith("model: segment from scratch, on pixels\nsamples: ")
+    said = describe(config(world, f"kind: diagnose, mllm: {world}/mllama, token_grid: 4, fusion_levels: [1, 2]"))
+    named = f"model: language model at {world}/mllama, wdlora of rank 16, reading levels 1, 2 of a U-Net from random"
+    assert said.startswith(named)
+    bare = describe(
+        config(world, f"kind: diagnose, mllm: {world}/mllama, token_grid: 4, fusion_levels: [], llm: frozen")
+    )
+    assert bare.startswith(f"model: language model at {world}/mllama, frozen, bare\n")
     with pytest.raises(ConfigError, match=f"objective.mllm: {tmp_path}/none is not there; copy it there"):
         describe(config(world, f"kind: diagnose, mllm: {tmp_path}/none, token_grid: 4"))
 
