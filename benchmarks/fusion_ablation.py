@@ -24,6 +24,7 @@ from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.cluster.ranks import Ranks
 from ccmdist.config.data import PhantomShardsConfig
 from ccmdist.config.loading import load
+from ccmdist.config.objectives import SegmentSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.phantom_shards import write_phantom_set
 from ccmdist.data.shard_samples import ShardSamples
@@ -106,6 +107,7 @@ def interval_of_difference(
 def with_unet(folder: Path, num_steps: int, group: ProcessGroup) -> None:
     """Pretrain the U-Net once, and leave it as a run of `segment` does."""
     config = config_of(folder, ["tiny_segment"], f"num_steps={num_steps}")
+    assert isinstance(config.objective, SegmentSettings)
     _, model = trained(config, group)
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     write_network(folder / "unet", NetworkState.of(config.objective, SIZE_PX, tensors, {}))

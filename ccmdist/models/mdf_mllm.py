@@ -34,6 +34,10 @@ class Adapted(Protocol):
         """What of it is trained, by full name."""
         ...
 
+    def advance(self) -> None:
+        """Say that the parameters have changed."""
+        ...
+
 
 class Fusion(nn.Module):
     """All that is new between U-Net and language model, and the head."""

@@ -6,7 +6,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ccmdist.adapters.injection import AdaptedLinears, inject, row_squares_of
+from ccmdist.adapters.injection import inject, row_squares_of
 from ccmdist.commit import digest_of
 from ccmdist.config.objectives import DiagnoseSettings
 from ccmdist.config.train import AdapterSettings, LoRASettings, WDLoRASettings
@@ -126,7 +126,7 @@ def load_trained(model: MdfMllm, tensors: Mapping[str, Tensor]) -> None:
                     "use the language model that it was trained with",
                 )
             parameter.copy_(tensors[name])
-    if isinstance(model.adapter, AdaptedLinears):
+    if model.adapter is not None:
         model.adapter.advance()
 
 

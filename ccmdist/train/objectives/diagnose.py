@@ -105,7 +105,7 @@ class DiagnoseObjective(PixelSamples):
 
     def after_step(self) -> None:
         """Let every adapted linear compute its norms anew, once."""
-        if isinstance(self.model.adapter, AdaptedLinears):
+        if self.model.adapter is not None:
             self.model.adapter.advance()
         self._num_updates += 1
 
