@@ -213,7 +213,9 @@ def release(
 
 
 Size = Annotated[str, typer.Option("--size", help="tiny, small, full-width-2-blocks or full.")]
-Version = Annotated[str, typer.Option("--version", help="v1, 2509 or 2511.")]
+Version = Annotated[
+    str, typer.Option("--version", help="v1, 2509, 2511; of a model to diagnose with: mllama, qwen2_5_vl.")
+]
 Model = Annotated[Path, typer.Option("--model", help="Folder of the base model.")]
 
 

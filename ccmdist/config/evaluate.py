@@ -5,10 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from ccmdist.config.arms import Arm, expanded
 from ccmdist.config.data import Split
+from ccmdist.config.objectives import UNET_FACTOR, DiagnoseSettings
 from ccmdist.config.settings import Settings, free
 
 SET_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}"
@@ -66,8 +67,10 @@ class ExtractorSettings(Settings):
 class NetworkSettings(Settings):
     """The networks of the downstream tasks and how long they are trained: alike in every arm."""
 
-    diagnosis: Literal["small", "resnet18", "resnet50", "swin"] = "small"
-    """All begin with random weights."""
+    diagnosis: Literal["small", "resnet18", "resnet50", "swin", "mdf_mllm"] = "small"
+    """All but the last begin with random weights."""
+    mdf: DiagnoseSettings | None = None
+    """Of mdf_mllm: its language model and U-Net. Its prompt is the same for all frames, and masks are not learnt."""
     unet_channels: tuple[int, ...] = Field((16, 32, 64, 128), min_length=2)
     """Each level halves the size."""
     size_px: int = Field(128, ge=32, le=1024)
@@ -87,9 +90,21 @@ class NetworkSettings(Settings):
             raise ValueError(f"size_px: {self.size_px} is no multiple of {parts}, as unet_channels needs it")
         if self.diagnosis == "swin" and self.size_px % 32:
             raise ValueError(f"size_px: {self.size_px} is no multiple of 32, as swin needs it")
+        if (self.mdf is not None) != (self.diagnosis == "mdf_mllm"):
+            raise ValueError(f"mdf: settings of mdf_mllm, and of nothing else (diagnosis: {self.diagnosis})")
+        if self.mdf is not None:
+            if self.size_px % UNET_FACTOR:
+                raise ValueError(f"size_px: {self.size_px} is no multiple of {UNET_FACTOR}, as mdf_mllm needs it")
+            self.mdf.refuse_size(self.size_px)
         if bad := [lr for lr in self.lrs if lr <= 0]:
             raise ValueError(f"lrs: {bad[0]} is no learning rate, expected a number above 0")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_mdf_where_there_is_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Written as before there was one, and so with the same digest."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name != "mdf" or value is not None}
 
 
 class FoldSets(Settings):

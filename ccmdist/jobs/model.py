@@ -12,6 +12,7 @@ from ccmdist.diffusion import flow
 from ccmdist.errors import ConfigError
 from ccmdist.models.convert import convert_model
 from ccmdist.models.make import make_model
+from ccmdist.models.make_mllm import TINY, make_mllm
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.tabulation import LEVELS_AT_ONCE
 from ccmdist.precompute.fill import DTYPES
@@ -20,8 +21,18 @@ from ccmdist.train.fit.run import fit as fit_components
 
 
 def make(size: str, version: str, out: Path, seed: int, fitted: bool) -> None:
-    """Write a complete checkpoint folder with random or fitted weights."""
-    make_model(size, version, out, seed, fitted)
+    """Write a complete checkpoint folder with random or fitted weights.
+
+    Raises:
+        ConfigError: If there is no such size or version.
+        ModelError: If ``out`` already holds a model.
+    """
+    if version in TINY:
+        if size != "tiny" or fitted:
+            raise ConfigError(f"--version: {version} is there with --size tiny and random weights alone", "set these")
+        make_mllm(version, out, seed)
+    else:
+        make_model(size, version, out, seed, fitted)
 
 
 def convert(

@@ -17,7 +17,7 @@ from ccmdist.cluster.sections import job_began
 from ccmdist.commit import commit_json
 from ccmdist.config.data import DataSettings
 from ccmdist.config.loading import resolved
-from ccmdist.config.objectives import DualSettings
+from ccmdist.config.objectives import DiagnoseSettings, DualSettings
 from ccmdist.config.train import TrainConfig, system_of
 from ccmdist.data.cache_index import find_cache, indexes
 from ccmdist.data.cached_samples import CachedSamples
@@ -119,6 +119,8 @@ def _refuse_missing_files(config: TrainConfig) -> None:
 
 def _model(config: TrainConfig, model: ModelFolder | None) -> str:
     """What is trained, in words."""
+    if isinstance(config.objective, DiagnoseSettings):
+        return _diagnosing(config.objective)
     if model is None:
         return f"{config.objective.kind} from scratch, on pixels"
     if config.objective.trains == "network":
@@ -126,6 +128,16 @@ def _model(config: TrainConfig, model: ModelFolder | None) -> str:
     transformer = Transformer.from_config(model.config("transformer"))
     num_linears = len(list(transformer.adapted(config.adapter.targets)))
     return f"Qwen-Image-Edit {model.version} at {config.data.model}, {_adapters(config, num_linears)}"
+
+
+def _diagnosing(settings: DiagnoseSettings) -> str:
+    """MDF-MLLM, in words."""
+    trained = {"wdlora": "wdlora of rank", "lora": "lora of rank"}.get(settings.llm)
+    llm = f"language model at {settings.mllm}, {f'{trained} {settings.lora_rank}' if trained else settings.llm}"
+    if not settings.fusion_levels:
+        return f"{llm}, bare"
+    begun = "random weights" if settings.unet is None else str(settings.unet)
+    return f"{llm}, reading levels {', '.join(map(str, settings.fusion_levels))} of a U-Net from {begun}"
 
 
 def _adapters(config: TrainConfig, num_linears: int) -> str:

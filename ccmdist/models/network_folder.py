@@ -13,13 +13,24 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ccmdist.commit import commit_json
-from ccmdist.config.objectives import MaisiSettings, MsdmSettings, MsdmVaeSettings, NetworkKind, SpadeSettings
+from ccmdist.config.objectives import (
+    DiagnoseSettings,
+    MaisiSettings,
+    MsdmSettings,
+    MsdmVaeSettings,
+    NetworkKind,
+    SegmentSettings,
+    SpadeSettings,
+)
 from ccmdist.errors import OF_THE_MACHINE, ModelError
 
 ABOUT_FILE: Final = "network.json"
 NETWORK_FILE: Final = "network.safetensors"
 REMEDY: Final = "give the folder `network` of a finished run, the run itself, or one of its checkpoints"
-NetworkSettings = Annotated[SpadeSettings | MaisiSettings | MsdmVaeSettings | MsdmSettings, Field(discriminator="kind")]
+NetworkSettings = Annotated[
+    SpadeSettings | MaisiSettings | MsdmVaeSettings | MsdmSettings | SegmentSettings | DiagnoseSettings,
+    Field(discriminator="kind"),
+]
 
 
 class NetworkAbout(BaseModel):

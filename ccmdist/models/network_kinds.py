@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ccmdist.commit import committed_file
 from ccmdist.config.objectives import MsdmSettings, MsdmVaeSettings, NetworkKind
 from ccmdist.errors import ModelError
-from ccmdist.models import maisi, msdm, msdm_unet, spade
+from ccmdist.models import maisi, msdm, msdm_unet, spade, unet
 from ccmdist.models.network_folder import NETWORK_FILE, REMEDY, NetworkAbout
 
 
@@ -26,6 +26,7 @@ class NetworkSpec:
     Attributes:
         build: (settings, image_size_px, tensors, seed) -> the network, on the CPU. Without tensors its weights depend
             on the seed alone; with them, it is one that they fit: what its settings leave open stands in their shapes.
+            None where an adapter is in it, of which nothing is known here: see :mod:`ccmdist.train.mdf_network`.
         write: (folder, about, tensors, parts): all files but the description.
         weights: Where in the folder they lie.
         prefix: Of the names, in a checkpoint, of those parameters that are kept.
@@ -33,7 +34,7 @@ class NetworkSpec:
             was trained beside, and draws with.
     """
 
-    build: Callable[[Any, int, Mapping[str, Tensor] | None, int], nn.Module]
+    build: Callable[[Any, int, Mapping[str, Tensor] | None, int], nn.Module] | None
     write: Callable[[Path, NetworkAbout, Mapping[str, Tensor], Path | None], None]
     weights: str = NETWORK_FILE
     prefix: str = ""
@@ -118,4 +119,6 @@ NETWORKS: Final[Mapping[NetworkKind, NetworkSpec]] = {
         weights=msdm_unet.WEIGHTS,
         encoders_digest=msdm_unet.encoders_digest,
     ),
+    "segment": NetworkSpec(build=lambda settings, _, __, seed: unet.make_unet(settings, seed), write=write_file),
+    "diagnose": NetworkSpec(build=None, write=write_file),
 }

@@ -16,7 +16,7 @@ from ccmdist.models.network_kinds import NETWORKS, loaded, read_file
 
 @dataclass(frozen=True)
 class NetworkState:
-    """A trained network: of SPADE the generator, of MAISI and MSDM the U-Net.
+    """A trained network: of SPADE the generator, of MAISI and MSDM the U-Net, of MDF-MLLM what was trained.
 
     Attributes:
         about: Its description.
@@ -48,14 +48,17 @@ class NetworkState:
         Raises:
             ModelError: If the weights are not those of its settings.
         """
-        about = self.about
-        network = NETWORKS[about.kind].build(about.settings, about.image_size_px, self.tensors, 0)
+        about, build = self.about, NETWORKS[self.about.kind].build
+        assert build is not None, f"a network of {about.kind} is not built here"
+        network = build(about.settings, about.image_size_px, self.tensors, 0)
         return loaded(network, self.tensors, about).requires_grad_(False).eval().to(device)
 
 
 def make_network(settings: NetworkSettings, image_size_px: int, seed: int) -> nn.Module:
     """The network of a kind, whose settings say all of it, with weights that depend on the seed alone."""
-    return NETWORKS[settings.kind].build(settings, image_size_px, None, seed)
+    build = NETWORKS[settings.kind].build
+    assert build is not None, f"a network of {settings.kind} is not built here"
+    return build(settings, image_size_px, None, seed)
 
 
 def write_network(folder: Path, state: NetworkState) -> None:

@@ -269,7 +269,7 @@ def _refuse_network(config: SynthesizeConfig, network: NetworkAbout) -> None:
     if not network.settings.draws:
         raise ModelError(
             f"{config.network}: is a network of {network.kind}, which draws no images of masks",
-            "give it as data.model to `ccmdist precompute`, train objective.kind msdm on it, and draw with that",
+            network.settings.serves,
         )
     if network.settings.adds_noise:
         return

@@ -30,7 +30,25 @@ SETTINGS_OF = {
         "objective={kind: msdm, channels: [32, 32], layers_per_block: 1, norm_groups: 8, num_attention_levels: 1, "
         "heads: 4, cross_attention_dim: 32, null_fraction: 0.3}",
     ],
+    "segment": [
+        *OF_NETWORKS,
+        "objective={kind: segment, channels: [4, 4, 8, 8, 16, 4]}",
+        "validation.sigmas=[0.1,0.3,0.5,0.7,0.9]",
+    ],
+    "diagnose": [  # its language model, data of the machine, is named where it lies
+        *OF_NETWORKS,
+        "objective={kind: diagnose, channels: [4, 4, 8, 8, 16, 4], llm_dtype: fp32, lora_rank: 2, token_grid: 4, "
+        "fusion_heads: 4}",
+        "validation.sigmas=[0.1,0.3,0.5,0.7,0.9]",
+    ],
 }
+
+
+def make_mllama(world):
+    """A tiny language model beside what the world has: mllama/ in it."""
+    from ccmdist.models.make_mllm import make_mllm
+
+    make_mllm("mllama", Path(world) / "mllama")
 
 
 def make_msdm(world):

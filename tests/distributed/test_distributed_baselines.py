@@ -8,7 +8,7 @@ import torch
 
 from ccmdist.models.network_state import read_network
 from ccmdist.train.checkpoint import newest_valid
-from tests.distributed.small_networks import SETTINGS_OF, make_msdm, norm_of_second_step, turns
+from tests.distributed.small_networks import SETTINGS_OF, make_mllama, make_msdm, norm_of_second_step, turns
 from tests.distributed.small_world import losses
 
 pytestmark = pytest.mark.distributed
@@ -28,6 +28,8 @@ UPDATES = {
     "maisi": {"network": 4},
     "msdm_vae": {"vae": 4},
     "msdm": {"network": 4},
+    "segment": {"unet": 4},
+    "diagnose": {"unet": 4, "fusion": 4, "llm": 4},
 }
 
 
@@ -41,6 +43,16 @@ def msdm(forkserver, world):
     return world / "msdm"
 
 
+@pytest.fixture(scope="session")
+def mllama(forkserver, world):
+    """Folder of a tiny language model."""
+    child = forkserver.Process(target=make_mllama, args=(str(world),))
+    child.start()
+    child.join(timeout=300)
+    assert child.exitcode == 0, "the tiny language model could not be made"
+    return world / "mllama"
+
+
 @pytest.mark.parametrize("kind", list(UPDATES))
 def test_a_baseline_resumes_bitwise_after_a_kill_and_follows_the_same_curve_on_two_ranks(train_ranks, kind, request):
     """Between one and two ranks sums are ordered otherwise. Measured: 9e-7 of losses, 1.5e-4 of weights, where biases
@@ -49,6 +61,8 @@ def test_a_baseline_resumes_bitwise_after_a_kill_and_follows_the_same_curve_on_t
     folder, settings = train_ranks.folder, [*SETTINGS_OF[kind], "num_steps=4"]
     if kind == "msdm":
         settings.append(f"data.model={request.getfixturevalue('msdm')}")
+    if kind == "diagnose":
+        settings.append(f"objective.mllm={request.getfixturevalue('mllama')}")
     assert train_ranks("straight", 1, *settings) == [0]
     assert train_ranks("killed", 1, *settings, fault="sigkill@step:rank=0,step=3") == [-9]
     assert train_ranks("killed", 1, *settings) == [0]

@@ -76,8 +76,8 @@ class Cell:
         """Identity of all that decides what it finds."""
         source = self.fold.synthetic.get(self.arm.name or "")
         arm = asdict(self.arm) | {"text": "", "name": source.manifest.digest if source else self.arm.name}
-        unused = {"segmentation": "diagnosis", "diagnosis": "unet_channels"}[self.task]
-        networks = self.networks.model_dump(mode="json", exclude={unused})
+        unused = {"segmentation": {"diagnosis", "mdf"}, "diagnosis": {"unet_channels"}}[self.task]
+        networks = self.networks.model_dump(mode="json", exclude=unused)
         return digest_of([CELLS_VERSION, self.task, self.fold.digest, arm, self.seed_number, self.seed, networks])
 
     def is_done(self) -> bool:

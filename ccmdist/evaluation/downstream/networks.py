@@ -1,4 +1,4 @@
-"""The networks of the downstream tasks: MONAI's and, for Swin, transformers'; all begin with random weights."""
+"""The networks of the downstream tasks: MONAI's and transformers' with random weights, and MDF-MLLM."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -11,6 +11,7 @@ from monai.networks.nets import UNet, resnet18, resnet50
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ccmdist.ccm.diagnosis_prompts import diagnosis_prompt
 from ccmdist.ccm.groups import CLINICAL_GROUPS
 from ccmdist.config.evaluate import NetworkSettings, Task
 
@@ -19,6 +20,8 @@ SMALL_CHANNELS: Final = (16, 32, 32)
 SWIN: Final = {"embed_dim": 48, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "patch_size": 2, "window_size": 4}
 """Half as wide as Swin-T, and with small patches and windows, for images of 64 to 384 px."""
 SMOOTH_DICE: Final = 1e-5
+SD_SHOWN: Final = 3.0
+"""MDF-MLLM is shown pixels in [-1, 1]: what lies within so many SD of the mean."""
 
 
 def built(task: Task, settings: NetworkSettings) -> nn.Module:
@@ -31,6 +34,7 @@ def built(task: Task, settings: NetworkSettings) -> nn.Module:
         "resnet18": lambda: resnet18(spatial_dims=2, n_input_channels=1, num_classes=NUM_CLASSES, conv1_t_stride=2),
         "resnet50": lambda: resnet50(spatial_dims=2, n_input_channels=1, num_classes=NUM_CLASSES, conv1_t_stride=2),
         "swin": lambda: _Swin(settings.size_px),
+        "mdf_mllm": lambda: _Mdf(settings),
     }
     return build[settings.diagnosis]()
 
@@ -70,6 +74,29 @@ class _Swin(nn.Module):
         return logits
 
 
+class _Mdf(nn.Module):
+    """MDF-MLLM, or a bare language model, which is asked the same of every frame."""
+
+    def __init__(self, settings: NetworkSettings) -> None:
+        super().__init__()
+        assert settings.mdf is not None, "the settings were checked"
+        from ccmdist.models.mllm import Prompts
+        from ccmdist.train.mdf_network import make_mdf_mllm
+
+        chosen, text = settings.mdf.model_copy(update={"mask_weight": 0.0}), diagnosis_prompt({})
+        self.mdf = make_mdf_mllm(chosen, settings.size_px, torch.initial_seed())
+        self._asked = Prompts(chosen.mllm, [text], settings.size_px).of(text)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, 3)."""
+        if self.mdf.adapter is not None:
+            self.mdf.adapter.advance()  # weights may have changed, by a step or by loading
+        ids, last = (self._asked[name].to(images.device) for name in ("prompt_ids", "prompt_last"))
+        pixels = (images / SD_SHOWN).clamp(-1, 1)
+        logits: Tensor = self.mdf(pixels, ids.expand(len(images), -1), last.expand(len(images)))[0]
+        return logits
+
+
 def as_input(images: Tensor) -> Tensor:
     """Grey images, uint8 (N, H, W), as what the networks see: (N, 1, H, W), each with mean 0 and SD 1.
 
@@ -81,7 +108,13 @@ def as_input(images: Tensor) -> Tensor:
 
 def parameter_count(network: nn.Module) -> int:
     """Trained numbers."""
-    return sum(parameter.numel() for parameter in network.parameters())
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
+def trained_state(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of all but frozen weights: what :func:`built` does not make again."""
+    frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+    return {name: value.clone() for name, value in network.state_dict().items() if name not in frozen}
 
 
 def target_of(task: Task, masks: Tensor, labels: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ccmdist.config.evaluate import NetworkSettings, Task
 from ccmdist.evaluation.downstream.augmentation import augmented, transforms
 from ccmdist.evaluation.downstream.examples import Examples
-from ccmdist.evaluation.downstream.networks import as_input, built, losses, probabilities, target_of
+from ccmdist.evaluation.downstream.networks import as_input, built, losses, probabilities, target_of, trained_state
 
 WEIGHT_DECAY: Final = 1e-4
 TEST_BATCH: Final = 32
@@ -86,7 +86,7 @@ def train_and_test(
                 best = loss, lr, step, state
         assert best is not None, "there is at least one learning rate"
         network = built(task, settings).to(device)
-        network.load_state_dict(best[3])
+        network.load_state_dict(best[3], strict=False)  # what is frozen is as it was built
         found = _predicted(task, network, test, device)
     return Tested(found.numpy(), best[1], best[2], tuple(curves))
 
@@ -114,7 +114,8 @@ class _Run:
     def learn(self, lr: float) -> tuple[Curve, dict[str, Tensor], int]:
         """Losses over the steps, the state with the lowest validation loss, and its step."""
         settings = self.settings
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr, weight_decay=WEIGHT_DECAY)
+        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr, weight_decay=WEIGHT_DECAY)
         steps: list[int] = []
         losses: list[tuple[float, float]] = []
         recent: list[Tensor] = []
@@ -128,7 +129,7 @@ class _Run:
                 recent = []
                 if loss < best or not best_state:
                     best, best_step = loss, step
-                    best_state = {name: value.clone() for name, value in self.network.state_dict().items()}
+                    best_state = trained_state(self.network)
         training, validation = zip(*losses, strict=True)
         return Curve(lr, tuple(steps), training, validation), best_state, best_step
 

@@ -54,6 +54,18 @@ def _msdm(config: TrainConfig, group: ProcessGroup) -> Objective:
     return MsdmObjective(config, group)
 
 
+def _segment(config: TrainConfig, group: ProcessGroup) -> Objective:
+    from ccmdist.train.objectives.segment import SegmentObjective
+
+    return SegmentObjective(config, group)
+
+
+def _diagnose(config: TrainConfig, group: ProcessGroup) -> Objective:
+    from ccmdist.train.objectives.diagnose import DiagnoseObjective
+
+    return DiagnoseObjective(config, group)
+
+
 OBJECTIVES: Final[dict[ObjectiveKind, Callable[[TrainConfig, ProcessGroup], Objective]]] = {
     "edit": _edit,
     "dual": _dual,
@@ -61,4 +73,6 @@ OBJECTIVES: Final[dict[ObjectiveKind, Callable[[TrainConfig, ProcessGroup], Obje
     "maisi": _maisi,
     "msdm": _msdm,
     "msdm_vae": _msdm_vae,
+    "segment": _segment,
+    "diagnose": _diagnose,
 }

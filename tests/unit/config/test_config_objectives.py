@@ -107,7 +107,8 @@ def test_a_small_baseline_has_the_data_of_the_small_adapter(kind):
         ),
         (
             ["objective.kind=gan"],
-            "objective.kind: must be one of 'edit', 'dual', 'spade', 'maisi', 'msdm_vae', 'msdm' (got 'gan')",
+            "objective.kind: must be one of 'edit', 'dual', 'spade', 'maisi', 'msdm_vae', 'msdm', "
+            "'segment', 'diagnose' (got 'gan')",
         ),
     ],
 )
@@ -118,3 +119,18 @@ def test_what_does_not_apply_or_fit_is_refused_in_a_sentence(overrides, problem)
     with pytest.raises(ConfigError) as refusal:
         config(*NEEDED, *overrides)
     assert problem in str(refusal.value)
+
+
+def test_mdf_mllm_follows_the_settings_of_segment_and_the_small_one_has_its_unet_and_data():
+    assert config(files=["wdlora", "segment"]).objective.channels == (32, 32, 64, 128, 256, 32)
+    large = config(files=["wdlora", "segment", "mdf_mllm"])
+    assert (large.objective.kind, large.balance) == ("diagnose", "clinical_groups")
+    assert large.objective.unet == config(files=["wdlora", "segment"]).run / "network"
+    assert validate(TrainConfig, resolved(large), "a run") == large
+    unet = config(files=["tiny", "segment", "tiny_segment"])
+    small = config(files=["tiny", "segment", "mdf_mllm", "tiny_mdf_mllm"])
+    assert small.objective.unet == unet.run / "network"
+    assert small.objective.channels == unet.objective.channels
+    assert small.data == unet.data == config(files=["tiny"]).data
+    bare = config("objective.fusion_levels=[]", "objective.unet=null", files=["wdlora", "segment", "mdf_mllm"])
+    assert bare.objective.fusion_levels == ()

@@ -1,0 +1,146 @@
+"""MDF-MLLM put together: language model and U-Net of their folders, fusion, adapter; made anew, and read back."""
+
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ccmdist.adapters.injection import inject, row_squares_of
+from ccmdist.commit import digest_of
+from ccmdist.config.objectives import DiagnoseSettings
+from ccmdist.config.train import AdapterSettings, LoRASettings, WDLoRASettings
+from ccmdist.errors import ModelError
+from ccmdist.models.mdf_mllm import Fusion, MdfMllm
+from ccmdist.models.mllm import Mllm, load_mllm, mllm_digest
+from ccmdist.models.network_folder import read_about
+from ccmdist.models.network_state import NetworkState, read_network
+from ccmdist.models.unet import LevelUnet, make_unet
+
+DTYPES: Final = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MOST_TRAINED: Final = 1_000_000_000
+"""Parameters of a language model that is trained as a whole: every rank holds all that is trained, in fp32."""
+
+
+def make_mdf_mllm(settings: DiagnoseSettings, image_size_px: int, seed: int) -> MdfMllm:
+    """The model as training finds it: language model and U-Net of their folders, the rest dependent on the seed alone.
+
+    Only what is trained requires gradients. On the CPU.
+
+    Raises:
+        ModelError: If a folder cannot be used, or the parts do not fit.
+    """
+    mllm = load_mllm(settings.mllm, DTYPES[settings.llm_dtype])
+    mllm.model.requires_grad_(settings.llm == "full")
+    _check_fit(settings, mllm)
+    unet = starting_unet(settings, seed) if settings.fusion_levels else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fusion = Fusion(settings, image_size_px, mllm.hidden_size)
+    model = MdfMllm(settings, unet, mllm, fusion)
+    if (adapter := adapter_of(settings)) is not None:
+        names = mllm.linear_names()
+        model.adapter = inject(mllm.model, names, adapter, row_squares_of(mllm.model, names), seed)
+    trained = {id(p) for parameters in model.parameter_sets().values() for p in parameters.values()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    return model
+
+
+def adapter_of(settings: DiagnoseSettings) -> AdapterSettings | None:
+    """The adapter on the language model, if there is one."""
+    if settings.llm == "wdlora":
+        return WDLoRASettings(lora_rank=settings.lora_rank)
+    return LoRASettings(lora_rank=settings.lora_rank) if settings.llm == "lora" else None
+
+
+def starting_unet(settings: DiagnoseSettings, seed: int) -> LevelUnet:
+    """The U-Net that `segment` has left, or one with random weights.
+
+    Raises:
+        ModelError: If the folder holds another network, or a U-Net of other channels.
+    """
+    unet = make_unet(settings, seed)
+    if settings.unet is None:
+        return unet
+    state = read_network(settings.unet)
+    channels = getattr(state.about.settings, "channels", None)
+    if state.about.kind != "segment" or channels != settings.channels:
+        what = (
+            f"channels {list(channels)}" if state.about.kind == "segment" and channels else f"kind {state.about.kind}"
+        )
+        raise ModelError(
+            f"{settings.unet}: is a network of {what}, expected a U-Net of segment with channels "
+            f"{list(settings.channels)}",
+            "name the folder `network` of a run of objective.kind segment, and set objective.channels to its own",
+        )
+    unet.load_state_dict(dict(state.tensors))
+    return unet
+
+
+def base_digest(settings: DiagnoseSettings) -> str:
+    """Identity of what training starts from, wherever the folders lie.
+
+    Raises:
+        ModelError: If a folder cannot be used.
+    """
+    unet = None if settings.unet is None else read_about(settings.unet).digest
+    return digest_of({"mllm": mllm_digest(settings.mllm), "unet": unet})
+
+
+def network_of(state: NetworkState, device: torch.device) -> MdfMllm:
+    """The whole model of an exported network, ready to diagnose.
+
+    Raises:
+        ModelError: If its folders do not hold what it was trained with, or the weights do not fit.
+    """
+    settings, wanted = state.about.settings, state.about.facts.get("base_digest", "")
+    if not isinstance(settings, DiagnoseSettings):
+        raise ModelError(f"network: is one of {state.about.kind}", "name that of a run of objective.kind diagnose")
+    if (found := base_digest(settings)) != wanted:
+        raise ModelError(
+            f"{settings.mllm}: with the U-Net it is {found[:12]}, and the network was trained with {wanted[:12]}",
+            "put the language model and the U-Net that it was trained with where its settings name them",
+        )
+    model = make_mdf_mllm(settings, state.about.image_size_px, 0)
+    load_trained(model, state.tensors)
+    return model.requires_grad_(False).eval().to(device)
+
+
+def load_trained(model: MdfMllm, tensors: Mapping[str, Tensor]) -> None:
+    """Take over what was trained.
+
+    Raises:
+        ModelError: If it is not what such a model trains.
+    """
+    wanted = {name: p for parameters in model.parameter_sets().values() for name, p in parameters.items()}
+    if bad := sorted(wanted.keys() ^ tensors.keys()):
+        raise ModelError(
+            f"network: parameter {bad[0]} is missing, or of another model", "use settings and weights of one run"
+        )
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            if parameter.shape != tensors[name].shape:
+                raise ModelError(
+                    f"network: {name} has shape {tuple(tensors[name].shape)}, the model's has {tuple(parameter.shape)}",
+                    "use the language model that it was trained with",
+                )
+            parameter.copy_(tensors[name])
+    if model.adapter is not None:
+        model.adapter.advance()
+
+
+def _check_fit(settings: DiagnoseSettings, mllm: Mllm) -> None:
+    width = mllm.hidden_size
+    if width % settings.fusion_heads or width % 4:
+        raise ModelError(
+            f"objective.fusion_heads: {settings.fusion_heads} heads do not divide the {width} channels of "
+            f"{settings.mllm}",
+            "use a number of heads that does",
+        )
+    num = sum(parameter.numel() for parameter in mllm.model.parameters())
+    if settings.llm == "full" and num > MOST_TRAINED:
+        raise ModelError(
+            f"objective.llm: full would train {num / 1e9:.1f} billion parameters, of which every rank would hold all",
+            "set objective.llm=wdlora or lora",
+        )

@@ -1,0 +1,193 @@
+"""The clinical group of a frame, by MDF-MLLM: U-Net, fusion and language model trained together.
+
+The model is given the frame and a prompt that is worded without the group; group and nerve mask are seen by the losses
+alone.
+
+Shape suffixes: B samples, N tokens of a level, H W rows and columns.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ccmdist.adapters.injection import AdaptedLinears
+from ccmdist.ccm.diagnosis_prompts import all_diagnosis_prompts, diagnosis_prompt
+from ccmdist.ccm.groups import CLINICAL_GROUPS, ClinicalGroup
+from ccmdist.cluster.process_group import ProcessGroup
+from ccmdist.config.objectives import DiagnoseSettings
+from ccmdist.config.train import TrainConfig
+from ccmdist.data.cache_index import CacheEntry
+from ccmdist.data.shard_samples import ShardSamples
+from ccmdist.data.stream import collated
+from ccmdist.errors import ConfigError
+from ccmdist.models.mdf_mllm import LLM, MdfMllm
+from ccmdist.models.mllm import Prompts
+from ccmdist.train.mdf_network import base_digest, make_mdf_mllm
+from ccmdist.train.objectives.edit import movement_of
+from ccmdist.train.objectives.group_scores import group_scores
+from ccmdist.train.objectives.latent_samples import shared_by_ranks, spread_over
+from ccmdist.train.objectives.objective import Batch
+from ccmdist.train.objectives.pixel_samples import PixelSamples, shown_frame, shown_mask
+from ccmdist.train.objectives.segment import mask_loss
+
+PARTS: Final = ("group", "mask")
+
+
+class DiagnosisSource:
+    """Frames, what is asked about them, and nerve masks."""
+
+    def __init__(self, samples: ShardSamples, prompts: Prompts) -> None:
+        """Read ``samples`` when they are asked for."""
+        self._samples, self._prompts = samples, prompts
+
+    def read(self, entry: CacheEntry) -> dict[str, Tensor]:
+        """``images`` (1, H, W) in [-1, 1], ``nerve_masks`` (H, W), ``prompt_ids`` (L,) and ``prompt_last``.
+
+        Raises:
+            ShardError: If the sample has changed since the run began.
+        """
+        triple = self._samples.triple(entry)
+        image = torch.from_numpy(triple.image.astype(np.float32) / 127.5 - 1)
+        fields = {"eye": triple.meta.eye, **triple.meta.fields} if triple.meta.eye else triple.meta.fields
+        asked = self._prompts.of(diagnosis_prompt(fields))
+        return {"images": image[None], "nerve_masks": torch.from_numpy(triple.nerve_mask.copy()), **asked}
+
+
+class DiagnoseObjective(PixelSamples):
+    """Learns groups by cross-entropy and, beside, nerve masks."""
+
+    def __init__(self, config: TrainConfig, group: ProcessGroup) -> None:
+        """Look through the shards and plan the order; the language model is read later.
+
+        Raises:
+            ShardError: If a tar of the shard set is not the one that its manifest names.
+            ConfigError: If a sample has no group, or a group no sample; or as :class:`PixelSamples`.
+            ModelError: If a folder cannot be used.
+        """
+        assert isinstance(config.objective, DiagnoseSettings), config.objective
+        self.settings = config.objective
+        super().__init__(config, group)
+        _check_groups(self.entries)
+        texts, size_px = all_diagnosis_prompts(), config.data.image_size_px
+        self.source = DiagnosisSource(self.samples, Prompts(self.settings.mllm, texts, size_px))
+        self.base_digest = base_digest(self.settings)
+        self._parts: dict[str, list[Tensor]] = {name: [] for name in PARTS}
+        self._num_updates = -1  # the first call of after_step only says that the state was loaded
+
+    def build(self, zero_config: dict[str, Any]) -> torch.nn.Module:
+        """The model, of which each rank reads all; the engine cuts it over the ranks."""
+        model = make_mdf_mllm(self.settings, self.config.data.image_size_px, self.config.seed)
+        self.model: MdfMllm = model.to(self.group.device).train()
+        return self.model
+
+    def parameter_sets(self) -> dict[str, dict[str, torch.nn.Parameter]]:
+        """U-Net, fusion and language model, as far as they are trained."""
+        return self.model.parameter_sets()
+
+    def sets_of_step(self, step: int) -> frozenset[str]:
+        """Every step trains all."""
+        return frozenset(self.parameter_sets())
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy of the groups plus, by its weight, the loss of the masks."""
+        logits_B3, masks_B1HW, _ = self._diagnosed(model, batch)
+        parts = {"group": F.cross_entropy(logits_B3, labels_of(batch["clinical_groups"]).to(logits_B3.device))}
+        if masks_B1HW is not None:
+            parts["mask"] = mask_loss(masks_B1HW, batch["nerve_masks"])
+        for name, part in parts.items():
+            self._parts[name].append(part.detach())  # looked at when it is told: the host never waits for it here
+        weights = {"group": 1.0, "mask": self.settings.mask_weight}
+        return torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+
+    def after_step(self) -> None:
+        """Let every adapted linear compute its norms anew, once."""
+        if self.model.adapter is not None:
+            self.model.adapter.advance()
+        self._num_updates += 1
+
+    def describe(self) -> dict[str, float]:
+        """Parts of the loss since the last call, gates of the levels, and how far an adapter has moved.
+
+        Raises:
+            RunError: If no magnitude of the adapter has moved at all.
+        """
+        noted, self._parts = self._parts, {name: [] for name in PARTS}
+        sums = self.group.total([float(sum(values)) for values in noted.values()])
+        counts = self.group.total([float(len(values)) for values in noted.values()])
+        parts = {f"parts/{name}": total / n for name, total, n in zip(PARTS, sums, counts, strict=True) if n}
+        gates = {f"gate/level_{name}": value for name, value in self.model.gates().items()}
+        adapter = self.model.adapter
+        moved = movement_of(adapter, self._num_updates, LLM) if isinstance(adapter, AdaptedLinears) else {}
+        return parts | gates | moved
+
+    def validate(self, model: torch.nn.Module) -> dict[str, float]:
+        """Mean cross-entropy of held-out frames, and how well their groups are told apart. Collective."""
+        labelled = [entry for entry in self.samples.entries("val") if entry.clinical_group is not None]
+        entries = spread_over(labelled, self.config.validation.num_samples)
+        mine: list[tuple[int, list[float]]] = []
+        for entry, weight in shared_by_ranks(entries, self.group):
+            logits_B3, _, _ = self._diagnosed(model, collated(self.source, [entry]))
+            if weight:
+                mine.append((int(labels_of([entry.clinical_group])), logits_B3[0].softmax(dim=0).double().tolist()))
+        if not entries:
+            return {}
+        # Ranks take entries in turn; in one order, sums do not depend on how many ranks there are.
+        told = sorted(one for some in self.group.gathered(mine) for one in some)
+        labels, probabilities = np.array([label for label, _ in told]), np.array([found for _, found in told])
+        mean = float(-np.log(probabilities[np.arange(len(labels)), labels].clip(1e-12)).mean())
+        return {"mean": mean} | group_scores(labels, probabilities)
+
+    def _row(self, model: torch.nn.Module, batch: Batch) -> Tensor:
+        """See :class:`PixelSamples`."""
+        _, masks_B1HW, attended = self._diagnosed(model, batch)
+        frame = shown_frame(batch)
+        columns = [shown_mask(batch), frame]
+        if masks_B1HW is not None:
+            columns.append((masks_B1HW[0, 0].sigmoid() * 255).round().to(torch.uint8).cpu())
+        columns += [overlay(frame, attended[name][0].cpu()) for name in sorted(attended)]
+        return torch.cat(columns, dim=1)
+
+    def _name_of_rows(self) -> str:
+        """See :class:`PixelSamples`."""
+        levels = "".join(f"_level{level}" for level in sorted(self.settings.fusion_levels))
+        return f"mask_frame{'_found' if levels and self.settings.mask_weight else ''}{levels}"
+
+    def _diagnosed(self, model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """What the model says of a batch: it is given images and prompts, and nothing else."""
+        given = (batch[name].to(self.group.device) for name in ("images", "prompt_ids", "prompt_last"))
+        found: tuple[Tensor, Tensor | None, dict[str, Tensor]] = model(*given)
+        return found
+
+
+def labels_of(groups: Sequence[ClinicalGroup | None]) -> Tensor:
+    """Number of each group, (B,)."""
+    return torch.tensor([CLINICAL_GROUPS.index(group) for group in groups if group is not None])
+
+
+def overlay(frame_HW: Tensor, attended_N: Tensor) -> Tensor:
+    """A frame, darkened where the model does not look, uint8 (H, W)."""
+    grid = round(len(attended_N) ** 0.5)
+    size = frame_HW.shape
+    weight_HW = F.interpolate((attended_N / attended_N.max()).view(1, 1, grid, grid), size, mode="bilinear")[0, 0]
+    return (frame_HW * (0.25 + 0.75 * weight_HW)).round().to(torch.uint8)
+
+
+def _check_groups(entries: Sequence[CacheEntry]) -> None:
+    """Refuse samples without a group, and groups without samples."""
+    present = set()
+    for entry in entries:
+        if entry.clinical_group is None:
+            raise ConfigError(
+                f"objective.kind diagnose: sample {entry.key} of subject {entry.subject} has no clinical group",
+                "label it in the source table, or leave it out",
+            )
+        present.add(entry.clinical_group)
+    if missing := [group for group in CLINICAL_GROUPS if group not in present]:
+        raise ConfigError(
+            f"objective.kind diagnose: no training sample is of group {', '.join(missing)}",
+            "add frames of that group to the train split: what is never shown cannot be told",
+        )
