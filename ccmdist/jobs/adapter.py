@@ -26,12 +26,8 @@ from ccmdist.errors import AdapterError, ModelError
 from ccmdist.jobs.adapter_check import compare, linear_shapes
 from ccmdist.jobs.adapter_names import NAMES, chosen_name
 from ccmdist.jobs.trained import facts_of, find_trained, quantity_of
-from ccmdist.models.model_folder import REPOSITORIES, ModelFolder
-from ccmdist.models.sizes import PIPELINES
+from ccmdist.models.model_folder import ModelFolder
 from ccmdist.train.checkpoint import Checkpoint
-
-PUBLISHED_WIDTH = {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128}
-"""Of the published transformers, which are what their class builds by default."""
 
 
 def find(path: Path, name: str | None = None) -> AdapterState:
@@ -243,9 +239,9 @@ def _facts(checkpoint: Checkpoint, config: TrainConfig) -> dict[str, str]:
 
 def _base_facts(folder: ModelFolder) -> dict[str, str]:
     config = folder.config("transformer")
-    is_published = all(config.get(name, value) == value for name, value in PUBLISHED_WIDTH.items())
-    facts = {"model_version": folder.version, "pipeline": PIPELINES[folder.version]}
-    return facts | ({"base_model": REPOSITORIES[folder.version]} if is_published else {})
+    is_published = all(config.get(name, value) == value for name, value in folder.layout.published.items())
+    facts = {"model_version": folder.edit_version or folder.title, "pipeline": folder.pipeline}
+    return facts | ({"base_model": folder.repository} if is_published else {})
 
 
 def _merge_into_file(copy: Path, base: Path, names: list[str], state: AdapterState) -> None:

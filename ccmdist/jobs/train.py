@@ -70,7 +70,7 @@ def describe(config: TrainConfig) -> str:
     refuse_missing_libraries(config)
     _refuse_missing_files(config)
     objective = config.objective
-    model = None if objective.sees == "pixels" else ModelFolder.open(config.data.model, objective.model_kind)
+    model = None if objective.sees == "pixels" else ModelFolder.open(config.data.model, *objective.model_kinds)
     if model is not None and objective.trains == "adapter":
         check_growth(config, Transformer.from_config(model.config("transformer")))
     entries = _entries(config, model)
