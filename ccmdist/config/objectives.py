@@ -63,6 +63,7 @@ class EditSettings(OfObjective):
 
     trains = "adapter"
     sees = "latents"
+    model_kinds = ("qwen", "flux")
     has_noise_levels = True
     kind: Literal["edit"] = "edit"
 

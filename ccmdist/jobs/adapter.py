@@ -137,13 +137,16 @@ def export(source: Path, model: Path, out: Path, name: str | None = None) -> Non
     temporary = temporary_name(out)
     try:
         write_adapter(temporary, state)
-        write_comfyui(temporary, state, rows)
+        if folder.layout.has_comfyui_names:
+            write_comfyui(temporary, state, rows)
         log.info("%s", compare(folder, temporary))
         temporary.replace(out)
         sync_folder(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    log.info("%s: adapter for diffusers and PEFT, and %s", out, COMFYUI_FILE)
+    is_told = folder.layout.has_comfyui_names
+    also = f"and {COMFYUI_FILE}" if is_told else f"not for ComfyUI, whose names for {folder.title} are not known here"
+    log.info("%s: adapter for diffusers and PEFT, %s", out, also)
 
 
 def verify(source: Path, model: Path, name: str | None = None) -> None:
@@ -185,7 +188,11 @@ def merge(source: Path, model: Path, out: Path, name: str | None = None) -> None
     # The config last, for it makes the folder a model.
     for path in (*sorted(transformer.glob("*.index.json")), transformer / "config.json"):
         commit_bytes(out / path.name, path.read_bytes())
-    log.info("%s: load it with QwenImageTransformer2DModel.from_pretrained, or put it in place of the base's", out)
+    log.info(
+        "%s: load it with %s.from_pretrained, or put it in place of the base's",
+        out,
+        folder.config("transformer").get("_class_name"),
+    )
 
 
 def rows_of(state: AdapterState, folder: ModelFolder) -> dict[str, RowState]:

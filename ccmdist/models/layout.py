@@ -49,6 +49,7 @@ class FolderLayout:
         advice: How to come by a folder, where it cannot be downloaded.
         is_planned: Whether the planner knows what the transformer needs: memory, time, traffic.
         can_quantize: Whether the base may be held in 4 or 8 bits.
+        has_comfyui_names: Whether the names that ComfyUI has for its linears are known, which are diffusers' own.
         max_conditions: How many condition images the transformer may be shown.
     """
 
@@ -66,6 +67,7 @@ class FolderLayout:
     advice: str = ""
     is_planned: bool = False
     can_quantize: bool = False
+    has_comfyui_names: bool = False
     max_conditions: int = 1
 
 
@@ -85,6 +87,7 @@ QWEN: Final = FolderLayout(
     repository=REPOSITORIES["2509"],
     is_planned=True,
     can_quantize=True,
+    has_comfyui_names=True,
     max_conditions=2,
 )
 MSDM: Final = FolderLayout(
