@@ -226,9 +226,10 @@ def make(
     fitted: Annotated[
         bool, typer.Option("--fitted", help="Use the small fitted weights that come along (tiny).")
     ] = False,
+    kind: Annotated[str, typer.Option("--kind", help="qwen (all sizes and versions) or flux (tiny).")] = "qwen",
 ) -> None:
     """Write a complete checkpoint folder with random weights, in the layout of a real download."""
-    importlib.import_module("ccmdist.jobs.model").make(size, version, out, seed, fitted)
+    importlib.import_module("ccmdist.jobs.model").make(size, version, out, seed, fitted, kind)
 
 
 @model.command(epilog=example("ccmdist model fit --out models/tiny-fit"))

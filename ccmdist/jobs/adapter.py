@@ -248,6 +248,8 @@ def _base_facts(folder: ModelFolder) -> dict[str, str]:
     config = folder.config("transformer")
     is_published = all(config.get(name, value) == value for name, value in folder.layout.published.items())
     facts = {"model_version": folder.edit_version or folder.title, "pipeline": folder.pipeline}
+    if folder.layout.licence:
+        facts |= {"base_name": folder.title, "base_licence": folder.layout.licence}
     return facts | ({"base_model": folder.repository} if is_published else {})
 
 

@@ -1,27 +1,48 @@
 """Model folders that need no download."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Final
 
 import torch
 
 from ccmdist.cluster.device import current_device
 from ccmdist.config.data import PX_PER_TOKEN
+from ccmdist.console import log
 from ccmdist.diffusion import flow
 from ccmdist.errors import ConfigError
 from ccmdist.models.convert import convert_model
 from ccmdist.models.make import make_model
+from ccmdist.models.make_flux import make_flux
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.tabulation import LEVELS_AT_ONCE
 from ccmdist.precompute.fill import DTYPES
 from ccmdist.train.fit.run import FULL, QUICK
 from ccmdist.train.fit.run import fit as fit_components
 
+TINY: Final[dict[str, Callable[[Path, int], None]]] = {"flux": make_flux}
+"""Kinds of models besides Qwen-Image-Edit -> what writes a small folder of them."""
 
-def make(size: str, version: str, out: Path, seed: int, fitted: bool) -> None:
-    """Write a complete checkpoint folder with random or fitted weights."""
-    make_model(size, version, out, seed, fitted)
+
+def make(size: str, version: str, out: Path, seed: int, fitted: bool, kind: str = "qwen") -> None:
+    """Write a complete checkpoint folder with random or fitted weights.
+
+    Raises:
+        ConfigError: If the kind is not known, or there is none of this size.
+        ModelError: If ``out`` already holds a model.
+    """
+    if kind == "qwen":
+        make_model(size, version, out, seed, fitted)
+        return
+    if kind not in TINY:
+        raise ConfigError(f"--kind: {kind!r} is not known", f"use one of qwen, {', '.join(TINY)}")
+    if size != "tiny" or fitted:
+        raise ConfigError(
+            f"--kind {kind}: is made in size tiny alone, with random weights", "leave out --size, --fitted"
+        )
+    TINY[kind](out, seed)
+    log.info("%s: random model of size tiny, %s", out, ModelFolder.open(out).title)
 
 
 def convert(

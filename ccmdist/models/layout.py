@@ -45,6 +45,7 @@ class FolderLayout:
             how many there are.
         published: Values of the transformer's config that only the published model has.
         repository: Where it is published.
+        licence: Under which it is published; "" for Apache-2.0.
         is_gated: Whether its licence has to be accepted before it can be downloaded.
         advice: How to come by a folder, where it cannot be downloaded.
         is_planned: Whether the planner knows what the transformer needs: memory, time, traffic.
@@ -63,6 +64,7 @@ class FolderLayout:
     blocks: Mapping[str, str] = field(default_factory=dict)
     published: Mapping[str, int] = field(default_factory=dict)
     repository: str = ""
+    licence: str = ""
     is_gated: bool = False
     advice: str = ""
     is_planned: bool = False
@@ -118,6 +120,7 @@ FLUX: Final = FolderLayout(
     blocks={"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"},
     published={"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "joint_attention_dim": 4096},
     repository="black-forest-labs/FLUX.1-Kontext-dev",
+    licence="the FLUX.1 [dev] Non-Commercial License",
     is_gated=True,
 )
 
