@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +22,10 @@ from ccmdist.precompute.fill import DTYPES
 from ccmdist.train.fit.run import FULL, QUICK
 from ccmdist.train.fit.run import fit as fit_components
 
-TINY: Final[dict[str, Callable[[Path, int], None]]] = {"flux": make_flux}
+TINY: Final[dict[str, Callable[[Path, int], None]]] = {
+    "flux": make_flux,
+    "flux_control": partial(make_flux, is_control=True),
+}
 """Kinds of models besides Qwen-Image-Edit -> what writes a small folder of them."""
 
 

@@ -83,4 +83,9 @@ def _flux() -> Loaders:
     return FluxPrompts.load, FluxCodec.load
 
 
-ENCODERS: Final[dict[ModelKind, Callable[[], Loaders]]] = {"qwen": _qwen, "msdm": _msdm, "flux": _flux}
+ENCODERS: Final[dict[ModelKind, Callable[[], Loaders]]] = {
+    "qwen": _qwen,
+    "msdm": _msdm,
+    "flux": _flux,
+    "flux_control": _flux,
+}

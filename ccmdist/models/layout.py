@@ -5,7 +5,7 @@ called is said by its backbone, :mod:`ccmdist.models.backbones.choice`, under th
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -124,12 +124,16 @@ FLUX: Final = FolderLayout(
     is_gated=True,
 )
 
+FLUX_CONTROL: Final = replace(
+    FLUX, kind="flux_control", name="FLUX.1 Control", repository="black-forest-labs/FLUX.1-Canny-dev"
+)
 LAYOUTS: Final[dict[str, FolderLayout]] = {
     "QwenImageEditPipeline": QWEN,
     "QwenImageEditPlusPipeline": QWEN,
     "StableDiffusionPipeline": MSDM,
     "StableDiffusionInstructPix2PixPipeline": MSDM,
     "FluxKontextPipeline": FLUX,
+    "FluxControlPipeline": FLUX_CONTROL,
 }
 """`_class_name` of a folder's model_index.json -> what it holds."""
 

@@ -1,4 +1,4 @@
-"""A complete folder of FLUX.1 Kontext with random weights, small enough for a CPU: for trials, not for pictures.
+"""A complete folder of FLUX.1 Kontext or Control with random weights, small enough for a CPU: for trials alone.
 
 Its tokenizers are made on the spot, of the classes that the published folder has.
 """
@@ -37,6 +37,7 @@ TRANSFORMER: Final = {
     "guidance_embeds": True,
     "axes_dims_rope": (4, 6, 6),
 }
+CONTROL: Final = {"in_channels": 128, "out_channels": 64}
 VAE: Final = {
     "in_channels": 3,
     "out_channels": 3,
@@ -63,12 +64,13 @@ NOISE_SCHEDULE: Final = {
 """As published."""
 
 
-def make_flux(out: Path, seed: int = 0) -> None:
+def make_flux(out: Path, seed: int = 0, is_control: bool = False) -> None:
     """Write the folder; when interrupted, the same call writes it anew.
 
     Args:
         out: Folder; must not hold a model yet.
         seed: Of the weights.
+        is_control: Of FLUX.1 Control, whose condition image comes as channels; else of Kontext.
 
     Raises:
         ModelError: If ``out`` already holds a model.
@@ -81,7 +83,7 @@ def make_flux(out: Path, seed: int = 0) -> None:
     commit_saved(out / "scheduler", FlowMatchEulerDiscreteScheduler(**NOISE_SCHEDULE).save_pretrained)
     with torch.device("meta"):
         components: dict[str, Any] = {
-            "transformer": FluxTransformer2DModel(**TRANSFORMER),
+            "transformer": FluxTransformer2DModel(**TRANSFORMER | (CONTROL if is_control else {})),
             "vae": AutoencoderKL(**VAE),
             "text_encoder": CLIPTextModel(_clip_config(clip_tokenizer)),
             "text_encoder_2": T5EncoderModel(_t5_config(t5_tokenizer)),
@@ -91,8 +93,8 @@ def make_flux(out: Path, seed: int = 0) -> None:
         commit_saved(out / component, save_config)
         _write_random(out / component, FLUX.weight_files[component], module, seed)
     # Last, for it makes the folder a model.
-    commit_json(out / "model_index.json", _model_index(components))
-    ModelFolder.open(out, "flux")
+    commit_json(out / "model_index.json", _model_index(components, is_control))
+    ModelFolder.open(out, "flux_control" if is_control else "flux")
 
 
 def make_clip_tokenizer() -> CLIPTokenizer:
@@ -165,17 +167,17 @@ def _write_random(folder: Path, stem: str, module: nn.Module, seed: int) -> None
     write_parts(folder, stem, [tensors], 1)
 
 
-def _model_index(components: dict[str, Any]) -> dict[str, Any]:
+def _model_index(components: dict[str, Any], is_control: bool) -> dict[str, Any]:
     classes = {
         name: [type(module).__module__.split(".")[0], type(module).__name__] for name, module in components.items()
     }
+    absent = {} if is_control else {"image_encoder": [None, None], "feature_extractor": [None, None]}
     return {
-        "_class_name": "FluxKontextPipeline",
+        "_class_name": "FluxControlPipeline" if is_control else "FluxKontextPipeline",
         "_diffusers_version": diffusers_version,
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "tokenizer_2": ["transformers", "T5TokenizerFast"],
-        "image_encoder": [None, None],
-        "feature_extractor": [None, None],
+        **absent,
         **classes,
     }

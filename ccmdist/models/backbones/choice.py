@@ -36,6 +36,12 @@ def _flux(folder: ModelFolder) -> Backbone:
     return FluxKontext(folder)
 
 
+def _flux_control(folder: ModelFolder) -> Backbone:
+    from ccmdist.models.backbones.flux import FluxControl
+
+    return FluxControl(folder)
+
+
 def probe(model: nn.Module) -> Tensor:
     """What a transformer of a known class, in fp32, predicts on inputs that are always the same."""
     return PROBES[type(model).__name__]()(model, torch.Generator().manual_seed(0))
@@ -57,4 +63,8 @@ PROBES: Final[dict[str, Callable[[], Probe]]] = {
     "QwenImageTransformer2DModel": _qwen_probe,
     "FluxTransformer2DModel": _flux_probe,
 }
-BACKBONES: Final[dict[ModelKind, Callable[[ModelFolder], Backbone]]] = {"qwen": _qwen, "flux": _flux}
+BACKBONES: Final[dict[ModelKind, Callable[[ModelFolder], Backbone]]] = {
+    "qwen": _qwen,
+    "flux": _flux,
+    "flux_control": _flux_control,
+}

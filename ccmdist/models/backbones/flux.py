@@ -1,4 +1,6 @@
-"""FLUX.1 Kontext: two streams, then one; the mask as further image tokens, which the text encoders never see.
+"""FLUX.1: blocks of two streams, then of one; the text encoders never see the mask.
+
+Kontext is shown it as further image tokens, Control as further channels of the target's.
 
 Shape suffixes: B samples, S packed latent tokens of target or conditions, C channels, L text tokens.
 """
@@ -25,7 +27,7 @@ STREAMS: Final = ("hidden_states", "encoder_hidden_states")
 
 
 class FluxKontext(Backbone):
-    """Source: diffusers' FluxKontextPipeline."""
+    """The condition images as further tokens. Source: diffusers' FluxKontextPipeline."""
 
     text = ("prompt_embeds", "pooled_prompt_embeds")
     target_groups: ClassVar[Groups] = {"attn": ("attn.",), "mlp": ("ff.", "ff_context.", "proj_mlp", "proj_out")}
@@ -54,11 +56,10 @@ class FluxKontext(Backbone):
         token_hw: tuple[int, int],
     ) -> Tensor:
         """See :meth:`Backbone.velocity`."""
-        tokens = torch.cat([latents_BSC, conditions_BSC], dim=1)
+        tokens, num_images = self._arranged(latents_BSC, conditions_BSC)
         if torch.is_grad_enabled():
             # ZeRO-3 gathers a leaf block again for its backward pass only if an input of the block has a gradient.
             tokens.requires_grad_()
-        num_images = tokens.shape[1] // latents_BSC.shape[1]
         embeds_BLD = text["prompt_embeds"]
         guidance_B = torch.full_like(sigma_B, EMBEDDED_GUIDANCE, dtype=tokens.dtype)
         return model(
@@ -72,6 +73,10 @@ class FluxKontext(Backbone):
             return_dict=False,
         )[0][:, : latents_BSC.shape[1]]
 
+    def _arranged(self, latents_BSC: Tensor, conditions_BSC: Tensor) -> tuple[Tensor, int]:
+        """The image tokens that the model is given, and of how many images they are."""
+        return torch.cat([latents_BSC, conditions_BSC], dim=1), 1 + conditions_BSC.shape[1] // latents_BSC.shape[1]
+
     @torch.enable_grad()
     def dead(self, model: nn.Module) -> list[str]:
         """See :meth:`Backbone.dead`; none where single-stream blocks read the text after the last of two streams.
@@ -84,7 +89,7 @@ class FluxKontext(Backbone):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             probe = FluxTransformer2DModel.from_config({**config, **narrow, "pooled_projection_dim": 8})
-            latents, conditions = torch.randn(1, 8, probe.config.in_channels).split(4, dim=1)
+            latents, conditions = torch.randn(1, 8, probe.out_channels).split(4, dim=1)
             text = {"prompt_embeds": torch.randn(1, 3, 8), "pooled_prompt_embeds": torch.randn(1, 8)}
             # Flash kernels, which another model of this process may run on, take neither fp32 nor a CPU.
             with attention_backend("native"):
@@ -95,6 +100,13 @@ class FluxKontext(Backbone):
         without = [n for n, m in linears.items() if m.weight.grad is None or not m.weight.grad.any()]
         parts = [name.split(".", 2) for name in without if name.partition(".")[0] in last]
         return [f"{blocks}.{last[blocks]}.{layer}" for blocks, _, layer in parts]
+
+
+class FluxControl(FluxKontext):
+    """The condition image as further channels. Source: diffusers' FluxControlPipeline."""
+
+    def _arranged(self, latents_BSC: Tensor, conditions_BSC: Tensor) -> tuple[Tensor, int]:
+        return torch.cat([latents_BSC, conditions_BSC], dim=2), 1
 
 
 @torch.no_grad()

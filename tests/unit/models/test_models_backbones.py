@@ -3,11 +3,13 @@
 import logging
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
 from ccmdist.adapters.injection import inject, row_squares_of
@@ -18,13 +20,23 @@ from ccmdist.diffusion import flow
 from ccmdist.diffusion.sampler import sample
 from ccmdist.errors import ConfigError, ModelError
 from ccmdist.models.backbones.choice import BACKBONES, backbone_of
+from ccmdist.models.backbones.flux import EMBEDDED_GUIDANCE
 from ccmdist.models.encoder_choice import load_encoders
 from ccmdist.models.make_flux import NUM_TEXT_TOKENS, make_flux
 from ccmdist.models.model_folder import ModelFolder
 
 TOKENS_HW, SIZE_PX, STEPS, GUIDANCE = (4, 4), 64, 4, 2.0
-MAKERS = {"flux": make_flux}
+MAKERS = {"flux": make_flux, "flux_control": partial(make_flux, is_control=True)}
 PROMPT = prompt("Control", {})
+OWN_ARGUMENTS = {
+    "flux": {
+        "negative_prompt": NEGATIVE_PROMPT,
+        "true_cfg_scale": GUIDANCE,
+        "max_area": SIZE_PX**2,
+        "_auto_resize": False,
+    }
+}
+"""Of stock pipelines that take a negative prompt."""
 
 
 @dataclass
@@ -85,20 +97,22 @@ def test_stock_diffusers_opens_the_folder_and_encodes_prompts_to_the_same_number
     assert not torch.equal(texts[0], texts[1]), "the groups' words reach the model"
 
 
-def test_images_are_drawn_as_stock_diffusers_draws_them(world):
+def test_images_are_drawn_as_stock_diffusers_draws_them(world, monkeypatch):
     stock, backbone = world.stock(), world.backbone
     source = torch.Generator().manual_seed(2)
     noise = torch.randn(1, 16, 64, generator=source)
+    guided = world.folder.kind in OWN_ARGUMENTS
+    # Where the stock pipeline samples the condition's posterior, ours takes its mode.
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda posterior, generator=None: posterior.mode())
+    shown = Image.fromarray(picture()).convert("RGB")
     with torch.no_grad():
         expected = stock(
-            image=Image.fromarray(picture()).convert("RGB"),
             prompt=PROMPT,
-            negative_prompt=NEGATIVE_PROMPT,
-            true_cfg_scale=GUIDANCE,
+            **(OWN_ARGUMENTS.get(world.folder.kind) or {}),
+            **({"image": shown} if guided else {"control_image": shown}),
             height=SIZE_PX,
             width=SIZE_PX,
-            max_area=SIZE_PX**2,
-            _auto_resize=False,
+            guidance_scale=EMBEDDED_GUIDANCE,
             num_inference_steps=STEPS,
             latents=noise,
             output_type="latent",
@@ -106,11 +120,11 @@ def test_images_are_drawn_as_stock_diffusers_draws_them(world):
         ).images
     model = backbone.build(torch.float32, None)
     conditions = flow.pack_latents(world.codec.encode_structure(picture()[None]))
-    texts = [world.text(PROMPT), world.text(NEGATIVE_PROMPT)]
+    texts = [world.text(PROMPT), world.text(NEGATIVE_PROMPT)][: 1 + guided]
     schedule = world.folder.noise_schedule()
     sigmas = flow.sampling_sigmas(STEPS, flow.resolution_shift(16, schedule), schedule)
     predict = backbone.predictor(model, conditions, texts, TOKENS_HW)
-    found = sample(predict, noise, sigmas, GUIDANCE, guidance=backbone.guidance)
+    found = sample(predict, noise, sigmas, GUIDANCE if guided else 1.0, guidance=backbone.guidance)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
