@@ -213,9 +213,7 @@ def release(
 
 
 Size = Annotated[str, typer.Option("--size", help="tiny, small, full-width-2-blocks or full.")]
-Version = Annotated[
-    str, typer.Option("--version", help="v1, 2509, 2511; of a model to diagnose with: mllama, qwen2_5_vl.")
-]
+Version = Annotated[str, typer.Option("--version", help="v1, 2509 or 2511.")]
 Model = Annotated[Path, typer.Option("--model", help="Folder of the base model.")]
 
 
@@ -228,9 +226,15 @@ def make(
     fitted: Annotated[
         bool, typer.Option("--fitted", help="Use the small fitted weights that come along (tiny).")
     ] = False,
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--kind", help="qwen (all sizes); tiny alone: flux, flux_control; to diagnose with, mllama, qwen2_5_vl."
+        ),
+    ] = "qwen",
 ) -> None:
     """Write a complete checkpoint folder with random weights, in the layout of a real download."""
-    importlib.import_module("ccmdist.jobs.model").make(size, version, out, seed, fitted)
+    importlib.import_module("ccmdist.jobs.model").make(size, version, out, seed, fitted, kind)
 
 
 @model.command(epilog=example("ccmdist model fit --out models/tiny-fit"))

@@ -26,6 +26,7 @@ from ccmdist.config.loading import load
 from ccmdist.config.train import TrainConfig
 from ccmdist.diffusion import flow
 from ccmdist.models import attention, mmdit
+from ccmdist.models.backbones.qwen import Qwen
 from ccmdist.models.modulation_table import ModulationTable, levels, row_length
 from ccmdist.models.quantized import FORMS
 from ccmdist.train.engine import Engine, quiet_libraries, zero_config
@@ -114,6 +115,7 @@ class RandomEdit(EditObjective):
         """Take the weights of another objective, or make some."""
         self.config, self.group, self.scale, self.weights = config, group, scale, weights
         self.folder = RandomFolder(scale)
+        self.backbone = Qwen(self.folder)
         self.latent_hw, self.token_hw = (2 * scale.edge, 2 * scale.edge), (scale.edge, scale.edge)
         self.noise_schedule = self.folder.noise_schedule()
         self.shift = flow.resolution_shift(scale.edge**2, self.noise_schedule)

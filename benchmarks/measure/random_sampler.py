@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ccmdist.diffusion import flow
 from ccmdist.models import attention
+from ccmdist.models.backbones.qwen import Qwen
 from ccmdist.models.compiling import compiled_block_pass
 from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.make import make_vae
@@ -38,9 +39,9 @@ class RandomCache:
         """Of the prompt and the mask."""
         return {"mask_latents": self._latents, "prompt_embeds": self._prompt}
 
-    def read_negative(self, entry: Any) -> Tensor:
+    def read_negatives(self, entry: Any) -> dict[str, Tensor]:
         """Of the negative prompt."""
-        return self._negative
+        return {"prompt_embeds": self._negative}
 
 
 class RandomSampler(ImageSampler):
@@ -48,6 +49,7 @@ class RandomSampler(ImageSampler):
 
     def __init__(self, scale: Scale, device: torch.device, denoise_steps: int, is_compiled: bool) -> None:
         self.device, self.dtype = device, torch.bfloat16
+        self.backbone = Qwen(RandomFolder(scale))
         schedule = RandomFolder(scale).noise_schedule()
         self.sigmas = flow.sampling_sigmas(denoise_steps, flow.resolution_shift(scale.edge**2, schedule), schedule)
         model = skeleton(scale, random_table(scale, self.sigmas, self.dtype, device))

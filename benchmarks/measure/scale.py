@@ -9,6 +9,7 @@ from typing import Any, Final, Self
 
 import torch
 
+from ccmdist.models.layout import QWEN
 from ccmdist.models.sizes import NOISE_SCHEDULE
 from ccmdist.planner.flops import Tokens
 from ccmdist.planner.hardware import GPUS
@@ -107,6 +108,8 @@ class Scale:
 
 class RandomFolder:
     """Stands for a model folder: the configs of a scale, no weights."""
+
+    layout = QWEN
 
     def __init__(self, scale: Scale) -> None:
         self._config = scale.config

@@ -13,6 +13,9 @@ from ccmdist.adapters.wdlora import ROWS_AT_ONCE, NormClock, WDLoRALinear
 from ccmdist.config.train import AdapterSettings, WDLoRASettings
 
 ROWS_OF_SQUARES = 64
+OF_TEXT = r"\.(add_[qkv]_proj|to_add_out|txt_mlp|ff_context)"
+OF_MLP = r"_mlp\.|\.ff\.|\.ff_context\.|\.proj_mlp$|single_\w+\.\d+\.proj_out$"
+"""Names of linears in the blocks of all models; blocks of a single stream count as the image's."""
 KINDS = ("lora_A", "lora_B", "magnitude")
 
 
@@ -174,5 +177,5 @@ def adapted_linear(
 
 def layer_group(name: str) -> str:
     """To which group of layers a linear belongs when movement is told: "img_attn", "txt_mlp" and so on."""
-    stream = "txt" if re.search(r"\.(add_[qkv]_proj|to_add_out|txt_mlp)", name) else "img"
-    return f"{stream}_{'mlp' if '_mlp.' in name else 'attn'}"
+    stream = "txt" if re.search(OF_TEXT, name) else "img"
+    return f"{stream}_{'mlp' if re.search(OF_MLP, name) else 'attn'}"

@@ -24,7 +24,7 @@ tags:
 - corneal-confocal-microscopy
 ---
 
-# Adapter for Qwen-Image-Edit: corneal confocal microscopy images from nerve masks
+# Adapter for {base_name}: corneal confocal microscopy images from nerve masks
 
 **Not for diagnosis.** It draws synthetic images for research. They must not be used to judge the health of any
 person, and must not be passed off as recordings of one.
@@ -43,8 +43,7 @@ The base has to be the one named below. What to know of stock loaders and pipeli
 
 - On a bfloat16 base the loader rounds magnitudes and norms to bfloat16 too, some tenths of a per cent off.
   `ccmdist adapter merge` computes them in float32 and rounds once.
-- The pipeline enlarges the mask to about one megapixel, and under transformers 5 encodes it without its positions in
-  the image (diffusers issue 14194). `ccmdist synthesize` conditions as in training.
+- {enlarges}. `ccmdist synthesize` conditions as in training.
 {notes}- Where there is a `comfyui.safetensors`, it is the same adapter for ComfyUI's LoRA loader, at strength 1.
 
 | | |
@@ -58,11 +57,14 @@ The base has to be the one named below. What to know of stock loaders and pipeli
 
 ## Licence
 
-The base model is published under Apache-2.0. Which licence this adapter may carry depends on the images it
+The base model is published under {licence}. Which licence this adapter may carry depends on the images it
 was trained on and on the consent of the people they show: fill in `license` above, or do not publish it.
 """
 
 
+ENLARGES: Final = "The pipeline enlarges the mask to about one megapixel"
+OF_QWEN: Final = """, and under transformers 5 encodes it without its positions in
+  the image (diffusers issue 14194)"""
 TRAINED_ON: Final = """- It was trained on the base in {base}. On the base as published each row keeps its trained norm;
   its direction is off by what the {base} weights are off. `ccmdist adapter merge` too merges into the published base.
 """
@@ -93,7 +95,11 @@ def model_card(
     repository, held = facts.get("base_model", ""), facts.get("base_in_training")
     notes = COMPLETION if facts.get("adapter_name") == "completion" else ""
     notes += TRAINED_ON.format(base=held) if held in QUANTIZED else ""
+    is_qwen = "base_name" not in facts
     return CARD.format(
+        base_name=facts.get("base_name", "Qwen-Image-Edit"),
+        licence=facts.get("base_licence", "Apache-2.0"),
+        enlarges=ENLARGES + OF_QWEN if is_qwen else ENLARGES,
         base_model=f"base_model: {repository}\n" if repository else "",
         load_from=repository or "FOLDER_OF_THE_BASE",
         base=repository or "not a published model, see base_digest",

@@ -15,8 +15,8 @@ AdapterName = Literal["synthesis", "completion"]
 NetworkKind = Literal["spade", "maisi", "msdm_vae", "msdm", "segment", "diagnose"]
 """Objectives that train a network of their own from scratch, instead of an adapter on a frozen model."""
 
-ModelKind = Literal["qwen", "msdm"]
-"""Of model folders, and so of encoders: those of Qwen-Image-Edit, or those of an MSDM."""
+ModelKind = Literal["qwen", "msdm", "flux", "flux_control"]
+"""Of model folders, and so of encoders and of what draws with them."""
 
 
 UNET_FACTOR: Final = 16
@@ -30,8 +30,8 @@ class OfObjective(Settings):
     """An adapter on a frozen model, or a network of its own."""
     sees: ClassVar[Literal["latents", "pixels"]]
     """Latents, with the cache and the model folder that they come from; or the pixels of the shards."""
-    model_kind: ClassVar[ModelKind] = "qwen"
-    """Of the model folder, where latents are seen."""
+    model_kinds: ClassVar[tuple[ModelKind, ...]] = ("qwen",)
+    """Of model folders that will do, where latents are seen."""
     has_noise_levels: ClassVar[bool]
     """Whether images are drawn in denoise steps, with guidance; or in one pass."""
     adds_noise: ClassVar[bool] = False
@@ -65,10 +65,11 @@ class OfObjective(Settings):
 
 
 class EditSettings(OfObjective):
-    """An adapter on Qwen-Image-Edit; its settings are `adapter`, `base` and the fields beside them."""
+    """An adapter on a frozen model that edits images; its settings are `adapter`, `base` and the fields beside them."""
 
     trains = "adapter"
     sees = "latents"
+    model_kinds = ("qwen", "flux", "flux_control")
     has_noise_levels = True
     kind: Literal["edit"] = "edit"
 
@@ -260,7 +261,7 @@ class MsdmSettings(OfObjective):
 
     trains = "network"
     sees = "latents"
-    model_kind = "msdm"
+    model_kinds = ("msdm",)
     has_noise_levels = True
     adds_noise = True
     kind: Literal["msdm"] = "msdm"

@@ -46,8 +46,16 @@ from ccmdist.errors import OF_THE_MACHINE, CacheError
 __all__ = ["CacheEntry", "EncodedSample", "LatentCache", "cache_folder", "fingerprint", "write_cache_shard"]
 
 SAMPLE, NEGATIVE = ".safetensors", ".negative.safetensors"
-TENSORS = ("prompt_embeds", "image_latents", "mask_latents", "holed_latents", "holes", "layout")
-"""Of SAMPLE; the last three in a cache with holes only."""
+TENSORS = (
+    "prompt_embeds",
+    "pooled_prompt_embeds",
+    "image_latents",
+    "mask_latents",
+    "holed_latents",
+    "holes",
+    "layout",
+)
+"""Of SAMPLE; the last three in a cache with holes only, the second of models with a second text encoder."""
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
@@ -72,6 +80,10 @@ class EncodedSample:
     """uint8 (K, H, ceil(W/8)), see :func:`ccmdist.data.holes.packed`."""
     layout: Tensor | None = None
     """uint8 (H/16, W/16), see :func:`ccmdist.data.holes.layout_of`."""
+    pooled_prompt_embeds: Tensor | None = None
+    """(P,) of a second text encoder, which sees no picture. This and the next: only of models that have one."""
+    negative_pooled_prompt_embeds: Tensor | None = None
+    """(P,) of the negative prompt."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,15 @@ class LatentCache:
         Raises:
             CacheError: If the bytes are not those that were written.
         """
-        return self._tensors(entry, NEGATIVE, entry.negative)["prompt_embeds"]
+        return self.read_negatives(entry)["prompt_embeds"]
+
+    def read_negatives(self, entry: CacheEntry) -> dict[str, Tensor]:
+        """All that text encoders made of the negative prompt, by the names that it has for the prompt.
+
+        Raises:
+            CacheError: If the bytes are not those that were written.
+        """
+        return self._tensors(entry, NEGATIVE, entry.negative)
 
     def verify(self) -> str:
         """Read everything once; how much there is.
@@ -205,11 +225,7 @@ def write_cache_shard(folder: Path, shard: str, samples: Iterable[EncodedSample]
                 )
             keys.add(sample.key)
             _add(tar, f"{sample.key}{SAMPLE}", _sample_bytes(sample))
-            _add(
-                tar,
-                f"{sample.key}{NEGATIVE}",
-                safetensors.torch.save({"prompt_embeds": _stored(sample.negative_prompt_embeds)}),
-            )
+            _add(tar, f"{sample.key}{NEGATIVE}", _negative_bytes(sample))
     _commit_index(path)
 
 
@@ -254,6 +270,14 @@ def _sample_bytes(sample: EncodedSample) -> bytes:
     about = {"clinical_group": sample.clinical_group, "subject": sample.subject}
     # One field only: safetensors writes several in an order that changes from process to process.
     return safetensors.torch.save(tensors, metadata={"sample": json.dumps(about, sort_keys=True)})
+
+
+def _negative_bytes(sample: EncodedSample) -> bytes:
+    found = {
+        "prompt_embeds": sample.negative_prompt_embeds,
+        "pooled_prompt_embeds": sample.negative_pooled_prompt_embeds,
+    }
+    return safetensors.torch.save({name: _stored(tensor) for name, tensor in found.items() if tensor is not None})
 
 
 def _stored(tensor: Tensor) -> Tensor:

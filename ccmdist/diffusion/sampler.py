@@ -6,14 +6,17 @@ without a word; here both predictions are asserted.
 Shape suffixes: B samples, S packed latent tokens, C channels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Final, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ccmdist.diffusion.flow import interpolate
+
+Guidance = Literal["rescaled", "plain"]
 
 
 class Velocity(Protocol):
@@ -44,7 +47,12 @@ class Known:
 
 @torch.no_grad()
 def sample(
-    velocity: Velocity, noise_BSC: Tensor, sigmas: Tensor, guidance_scale: float, known: Known | None = None
+    velocity: Velocity,
+    noise_BSC: Tensor,
+    sigmas: Tensor,
+    guidance_scale: float,
+    known: Known | None = None,
+    guidance: Guidance = "rescaled",
 ) -> Tensor:
     """Packed latents of images, drawn from noise.
 
@@ -55,6 +63,7 @@ def sample(
         guidance_scale: 1 for none: ``velocity`` then has one prediction, else two.
         known: Tokens that are not drawn. Before each prediction they are what they are at its noise level, with the
             same noise throughout; at the end they are exactly the given latents.
+        guidance: How two predictions are put together.
 
     Source: diffusers' QwenImageEditPlusPipeline; its guidance keeps the norm of the conditional prediction, per token.
     What is known is kept as in Lugmayr et al. 2022 (arXiv:2201.09865), Eq. 8, without their resampling.
@@ -64,12 +73,18 @@ def sample(
     for sigma, following in pairwise(sigmas):
         if known is not None:
             latents_BSC = known.kept(latents_BSC, noise_BSC, sigma)
-        predicted_BSC = _predicted(velocity, latents_BSC, sigma, guidance_scale)
+        predicted_BSC = _predicted(velocity, latents_BSC, sigma, guidance_scale, GUIDES[guidance])
         latents_BSC = latents_BSC + (following - sigma).to(latents_BSC) * predicted_BSC
     return latents_BSC if known is None else known.kept(latents_BSC, noise_BSC, sigmas[-1])
 
 
-def _predicted(velocity: Velocity, latents_BSC: Tensor, sigma: Tensor, guidance_scale: float) -> Tensor:
+def _predicted(
+    velocity: Velocity,
+    latents_BSC: Tensor,
+    sigma: Tensor,
+    guidance_scale: float,
+    guide: Callable[[Tensor, Tensor, float], Tensor],
+) -> Tensor:
     predictions = velocity(latents_BSC, sigma.expand(len(latents_BSC)).to(latents_BSC.device))
     expected = 2 if guidance_scale > 1 else 1
     assert len(predictions) == expected, (
@@ -77,7 +92,7 @@ def _predicted(velocity: Velocity, latents_BSC: Tensor, sigma: Tensor, guidance_
     )
     if guidance_scale > 1:
         conditional_BSC, unconditional_BSC = predictions
-        return guided(conditional_BSC.float(), unconditional_BSC.float(), guidance_scale)
+        return guide(conditional_BSC.float(), unconditional_BSC.float(), guidance_scale)
     return predictions[0].float()
 
 
@@ -87,3 +102,14 @@ def guided(conditional_BSC: Tensor, unconditional_BSC: Tensor, guidance_scale: f
     norm_BS1 = conditional_BSC.norm(dim=-1, keepdim=True)
     # The floor changes nothing but 0 / 0: a model that predicts exactly nothing for a token.
     return combined_BSC * (norm_BS1 / combined_BSC.norm(dim=-1, keepdim=True).clamp_min(1e-30))
+
+
+def plainly_guided(conditional_BSC: Tensor, unconditional_BSC: Tensor, guidance_scale: float) -> Tensor:
+    """The guided prediction as it is."""
+    return unconditional_BSC + guidance_scale * (conditional_BSC - unconditional_BSC)
+
+
+GUIDES: Final[dict[Guidance, Callable[[Tensor, Tensor, float], Tensor]]] = {
+    "rescaled": guided,
+    "plain": plainly_guided,
+}

@@ -26,12 +26,8 @@ from ccmdist.errors import AdapterError, ModelError
 from ccmdist.jobs.adapter_check import compare, linear_shapes
 from ccmdist.jobs.adapter_names import NAMES, chosen_name
 from ccmdist.jobs.trained import facts_of, find_trained, quantity_of
-from ccmdist.models.model_folder import REPOSITORIES, ModelFolder
-from ccmdist.models.sizes import PIPELINES
+from ccmdist.models.model_folder import ModelFolder
 from ccmdist.train.checkpoint import Checkpoint
-
-PUBLISHED_WIDTH = {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128}
-"""Of the published transformers, which are what their class builds by default."""
 
 
 def find(path: Path, name: str | None = None) -> AdapterState:
@@ -141,13 +137,16 @@ def export(source: Path, model: Path, out: Path, name: str | None = None) -> Non
     temporary = temporary_name(out)
     try:
         write_adapter(temporary, state)
-        write_comfyui(temporary, state, rows)
+        if folder.layout.has_comfyui_names:
+            write_comfyui(temporary, state, rows)
         log.info("%s", compare(folder, temporary))
         temporary.replace(out)
         sync_folder(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    log.info("%s: adapter for diffusers and PEFT, and %s", out, COMFYUI_FILE)
+    is_told = folder.layout.has_comfyui_names
+    also = f"and {COMFYUI_FILE}" if is_told else f"not for ComfyUI, whose names for {folder.title} are not known here"
+    log.info("%s: adapter for diffusers and PEFT, %s", out, also)
 
 
 def verify(source: Path, model: Path, name: str | None = None) -> None:
@@ -189,7 +188,11 @@ def merge(source: Path, model: Path, out: Path, name: str | None = None) -> None
     # The config last, for it makes the folder a model.
     for path in (*sorted(transformer.glob("*.index.json")), transformer / "config.json"):
         commit_bytes(out / path.name, path.read_bytes())
-    log.info("%s: load it with QwenImageTransformer2DModel.from_pretrained, or put it in place of the base's", out)
+    log.info(
+        "%s: load it with %s.from_pretrained, or put it in place of the base's",
+        out,
+        folder.config("transformer").get("_class_name"),
+    )
 
 
 def rows_of(state: AdapterState, folder: ModelFolder) -> dict[str, RowState]:
@@ -243,9 +246,11 @@ def _facts(checkpoint: Checkpoint, config: TrainConfig) -> dict[str, str]:
 
 def _base_facts(folder: ModelFolder) -> dict[str, str]:
     config = folder.config("transformer")
-    is_published = all(config.get(name, value) == value for name, value in PUBLISHED_WIDTH.items())
-    facts = {"model_version": folder.version, "pipeline": PIPELINES[folder.version]}
-    return facts | ({"base_model": REPOSITORIES[folder.version]} if is_published else {})
+    is_published = all(config.get(name, value) == value for name, value in folder.layout.published.items())
+    facts = {"model_version": folder.edit_version or folder.title, "pipeline": folder.pipeline}
+    if folder.layout.licence:
+        facts |= {"base_name": folder.title, "base_licence": folder.layout.licence}
+    return facts | ({"base_model": folder.repository} if is_published else {})
 
 
 def _merge_into_file(copy: Path, base: Path, names: list[str], state: AdapterState) -> None:

@@ -8,9 +8,12 @@ Of a large model only the first and the last block are compared (some 4 GB inste
 class, their adapters are written by one rule, and names and shapes are checked in all of them.
 """
 
+import inspect
 import logging
 import math
+import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +21,6 @@ from typing import Any, Final
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import QwenImageTransformer2DModel
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -26,9 +28,8 @@ from ccmdist.adapters.injection import inject, row_squares_of
 from ccmdist.adapters.merge import merge_into
 from ccmdist.adapters.state import WEIGHTS_FILE, AdapterState, read_adapter, write_adapter
 from ccmdist.errors import AdapterError
-from ccmdist.models import mmdit
+from ccmdist.models.backbones.choice import backbone_of, probe
 from ccmdist.models.model_folder import ModelFolder
-from ccmdist.models.sizes import PIPELINES
 
 LARGE_BYTES: Final = 4 << 30
 """Size of weight files above which only two blocks are compared."""
@@ -36,7 +37,7 @@ LARGE_BYTES: Final = 4 << 30
 MAX_RELATIVE_DIFFERENCE: Final = 1e-5
 """Of outputs, against the largest output."""
 
-TOKENS_HW, NUM_TEXT_TOKENS = (4, 4), 7
+ONE_LIST: Final[Mapping[str, int]] = {"transformer_blocks": sys.maxsize}
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,13 @@ def compare(folder: ModelFolder, adapter: Path) -> Agreement:
     """
     state = read_adapter(adapter)
     state.check_fits(linear_shapes(folder), folder.path)
-    num_blocks = len(mmdit.skeleton(folder).transformer_blocks)
+    counts = block_counts(folder)
+    num_blocks = sum(counts.values())
     is_large = sum(file.stat().st_size for file in set(folder.weight_files("transformer").values())) > LARGE_BYTES
-    blocks = (0, num_blocks - 1) if is_large else tuple(range(num_blocks))
+    blocks = _ends(counts) if is_large else tuple(range(num_blocks))
     with tempfile.TemporaryDirectory(prefix="ccmdist-") as temporary:
         if len(blocks) < num_blocks:
-            state, adapter = part_of(state, blocks), Path(temporary)
+            state, adapter = part_of(state, blocks, counts), Path(temporary)
             write_adapter(adapter, state)
         stock = _stock_output(base_blocks(folder, blocks), folder, adapter, state)
     ours, merged = _our_output(base_blocks(folder, blocks), state), _merged_output(base_blocks(folder, blocks), state)
@@ -89,45 +91,88 @@ def compare(folder: ModelFolder, adapter: Path) -> Agreement:
 
 def linear_shapes(folder: ModelFolder) -> dict[str, tuple[int, ...]]:
     """Name of every linear of a folder's transformer -> (out, in)."""
-    modules = mmdit.skeleton(folder).named_modules()
+    modules = backbone_of(folder).skeleton().named_modules()
     return {name: tuple(module.weight.shape) for name, module in modules if isinstance(module, nn.Linear)}
 
 
-def base_blocks(folder: ModelFolder, blocks: tuple[int, ...]) -> QwenImageTransformer2DModel:
-    """The model of a folder in fp32 with only some of its blocks, numbered anew."""
+def block_counts(folder: ModelFolder) -> dict[str, int]:
+    """Name of each list of blocks of a folder's transformer -> how many it has."""
+    skeleton = backbone_of(folder).skeleton()
+    return {name: len(getattr(skeleton, name)) for name in folder.layout.blocks}
+
+
+def base_blocks(folder: ModelFolder, blocks: tuple[int, ...]) -> Any:
+    """The model of a folder in fp32 with only some of its blocks, numbered anew.
+
+    Args:
+        folder: The folder.
+        blocks: Which; counted through all of its lists.
+    """
+    counts = block_counts(folder)
+    new_of = _numbered_anew(blocks, counts)
+    sizes = {key: sum(old.startswith(f"{name}.") for old in new_of) for name, key in folder.layout.blocks.items()}
+    config = folder.config("transformer") | sizes
     with init_empty_weights():
-        model = QwenImageTransformer2DModel.from_config(folder.config("transformer") | {"num_layers": len(blocks)})
+        model = getattr(diffusers, folder.config("transformer")["_class_name"]).from_config(config)
     model = nn.Module.to(model, torch.float32).to_empty(device="cpu")
     files = folder.weight_files("transformer")
     for name, tensor in model.state_dict().items():
-        stored_name = renumbered(name, dict(enumerate(blocks)))
+        stored_name = renumbered(name, {new: old for old, new in new_of.items()})
         with safe_open(files[stored_name], "pt") as stored:
             tensor.copy_(stored.get_tensor(stored_name))
     return model.requires_grad_(False).eval()
 
 
-def part_of(state: AdapterState, blocks: tuple[int, ...]) -> AdapterState:
-    """The adapter of some blocks, numbered anew as in :func:`base_blocks`."""
-    places = {block: index for index, block in enumerate(blocks)}
-    kept = {name: tensors for name, tensors in state.tensors.items() if int(name.split(".")[1]) in places}
-    return replace(state, tensors={renumbered(name, places): tensors for name, tensors in kept.items()})
+def part_of(state: AdapterState, blocks: tuple[int, ...], counts: Mapping[str, int] = ONE_LIST) -> AdapterState:
+    """The adapter of some blocks, numbered anew as in :func:`base_blocks`.
+
+    Args:
+        state: The adapter.
+        blocks: Which.
+        counts: Of the model that it belongs to, see :func:`block_counts`.
+    """
+    new_of = _numbered_anew(blocks, counts)
+    kept = {name: tensors for name, tensors in state.tensors.items() if _block_of(name) in new_of}
+    return replace(state, tensors={renumbered(name, new_of): tensors for name, tensors in kept.items()})
 
 
-def renumbered(name: str, places: dict[int, int]) -> str:
-    """The name of a block's part with the block's number replaced; other names as they are."""
-    stem, _, rest = name.partition(".")
-    if stem != "transformer_blocks":
-        return name
-    number, _, rest = rest.partition(".")
-    return f"{stem}.{places[int(number)]}.{rest}"
+def renumbered(name: str, new_of: Mapping[str, str]) -> str:
+    """The name of a block's part with another block, such as "transformer_blocks.3"; other names as they are."""
+    block = _block_of(name)
+    return new_of[block] + name.removeprefix(block) if block in new_of else name
+
+
+def _block_of(name: str) -> str:
+    return ".".join(name.split(".")[:2])
+
+
+def _numbered_anew(blocks: tuple[int, ...], counts: Mapping[str, int]) -> dict[str, str]:
+    """Old name of each chosen block -> its new one."""
+    found: dict[str, str] = {}
+    first = 0
+    for name, count in counts.items():
+        chosen = [block - first for block in blocks if first <= block < first + count]
+        found |= {f"{name}.{old}": f"{name}.{new}" for new, old in enumerate(chosen)}
+        first += count
+    return found
+
+
+def _ends(counts: Mapping[str, int]) -> tuple[int, ...]:
+    """The first and the last block of each list."""
+    ends, first = list[int](), 0
+    for count in counts.values():
+        ends += sorted({first, first + count - 1}) if count else []
+        first += count
+    return tuple(ends)
 
 
 def _stock_output(model: nn.Module, folder: ModelFolder, adapter: Path, state: AdapterState) -> Tensor:
-    absent = dict.fromkeys(("vae", "text_encoder", "tokenizer", "processor"))
+    pipeline = getattr(diffusers, folder.pipeline)
+    asked = set(inspect.signature(pipeline.__init__).parameters) - {"self", "transformer", "scheduler"}
     schedule = diffusers.FlowMatchEulerDiscreteScheduler(**_public(folder.noise_schedule()))
     for library in ("diffusers", "bitsandbytes"):  # they warn of what is not there, and not needed here
         logging.getLogger(library).setLevel(logging.ERROR)
-    pipe = getattr(diffusers, PIPELINES[folder.version])(transformer=model, scheduler=schedule, **absent)
+    pipe = pipeline(transformer=model, scheduler=schedule, **dict.fromkeys(asked))
     pipe.load_lora_weights(str(adapter), weight_name=WEIGHTS_FILE)
     _check_loaded(model, state)
     return _output(model)
@@ -155,25 +200,20 @@ def _check_loaded(model: nn.Module, state: AdapterState) -> None:
                 raise _mismatch(f"{kind} of {name} differs")
 
 
-def _our_output(model: QwenImageTransformer2DModel, state: AdapterState) -> Tensor:
+def _our_output(model: nn.Module, state: AdapterState) -> Tensor:
     names = list(state.tensors)
     inject(model, names, state.settings, row_squares_of(model, names), seed=0).load(state.tensors)
     return _output(model)
 
 
-def _merged_output(model: QwenImageTransformer2DModel, state: AdapterState) -> Tensor:
+def _merged_output(model: nn.Module, state: AdapterState) -> Tensor:
     merge_into(model, state)
     return _output(model)
 
 
-@torch.no_grad()
-def _output(model: Any) -> Tensor:
+def _output(model: nn.Module) -> Tensor:
     """What the model predicts on inputs that are always the same."""
-    source = torch.Generator().manual_seed(0)
-    num_tokens = TOKENS_HW[0] * TOKENS_HW[1]
-    latents = torch.randn(2, 1, num_tokens, model.config.in_channels, generator=source)
-    prompt_embeds = torch.randn(1, NUM_TEXT_TOKENS, model.config.joint_attention_dim, generator=source)
-    return mmdit.velocity(model, latents[0], latents[1], prompt_embeds, torch.tensor([0.5]), TOKENS_HW, TOKENS_HW)
+    return probe(model)
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

@@ -1,38 +1,58 @@
 """Model folders that need no download."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 import torch
 
 from ccmdist.cluster.device import current_device
 from ccmdist.config.data import PX_PER_TOKEN
+from ccmdist.console import log
 from ccmdist.diffusion import flow
 from ccmdist.errors import ConfigError
 from ccmdist.models.convert import convert_model
 from ccmdist.models.make import make_model
-from ccmdist.models.make_mllm import TINY, make_mllm
+from ccmdist.models.make_flux import make_flux
+from ccmdist.models.make_mllm import make_mllm
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.tabulation import LEVELS_AT_ONCE
 from ccmdist.precompute.fill import DTYPES
 from ccmdist.train.fit.run import FULL, QUICK
 from ccmdist.train.fit.run import fit as fit_components
 
+TINY: Final[dict[str, Callable[[Path, int], None]]] = {
+    "flux": make_flux,
+    "flux_control": partial(make_flux, is_control=True),
+}
+"""Kinds of backbones besides Qwen-Image-Edit -> what writes a small folder of them."""
+TINY_TO_DIAGNOSE: Final[dict[str, Callable[[Path, int], None]]] = {
+    kind: partial(make_mllm, kind) for kind in ("mllama", "qwen2_5_vl")
+}
+"""The same of multimodal language models."""
 
-def make(size: str, version: str, out: Path, seed: int, fitted: bool) -> None:
+
+def make(size: str, version: str, out: Path, seed: int, fitted: bool, kind: str = "qwen") -> None:
     """Write a complete checkpoint folder with random or fitted weights.
 
     Raises:
-        ConfigError: If there is no such size or version.
+        ConfigError: If the kind is not known, or there is none of this size.
         ModelError: If ``out`` already holds a model.
     """
-    if version in TINY:
-        if size != "tiny" or fitted:
-            raise ConfigError(f"--version: {version} is there with --size tiny and random weights alone", "set these")
-        make_mllm(version, out, seed)
-    else:
+    if kind == "qwen":
         make_model(size, version, out, seed, fitted)
+        return
+    kinds = TINY | TINY_TO_DIAGNOSE
+    if kind not in kinds:
+        raise ConfigError(f"--kind: {kind!r} is not known", f"use one of qwen, {', '.join(kinds)}")
+    if size != "tiny" or fitted:
+        raise ConfigError(
+            f"--kind {kind}: is made in size tiny alone, with random weights", "leave out --size, --fitted"
+        )
+    kinds[kind](out, seed)
+    log.info("%s: random model of size tiny, of kind %s", out, kind)
 
 
 def convert(

@@ -76,7 +76,7 @@ def describe(config: SynthesizeConfig) -> str:
     refuse_other_set(config.out, plan)
     return (
         f"{_described_batches(config, plan)}\n{_described_holes(config)}"
-        f"model: Qwen-Image-Edit {model.version} at {config.data.model}, base in {base or AUTO}, "
+        f"model: {model.title} at {config.data.model}, base in {base or AUTO}, "
         f"{_described_adapter(config)}, "
         f"{config.denoise_steps} denoise steps, guidance {config.guidance_scale:g}"
     )

@@ -31,6 +31,7 @@ from ccmdist.planner.mode import mode_as_set, needed
 from ccmdist.planner.plan import check_growth
 from ccmdist.planner.table import needs_line
 from ccmdist.planner.transformer import Transformer
+from ccmdist.train.capabilities import refuse_unable
 
 RANK_MODULE: Final = "ccmdist.jobs.train_rank"
 
@@ -70,9 +71,11 @@ def describe(config: TrainConfig) -> str:
     refuse_missing_libraries(config)
     _refuse_missing_files(config)
     objective = config.objective
-    model = None if objective.sees == "pixels" else ModelFolder.open(config.data.model, objective.model_kind)
+    model = None if objective.sees == "pixels" else ModelFolder.open(config.data.model, *objective.model_kinds)
     if model is not None and objective.trains == "adapter":
-        check_growth(config, Transformer.from_config(model.config("transformer")))
+        refuse_unable(config, model)
+        if model.layout.is_planned:
+            check_growth(config, Transformer.from_config(model.config("transformer")))
     entries = _entries(config, model)
     order = Order(entries, config.seed, config.micro_batch_size, config.balance, config.shuffle_window)
     ranks = ranks_from_environment() or Ranks(0, 0, config.processes)
@@ -125,9 +128,11 @@ def _model(config: TrainConfig, model: ModelFolder | None) -> str:
         return f"{config.objective.kind} from scratch, on pixels"
     if config.objective.trains == "network":
         return f"{config.objective.kind} from scratch, on latents of the VAE at {config.data.model}"
-    transformer = Transformer.from_config(model.config("transformer"))
-    num_linears = len(list(transformer.adapted(config.adapter.targets)))
-    return f"Qwen-Image-Edit {model.version} at {config.data.model}, {_adapters(config, num_linears)}"
+    linears = "the linears"
+    if model.layout.is_planned:
+        transformer = Transformer.from_config(model.config("transformer"))
+        linears = f"{len(list(transformer.adapted(config.adapter.targets)))} linears"
+    return f"{model.title} at {config.data.model}, {_adapters(config, linears)}"
 
 
 def _diagnosing(settings: DiagnoseSettings) -> str:
@@ -140,14 +145,14 @@ def _diagnosing(settings: DiagnoseSettings) -> str:
     return f"{llm}, reading levels {', '.join(map(str, settings.fusion_levels))} of a U-Net from {begun}"
 
 
-def _adapters(config: TrainConfig, num_linears: int) -> str:
+def _adapters(config: TrainConfig, linears: str) -> str:
     """The adapter, or two, in words."""
     settings, objective = config.adapter, config.objective
     of_kind = f"{settings.kind} of rank {settings.lora_rank}"
     if growth := settings.growth:
         budget = "" if growth.rank_budget is None else f", at most {growth.rank_budget} ranks in all"
         return (
-            f"adapter {system_of(settings)}: ranks of {num_linears} linears from {growth.start_rank} to "
+            f"adapter {system_of(settings)}: ranks of {linears} from {growth.start_rank} to "
             f"{settings.lora_rank}, one more where the Fisher ratio reaches {growth.fisher_ratio:g}, tested every "
             f"{growth.every_steps} steps{budget}"
         )
@@ -169,7 +174,7 @@ def _entries(config: TrainConfig, model: ModelFolder | None) -> CachedSamples:
 
 def _memory(config: TrainConfig, model: ModelFolder | None, entries: CachedSamples, num_ranks: int) -> str:
     """What the planner says of the memory of each GPU, all of them on one node; nothing where no base is frozen."""
-    if config.objective.trains == "network" or model is None:
+    if config.objective.trains == "network" or model is None or not model.layout.is_planned:
         return ""
     of = tokens_of(config, model.version, int(entries.num_text_tokens.max()))
     transformer = Transformer.from_config(model.config("transformer"))

@@ -8,10 +8,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
-from diffusers import QwenImageTransformer2DModel
 from diffusers.models import attention_dispatch
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
@@ -82,11 +81,11 @@ def choose(facts: Facts) -> Backend:
     return Backend(NATIVE, f"no flash attention for heads of {facts.head_dim} channels on this GPU")
 
 
-def set_backend(model: QwenImageTransformer2DModel, device: torch.device, dtype: torch.dtype) -> Backend:
+def set_backend(model: Any, device: torch.device, dtype: torch.dtype) -> Backend:
     """Let a model attend with the fastest backend that is exact here; says so in the log.
 
     Args:
-        model: The MMDiT.
+        model: A transformer of diffusers.
         device: Where it computes.
         dtype: Of its activations.
 
@@ -105,7 +104,7 @@ def set_backend(model: QwenImageTransformer2DModel, device: torch.device, dtype:
     return backend
 
 
-def _facts(model: QwenImageTransformer2DModel, device: torch.device, dtype: torch.dtype) -> Facts:
+def _facts(model: Any, device: torch.device, dtype: torch.dtype) -> Facts:
     head_dim = model.config.attention_head_dim
     return Facts(
         device=device.type,

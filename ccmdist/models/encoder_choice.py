@@ -18,6 +18,10 @@ class PromptEncoding(Protocol):
         """Embeddings of each prompt with its picture, uint8 (H, W) or (H, W, 3); shape (L, D) each."""
         ...
 
+    def pooled(self, prompts: list[str]) -> list[Tensor | None]:
+        """What a second encoder makes of each prompt as a whole, shape (P,); None where a model has none."""
+        ...
+
 
 class PictureEncoding(Protocol):
     """Pictures to latents and back; all uint8, grey (B, H, W) or with colours (B, H, W, 3)."""
@@ -36,6 +40,10 @@ class PictureEncoding(Protocol):
 
 
 Encoding = tuple[PromptEncoding, PictureEncoding]
+Loaders = tuple[
+    Callable[[ModelFolder, torch.dtype, torch.device | str], PromptEncoding],
+    Callable[[ModelFolder, torch.dtype, torch.device | str], PictureEncoding],
+]
 
 
 def load_encoders(folder: ModelFolder, dtype: torch.dtype, device: torch.device | str) -> Encoding:
@@ -44,22 +52,40 @@ def load_encoders(folder: ModelFolder, dtype: torch.dtype, device: torch.device 
     Raises:
         ModelError: If weights do not fit their config.
     """
-    return ENCODERS[folder.kind](folder, dtype, device)
+    load_prompts, load_pictures = ENCODERS[folder.kind]()
+    return load_prompts(folder, dtype, device), load_pictures(folder, dtype, device)
 
 
-def _qwen(folder: ModelFolder, dtype: torch.dtype, device: torch.device | str) -> Encoding:
+def load_codec(folder: ModelFolder, dtype: torch.dtype, device: torch.device | str) -> PictureEncoding:
+    """The VAE of a model folder; nothing is fetched.
+
+    Raises:
+        ModelError: If the weights do not fit the config.
+    """
+    return ENCODERS[folder.kind]()[1](folder, dtype, device)
+
+
+def _qwen() -> Loaders:
     from ccmdist.models.encoders import LatentCodec, PromptEncoder
 
-    return PromptEncoder.load(folder, dtype, device), LatentCodec.load(folder, dtype, device)
+    return PromptEncoder.load, LatentCodec.load
 
 
-def _msdm(folder: ModelFolder, dtype: torch.dtype, device: torch.device | str) -> Encoding:
+def _msdm() -> Loaders:
     from ccmdist.models.msdm import MsdmCodec, load_text_encoder
 
-    return load_text_encoder(folder, dtype, device), MsdmCodec.load(folder, dtype, device)
+    return load_text_encoder, MsdmCodec.load
 
 
-ENCODERS: Final[dict[ModelKind, Callable[[ModelFolder, torch.dtype, torch.device | str], Encoding]]] = {
+def _flux() -> Loaders:
+    from ccmdist.models.flux_encoders import FluxCodec, FluxPrompts
+
+    return FluxPrompts.load, FluxCodec.load
+
+
+ENCODERS: Final[dict[ModelKind, Callable[[], Loaders]]] = {
     "qwen": _qwen,
     "msdm": _msdm,
+    "flux": _flux,
+    "flux_control": _flux,
 }

@@ -85,6 +85,10 @@ class PromptEncoder:
         attended_BL = inputs["attention_mask"].bool()
         return [s_LD[kept_L][NUM_DROPPED_TOKENS:] for s_LD, kept_L in zip(states_BLD, attended_BL, strict=True)]
 
+    def pooled(self, prompts: list[str]) -> list[Tensor | None]:
+        """Nothing: this model has no second text encoder."""
+        return [None] * len(prompts)
+
     def condition_image(self, picture: np.ndarray) -> Image.Image:
         """The picture as the pipelines show it to the encoder: RGB, of a fixed area, edges multiples of 32 px.
 

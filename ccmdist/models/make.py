@@ -50,15 +50,15 @@ def make_model(size: str, version: str, out: Path, seed: int = 0, fitted: bool =
     if (out / "model_index.json").exists():
         raise ModelError(f"{out}: already holds a model", "choose another folder")
     tokenizer = make_tokenizer()
-    _commit_saved(out / "tokenizer", tokenizer.save_pretrained)
-    _commit_saved(out / "processor", make_processor(tokenizer, chosen.max_pixels).save_pretrained)
-    _commit_saved(out / "scheduler", FlowMatchEulerDiscreteScheduler(**NOISE_SCHEDULE).save_pretrained)
+    commit_saved(out / "tokenizer", tokenizer.save_pretrained)
+    commit_saved(out / "processor", make_processor(tokenizer, chosen.max_pixels).save_pretrained)
+    commit_saved(out / "scheduler", FlowMatchEulerDiscreteScheduler(**NOISE_SCHEDULE).save_pretrained)
     for component, module in _skeletons(chosen, version, tokenizer).items():
         if fitted and component != "text_encoder":
             _copy_fitted(out, component, version)
         else:
             is_diffusers = component != "text_encoder"
-            _commit_saved(out / component, module.save_config if is_diffusers else module.config.save_pretrained)
+            commit_saved(out / component, module.save_config if is_diffusers else module.config.save_pretrained)
             _write_random(out / component, WEIGHT_FILES[component], module, chosen.bytes_per_file, seed)
     # Last, for it makes the folder a model.
     commit_json(out / "model_index.json", _model_index(version))
@@ -196,7 +196,7 @@ def _copy_fitted(out: Path, component: str, version: Version) -> None:
         commit_json(out / component / "config.json", config | {"zero_cond_t": version == "2511"})
 
 
-def _commit_saved(folder: Path, save: Callable[[str], Any]) -> None:
+def commit_saved(folder: Path, save: Callable[[str], Any]) -> None:
     """Commit the small files that a library's ``save`` writes into a folder."""
     with tempfile.TemporaryDirectory(prefix="ccmdist-") as temporary:
         save(temporary)

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers import MllamaConfig, MllamaForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
 
-from ccmdist.console import log
 from ccmdist.errors import ModelError
 from ccmdist.models.make import random_tensor, text_config
 from ccmdist.models.sizes import SIZES
@@ -60,7 +59,6 @@ def make_mllm(kind: str, out: Path, seed: int = 0) -> None:
             parameter.copy_(random_tensor(name, parameter.shape, seed).float())
     tokenizer.save_pretrained(out)
     model.save_pretrained(out)
-    log.info("%s: random model of kind %s, tiny", out, kind)
 
 
 def _mllama(tokenizer: Any) -> nn.Module:

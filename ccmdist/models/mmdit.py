@@ -3,7 +3,6 @@
 Shape suffixes: B samples, S packed latent tokens of target or mask, C channels, L text tokens, D text width.
 """
 
-import inspect
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,13 +14,16 @@ from diffusers.models.modeling_utils import no_init_weights
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from torch import Tensor, nn
 
-from ccmdist.errors import ConfigError
-from ccmdist.models.checkpoint_io import OnRows, load_weights
+from ccmdist.models.building import with_weights
+from ccmdist.models.checkpoint_io import OnRows
+from ccmdist.models.leaf_blocks import arguments_of, make_leaves, positional
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.modulation_table import ModulationTable, is_tabled
+from ccmdist.models.target_linears import chosen_linears
 
-BLOCK_ARGUMENTS: Final = tuple(inspect.signature(QwenImageTransformerBlock.forward).parameters)[1:]
+BLOCK_ARGUMENTS: Final = arguments_of(QwenImageTransformerBlock)
 STREAMS: Final = ("hidden_states", "encoder_hidden_states")
+PositionalBlock: Final = positional(QwenImageTransformerBlock, STREAMS)
 TARGET_GROUPS: Final = {"attn": ("attn.",), "mlp": ("img_mlp.", "txt_mlp.")}
 """Names for groups of linears in a block, and how the linears of each begin."""
 
@@ -57,47 +59,14 @@ def build(
     model = skeleton(folder)
     if table is not None:
         table.install(model)
-    if zero_config is None:
-        # Not the model's own `to`, which warns of an empty list of modules that have to stay in float32.
-        model = nn.Module.to(model, dtype).to_empty(device=device)
-    else:
-        _partition(model, dtype, zero_config)
-    load_weights(model, weight_files(folder, table), on_rows)
-    return model.eval()
+    with_weights(model, weight_files(folder, table), dtype, zero_config, on_rows, device)
+    return model
 
 
 def weight_files(folder: ModelFolder, table: ModulationTable | None) -> dict[str, Path]:
     """Tensor name -> file, of what a model with or without a table is loaded from."""
     files = folder.weight_files("transformer")
     return {name: file for name, file in files.items() if table is None or not is_tabled(name)}
-
-
-class _Owned(nn.Module):
-    """Parameters like those that another module owns itself: zero.Init partitions them as this is made."""
-
-    def __init__(self, owner: nn.Module, scratch: Tensor) -> None:
-        super().__init__()
-        for name, parameter in owner.named_parameters(recurse=False):
-            whole = scratch[: parameter.numel()].view(parameter.shape)
-            self.register_parameter(name, nn.Parameter(whole))
-
-
-def _partition(model: nn.Module, dtype: torch.dtype, zero_config: dict[str, Any]) -> None:
-    """Give a model without weights partitioned ones, module by module. Collective.
-
-    What is cut is always the same piece of memory, for there are no values yet: to take and free it for each tensor
-    would leave holes between the partitions, of half a gigabyte in a model of 1.4.
-    """
-    import deepspeed  # seconds of import that synthesis must not pay
-
-    assert not any(True for _ in model.buffers()), "zero.Init partitions parameters only"
-    # Not by its argument `dtype`, which DeepSpeed 0.19 overrules with bf16 on hosts whose CPU has no fp16.
-    stored_as = zero_config | {"bf16": {"enabled": dtype == torch.bfloat16}}
-    with deepspeed.zero.Init(config_dict_or_path=stored_as):
-        scratch = torch.empty(max(parameter.numel() for parameter in model.parameters()), dtype=dtype)
-        for module in model.modules():
-            for name, parameter in _Owned(module, scratch).named_parameters(recurse=False):
-                module.register_parameter(name, parameter)
 
 
 def linear_names(model: QwenImageTransformer2DModel, targets: tuple[str, ...]) -> list[str]:
@@ -110,25 +79,9 @@ def linear_names(model: QwenImageTransformer2DModel, targets: tuple[str, ...]) -
     Raises:
         ConfigError: If a target selects nothing.
     """
-    blocks = model.transformer_blocks
-    linears = {
-        f"transformer_blocks.{index}.{layer}": layer
-        for index, block in enumerate(blocks)
-        for layer, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    chosen: set[str] = set()
-    for target in targets:
-        found = {name for name, layer in linears.items() if _selects(target, layer)}
-        if not found:
-            raise ConfigError(
-                f"adapter.targets: '{target}' matches none of the {len(linears)} linear layers in the blocks of "
-                f"{type(model).__name__}",
-                f"use attn, mlp, or suffixes of {', '.join(dict.fromkeys(linears.values()))}",
-            )
-        chosen |= found
-    dead = {f"transformer_blocks.{len(blocks) - 1}.{layer}" for layer in dead_in_last_block(model)}
-    return [name for name in linears if name in chosen - dead]
+    last = len(model.transformer_blocks) - 1
+    dead = [f"transformer_blocks.{last}.{layer}" for layer in dead_in_last_block(model)]
+    return chosen_linears(model, ("transformer_blocks",), targets, TARGET_GROUPS, dead)
 
 
 @torch.enable_grad()
@@ -151,12 +104,6 @@ def dead_in_last_block(model: QwenImageTransformer2DModel) -> list[str]:
         predicted.square().sum().backward()
     linears = {n: m for n, m in probe.transformer_blocks[0].named_modules() if isinstance(m, nn.Linear)}
     return [name for name, linear in linears.items() if linear.weight.grad is None or not linear.weight.grad.any()]
-
-
-def _selects(target: str, layer: str) -> bool:
-    if target in TARGET_GROUPS:
-        return layer.startswith(TARGET_GROUPS[target])
-    return f".{layer}".endswith(f".{target}")
 
 
 def velocity(
@@ -211,23 +158,6 @@ def image_shapes(
     return [(1, *target_hw), *[(1, *mask_hw)] * num_images]
 
 
-class PositionalBlock(QwenImageTransformerBlock):
-    """The same block; hands its two streams on by position and the rest by name, however it is called.
-
-    DeepSpeed's hooks of leaf modules see no keywords: they need the streams, through which gradients come back, and
-    put every other tensor that they see through a function of their own in each pass.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the block; arguments as of its forward."""
-        given = dict(zip(BLOCK_ARGUMENTS, args, strict=False)) | kwargs
-        return super().__call__(*[given.pop(name) for name in STREAMS], **given)
-
-
 def make_blocks_leaves(model: QwenImageTransformer2DModel) -> None:
-    """Let ZeRO-3 gather a block at once: hooks of every layer on the host, not the GPU, limit small batches."""
-    from deepspeed.utils import set_z3_leaf_modules
-
-    for block in model.transformer_blocks:
-        block.__class__ = PositionalBlock
-    set_z3_leaf_modules(model, [PositionalBlock])
+    """Let ZeRO-3 gather a block at once."""
+    make_leaves(model, {"transformer_blocks": PositionalBlock})

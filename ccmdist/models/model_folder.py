@@ -1,4 +1,4 @@
-"""A model in diffusers layout, of Qwen-Image-Edit or MSDM: is it complete, which is it, what identifies it.
+"""A model in diffusers layout, of any kind that is known: is it complete, which is it, what identifies it.
 
 Imports no torch. Kind and version are read off the folder itself, never off a flag, and what `model make` writes is
 treated like a download.
@@ -14,50 +14,20 @@ from typing import Any, Final
 from ccmdist.commit import digest_of, sha256_of_file
 from ccmdist.config.objectives import ModelKind
 from ccmdist.errors import OF_THE_MACHINE, ModelError
+from ccmdist.models.layout import (
+    LAYOUTS,
+    MSDM_WEIGHT_FILES,
+    QWEN,
+    REPOSITORIES,
+    WEIGHT_FILES,
+    FolderLayout,
+    advice_for,
+    kinds_named,
+)
 from ccmdist.models.template import CONDITION_EDGE_PX, NUM_DROPPED_TOKENS, Version, template_digest
 
-WEIGHT_FILES: Final = {
-    "transformer": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-}
-"""Components that have weights, and how diffusers and transformers name their files."""
+__all__ = ["MSDM_WEIGHT_FILES", "REPOSITORIES", "WEIGHT_FILES", "ModelFolder", "content_digest"]
 
-REQUIRED: Final = (
-    ("scheduler/scheduler_config.json",),
-    ("processor/preprocessor_config.json", "processor/processor_config.json"),
-    ("tokenizer/tokenizer_config.json",),
-    ("tokenizer/tokenizer.json", "tokenizer/vocab.json"),
-    ("tokenizer/tokenizer.json", "tokenizer/merges.txt"),
-)
-"""Small files; of each line one has to be there."""
-
-MSDM_WEIGHT_FILES: Final = {"vae": "diffusion_pytorch_model", "text_encoder": "model"}
-"""The U-Net, `unet`, is there once stage two is trained; a cache is filled without it."""
-
-MSDM_REQUIRED: Final = (
-    ("scheduler/scheduler_config.json",),
-    ("tokenizer/tokenizer_config.json",),
-    ("tokenizer/tokenizer.json", "tokenizer/vocab.txt", "tokenizer/vocab.json"),
-)
-
-MSDM_PIPELINES: Final = ("StableDiffusionPipeline", "StableDiffusionInstructPix2PixPipeline")
-"""Stock pipelines that draw with an MSDM: without a nerve mask, and with one."""
-
-MSDM_CALL_VERSION: Final = 1
-"""Raised when our call of MSDM's encoders changes what it returns; part of every cache's fingerprint."""
-
-MSDM_ADVICE: Final = (
-    "give the folder `network` of a finished run of `ccmdist train configs/train/wdlora.yaml "
-    "configs/train/msdm_vae.yaml`"
-)
-NAMES: Final[dict[ModelKind, str]] = {"qwen": "Qwen-Image-Edit", "msdm": "MSDM"}
-
-REPOSITORIES: Final[dict[Version, str]] = {
-    "v1": "Qwen/Qwen-Image-Edit",
-    "2509": "Qwen/Qwen-Image-Edit-2509",
-    "2511": "Qwen/Qwen-Image-Edit-2511",
-}
 MAX_WHOLE_FILE_BYTES: Final = 256 << 20
 SAMPLE_BYTES, NUM_SAMPLES = 1 << 20, 64
 MAX_HEADER_BYTES: Final = 100 << 20
@@ -69,27 +39,29 @@ class ModelFolder:
 
     Attributes:
         path: The folder.
-        edit_version: Of Qwen-Image-Edit; None for an MSDM.
+        edit_version: Of Qwen-Image-Edit; None for others.
+        layout: What it holds.
     """
 
     path: Path
     edit_version: Version | None
+    layout: FolderLayout = QWEN
 
     @classmethod
-    def open(cls, path: Path, kind: ModelKind | None = None) -> "ModelFolder":
+    def open(cls, path: Path, *kinds: ModelKind) -> "ModelFolder":
         """The model in ``path``, after a check that every file is there and has all its bytes.
 
         Args:
             path: The folder.
-            kind: Of models that will do; None if all do.
+            kinds: Of models that will do; none if all do.
 
         Raises:
             ModelError: If a file is missing or cannot be read, or the model is of another kind.
         """
-        folder = cls(path, _version(path))
-        if kind is not None and folder.kind != kind:
-            raise folder._is_other(kind)
-        for choices in REQUIRED if folder.kind == "qwen" else MSDM_REQUIRED:
+        folder = _opened(path)
+        if kinds and folder.kind not in kinds:
+            raise folder.is_other(*kinds)
+        for choices in folder.layout.required:
             if not any((path / choice).is_file() for choice in choices):
                 raise folder._missing(choices[0])
         for component in folder.components:
@@ -100,7 +72,7 @@ class ModelFolder:
     @property
     def kind(self) -> ModelKind:
         """Which encoders it holds."""
-        return "msdm" if self.edit_version is None else "qwen"
+        return self.layout.kind
 
     @property
     def version(self) -> Version:
@@ -110,18 +82,28 @@ class ModelFolder:
             ModelError: If this is another model.
         """
         if self.edit_version is None:
-            raise self._is_other("qwen")
+            raise self.is_other("qwen")
         return self.edit_version
+
+    @property
+    def pipeline(self) -> str:
+        """The stock pipeline that draws with it, as its index names it."""
+        return str(_json(self.path, "model_index.json", self._advice)["_class_name"])
 
     @property
     def title(self) -> str:
         """What the model is called."""
-        return NAMES[self.kind] if self.edit_version is None else f"{NAMES[self.kind]} {self.edit_version}"
+        return self.layout.name if self.edit_version is None else f"{self.layout.name} {self.edit_version}"
+
+    @property
+    def repository(self) -> str:
+        """Where a model like it is published."""
+        return self.layout.repository if self.edit_version is None else REPOSITORIES[self.edit_version]
 
     @property
     def components(self) -> Mapping[str, str]:
         """Those that a complete folder has the weights of, and the stem of their files."""
-        return WEIGHT_FILES if self.kind == "qwen" else MSDM_WEIGHT_FILES
+        return self.layout.weight_files
 
     def config(self, component: str) -> dict[str, Any]:
         """The config.json of a component, such as "transformer", "vae" or "text_encoder"."""
@@ -151,15 +133,20 @@ class ModelFolder:
         return {name: folder / file for name, file in places.items()}
 
     def encoder_identity(self) -> dict[str, Any]:
-        """All that decides embeddings and latents: both encoders, how they are called, and what goes before them."""
-        tokenizer = _digest(f for f in (self.path / "tokenizer").iterdir() if f.suffix in (".json", ".txt"))
-        identity: dict[str, Any] = {"tokenizer": tokenizer} | (
-            self._qwen_identity() if self.kind == "qwen" else {"kind": self.kind, "call_version": MSDM_CALL_VERSION}
-        )
-        for component in ("vae", "text_encoder"):
+        """All that decides embeddings and latents: the encoders, how they are called, and what goes before them."""
+        layout = self.layout
+        identity: dict[str, Any] = {name: self._tokenizer_digest(name) for name in layout.tokenizers}
+        if layout is QWEN:
+            identity |= self._qwen_identity()
+        else:
+            identity |= {"kind": layout.kind, "call_version": layout.call_version}
+        for component in layout.encoders:
             identity[f"{component}_config"] = digest_of(self.config(component))
             identity[f"{component}_weights"] = _digest(self.weight_files(component).values())
         return identity
+
+    def _tokenizer_digest(self, name: str) -> str:
+        return _digest(f for f in (self.path / name).iterdir() if f.suffix in (".json", ".txt", ".model"))
 
     def _qwen_identity(self) -> dict[str, Any]:
         return {
@@ -171,7 +158,7 @@ class ModelFolder:
         }
 
     def transformer_digest(self) -> str:
-        """Identity of the MMDiT: its config and its weights."""
+        """Identity of the transformer: its config and its weights."""
         return digest_of([self.config("transformer"), _digest(self.weight_files("transformer").values())])
 
     def _tensor_names(self, file: Path) -> set[str]:
@@ -194,14 +181,17 @@ class ModelFolder:
 
     @property
     def _advice(self) -> str:
-        return MSDM_ADVICE if self.edit_version is None else _advice(self.path, self.edit_version)
+        return advice_for(self.layout, self.path, self.repository)
 
     def _missing(self, name: str) -> ModelError:
         return ModelError(f"{self.path}: {name} is missing", self._advice)
 
-    def _is_other(self, wanted: ModelKind) -> ModelError:
-        advice = MSDM_ADVICE if wanted == "msdm" else "set data.model to a folder of Qwen-Image-Edit"
-        return ModelError(f"{self.path}: is a model of {self.title}, expected one of {NAMES[wanted]}", advice)
+    def is_other(self, *wanted: ModelKind) -> ModelError:
+        """The error for a model of a kind that will not do."""
+        layouts = [layout for layout in dict.fromkeys(LAYOUTS.values()) if layout.kind in wanted]
+        names = kinds_named(wanted)
+        advice = layouts[0].advice or f"set data.model to a folder of {names}"
+        return ModelError(f"{self.path}: is a model of {self.title}, expected one of {names}", advice)
 
 
 def content_digest(file: Path) -> str:
@@ -226,20 +216,23 @@ def _digest(files: Iterable[Path]) -> str:
     return digest_of({file.name: content_digest(file) for file in sorted(set(files))})
 
 
-def _version(path: Path) -> Version | None:
-    """Of Qwen-Image-Edit; None for an MSDM."""
+def _opened(path: Path) -> ModelFolder:
+    """The folder, of which no more is known than its index says."""
+    advice = advice_for(QWEN, path, QWEN.repository)
     if not path.is_dir():
-        raise ModelError(f"{path}: there is no such folder", _advice(path))
-    name = _json(path, "model_index.json", _advice(path)).get("_class_name")
-    if name in MSDM_PIPELINES:
-        return None
+        raise ModelError(f"{path}: there is no such folder", advice)
+    name = _json(path, "model_index.json", advice).get("_class_name")
+    if (layout := LAYOUTS.get(str(name))) is None:
+        known = ", ".join(LAYOUTS)
+        raise ModelError(f"{path}/model_index.json: {name} is none of the known pipelines, {known}", advice)
+    return ModelFolder(path, _version(path, str(name)) if layout is QWEN else None, layout)
+
+
+def _version(path: Path, name: str) -> Version:
     if name == "QwenImageEditPipeline":
         return "v1"
-    if name == "QwenImageEditPlusPipeline":
-        return "2511" if _json(path, "transformer/config.json", _advice(path)).get("zero_cond_t") else "2509"
-    raise ModelError(
-        f"{path}/model_index.json: {name} is a pipeline of neither Qwen-Image-Edit nor MSDM", _advice(path)
-    )
+    advice = advice_for(QWEN, path, QWEN.repository)
+    return "2511" if _json(path, "transformer/config.json", advice).get("zero_cond_t") else "2509"
 
 
 def _json(path: Path, name: str, advice: str) -> dict[str, Any]:
@@ -254,10 +247,3 @@ def _json(path: Path, name: str, advice: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path / name}: holds no JSON object", advice)
     return value
-
-
-def _advice(path: Path, version: Version = "2509") -> str:
-    return (
-        f"on a machine with internet run `hf download {REPOSITORIES[version]} --local-dir {path.name}` and copy "
-        f"it to {path}, or make a small one: `ccmdist model make --size tiny --fitted --out {path}`"
-    )

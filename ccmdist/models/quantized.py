@@ -15,6 +15,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from torch import Tensor, nn
 
 from ccmdist.errors import ModelError
+from ccmdist.models.backbones.choice import backbone_of
 from ccmdist.models.checkpoint_io import check_names, load_weights
 from ccmdist.models.mmdit import QwenImageTransformer2DModel, skeleton, weight_files
 from ccmdist.models.model_folder import ModelFolder
@@ -136,8 +137,8 @@ def _hold_quantized(block: nn.Module, form: str, device: torch.device | str) -> 
 
 
 def num_bytes(folder: ModelFolder, dtype: torch.dtype, in_nf4: bool, has_modulation: bool = True) -> int:
-    """Bytes of the MMDiT's weights on the device that draws, with or without the layers that a table replaces."""
-    model = skeleton(folder)
+    """Bytes of a transformer's weights on the device that draws, with or without the layers that a table replaces."""
+    model = backbone_of(folder).skeleton()
     weights = {n: w.numel() for n, w in model.named_parameters() if has_modulation or not is_tabled(n)}
     num_weights = sum(weights.values())
     if not in_nf4:

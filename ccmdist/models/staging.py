@@ -9,6 +9,7 @@ Imports no torch.
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -44,7 +45,7 @@ def staged(folder: ModelFolder, base_digest: str) -> ModelFolder:
             _copy(folder, held, files, base_digest, num_bytes)
         path = _with_all_else(folder, held)
     log.info("%s: the transformer is read from there", held)
-    return ModelFolder(path, folder.version)
+    return replace(folder, path=path)
 
 
 def _is_whole(path: Path, files: list[Path]) -> bool:
@@ -73,7 +74,7 @@ def _copy(folder: ModelFolder, held: Path, files: list[Path], base_digest: str, 
         for file in tracked(files, "files of the transformer", len(files)):
             shutil.copyfile(file, target := temporary / "transformer" / file.name)
             sync_file(target)
-        found = ModelFolder(temporary, folder.version).transformer_digest()
+        found = replace(folder, path=temporary).transformer_digest()
         if found != base_digest:
             raise ModelError(
                 f"{held}: the copy is {found[:12]}, expected {base_digest[:12]} as in {folder.path}",

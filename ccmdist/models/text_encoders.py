@@ -114,6 +114,10 @@ class TextEncoder:
         """
         return [self._embeddings_LD(text) for text in prompts]
 
+    def pooled(self, prompts: list[str]) -> list[Tensor | None]:
+        """Nothing: this model has no second text encoder."""
+        return [None] * len(prompts)
+
     @torch.no_grad()
     def _embeddings_LD(self, text: str) -> Tensor:
         """Of one prompt by itself, so that they do not depend on a batch; of equal ones, and there are few, once."""

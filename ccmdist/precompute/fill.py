@@ -49,7 +49,7 @@ def fill_cache(
         ShardError: If a source shard is damaged, a frame is not square, one that is to get the next group's prompt
             has no group, or one that is to teach how holes are filled hides something itself.
         ModelError: If the model folder is not complete.
-        ConfigError: If a prompt is longer than a text encoder of MSDM takes, or the VAE does not divide the images.
+        ConfigError: If a prompt is longer than a text encoder takes, or the VAE does not divide the images.
     """
     model = ModelFolder.open(config.data.model)
     plan = fill_plan(config, model, worker_index, num_workers)
@@ -114,13 +114,23 @@ class Encoders:
     def _encoded(self, triples: list[Triple], where: str) -> Iterator[EncodedSample]:
         pictures = [structure_picture(one.nerve_mask, one.points, self.data.structure) for one in triples]
         prompts = [given_prompt(one.meta, self.data.prompts, f"{where}: sample {one.key}") for one in triples]
-        positive = self.prompts.encode(prompts, pictures)
-        negative = self.prompts.encode([NEGATIVE_PROMPT] * len(triples), pictures)
+        negatives = [NEGATIVE_PROMPT] * len(triples)
+        positive, negative = self.prompts.encode(prompts, pictures), self.prompts.encode(negatives, pictures)
+        pooled = zip(self.prompts.pooled(prompts), self.prompts.pooled(negatives), strict=True)
         images = self.codec.encode(np.stack([triple.image for triple in triples]))
         structures = self.codec.encode_structure(np.stack(pictures))
         holed = [self._holed(*one) for one in zip(triples, pictures, strict=True)]
-        for triple, *tensors, with_holes in zip(triples, positive, negative, images, structures, holed, strict=True):
-            yield EncodedSample(triple.key, triple.meta.clinical_group, triple.meta.subject, *tensors, **with_holes)
+        encoded = zip(positive, negative, images, structures, strict=True)
+        for triple, tensors, with_holes, (whole, whole_negative) in zip(triples, encoded, holed, pooled, strict=True):
+            yield EncodedSample(
+                triple.key,
+                triple.meta.clinical_group,
+                triple.meta.subject,
+                *tensors,
+                **with_holes,
+                pooled_prompt_embeds=whole,
+                negative_pooled_prompt_embeds=whole_negative,
+            )
 
     def _holed(self, triple: Triple, picture: np.ndarray) -> dict[str, Tensor]:
         """What a cache with holes holds of a sample besides; its images with holes are encoded together."""

@@ -4,15 +4,16 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ccmdist.adapters.merge import merge_into
 from ccmdist.adapters.state import AdapterState
 from ccmdist.cluster.device import is_gpu_usable
 from ccmdist.config.data import PX_PER_TOKEN
 from ccmdist.diffusion import flow
-from ccmdist.errors import RunError
-from ccmdist.models import mmdit, quantized
+from ccmdist.errors import ConfigError, RunError
+from ccmdist.models import quantized
+from ccmdist.models.backbones.choice import backbone_of
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.modulation_table import is_tabled, levels
 from ccmdist.models.tabulation import table_for
@@ -31,6 +32,8 @@ def base_for_card(model: ModelFolder, dtype: str, adapter: AdapterState | None =
     Without a card, that is on a CPU, the base as it is.
     """
     as_it_is: Base = "bf16" if dtype == "bf16" else "fp32"
+    if not model.layout.can_quantize:
+        return as_it_is
     return as_it_is if _shortage(model, as_it_is, dtype, adapter) is None else NF4
 
 
@@ -38,8 +41,13 @@ def refuse_small_card(folder: Path, model: ModelFolder, settings: PlanSettings, 
     """Check that this process's card can hold the base of the set in ``folder``.
 
     Raises:
+        ConfigError: If the base is to be held in a form that this model has not.
         RunError: If it cannot; with both sizes.
     """
+    if settings.base == NF4 and not model.layout.can_quantize:
+        raise ConfigError(
+            f"base: {NF4} is for Qwen-Image-Edit alone, {model.path} holds {model.title}", "set base=bf16 or fp32"
+        )
     if shortage := _shortage(model, settings.base, settings.dtype, adapter):
         others = "" if settings.base == NF4 else ", or draw another set, in another out, with base=nf4"
         raise RunError(f"{folder}: {shortage}", f"run it on cards with more memory{others}")
@@ -52,22 +60,20 @@ def noise_levels(model: ModelFolder, settings: PlanSettings) -> Tensor:
     return flow.sampling_sigmas(settings.denoise_steps, shift, noise_schedule)
 
 
-def load(
-    model: ModelFolder, settings: PlanSettings, adapter: AdapterState | None, device: torch.device
-) -> mmdit.QwenImageTransformer2DModel:
-    """The MMDiT on a device, the adapter merged, in the form that the plan asks for.
+def load(model: ModelFolder, settings: PlanSettings, adapter: AdapterState | None, device: torch.device) -> nn.Module:
+    """The transformer on a device, the adapter merged, in the form that the plan asks for.
 
     For NF4 each process needs the host memory of the base in the plan's dtype while it loads: the adapter is merged
     before anything is rounded to 4 bits. Modulation, where it is tabulated, is not.
     """
     in_nf4 = settings.base == NF4
     dtype = DTYPES[settings.dtype]
-    table = None
-    if is_tabulated(settings.base, adapter):
+    backbone, table = backbone_of(model), None
+    if backbone.can_tabulate and is_tabulated(settings.base, adapter):
         sigmas = noise_levels(model, settings)
         table = table_for(model, sigmas, dtype, settings.batch_size, device, settings.base_digest)
         table = table.only(levels(sigmas, dtype))  # of a converted model it may be too large for the device
-    built = mmdit.build(model, dtype, None, device="cpu" if in_nf4 else device, table=table)
+    built = backbone.build(dtype, None, device="cpu" if in_nf4 else device, table=table)
     if adapter is not None:
         merge_into(built, adapter)
     return quantized.quantize_blocks(built, device) if in_nf4 else built
@@ -87,7 +93,8 @@ def _shortage(model: ModelFolder, base: Base, dtype: str, adapter: AdapterState 
     if not is_gpu_usable():
         return None
     card = torch.cuda.get_device_properties(torch.cuda.current_device())
-    has_modulation = not is_tabulated(base, adapter)
+    backbone = backbone_of(model)
+    has_modulation = not (backbone.can_tabulate and is_tabulated(base, adapter))
     needed = quantized.num_bytes(model, DTYPES[dtype], in_nf4=base == NF4, has_modulation=has_modulation)
     if needed + HEADROOM_BYTES <= card.total_memory:
         return None

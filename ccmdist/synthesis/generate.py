@@ -33,11 +33,12 @@ from ccmdist.diffusion import flow
 from ccmdist.diffusion.sampler import Known, sample
 from ccmdist.errors import AdapterError, Preempted, RunError
 from ccmdist.models import attention
+from ccmdist.models.backbones.choice import backbone_of
 from ccmdist.models.compiling import compiled_block_pass
-from ccmdist.models.encoders import LatentCodec
+from ccmdist.models.encoder_choice import load_codec
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.network_state import NetworkState
-from ccmdist.models.sampling import GuidedVelocity, block_pass
+from ccmdist.models.sampling import block_pass
 from ccmdist.models.staging import staged
 from ccmdist.precompute.fill import DTYPES
 from ccmdist.synthesis import base
@@ -164,13 +165,14 @@ class ImageSampler:
     def __init__(
         self, plan: Plan, model: ModelFolder, cache: LatentCache, adapters: Adapters, objective: AdapterName
     ) -> None:
-        """Load the VAE, and the MMDiT for an objective, whole, onto this process's device. Prompts need no encoder."""
+        """Load the VAE, and the transformer for an objective, whole, onto this process's device."""
         settings = plan.settings
         self.settings, self.folder, self.adapters = settings, model, adapters
         self.device = current_device()
         self.dtype = DTYPES[settings.dtype]
         self.run_block = compiled_block_pass(self.device) if settings.compile_blocks else block_pass
-        self.codec = LatentCodec.load(model, self.dtype, self.device)
+        self.backbone = backbone_of(model)
+        self.codec = load_codec(model, self.dtype, self.device)
         self.cache = cache
         self.entries: dict[str, CacheEntry] = {entry.key: entry for entry in cache.entries(settings.split)}
         self.token_hw = 2 * (settings.image_size_px // PX_PER_TOKEN,)
@@ -193,23 +195,28 @@ class ImageSampler:
         entries = [self.entries[request.source_key] for request in requests]
         samples = [self.cache.read(entry) for entry in entries]
         mask_latents_BSC = self._placed(flow.pack_latents(torch.stack([s["mask_latents"] for s in samples])))
-        embeds = [self._placed(torch.stack([s["prompt_embeds"] for s in samples]))]
+        texts = [self._texts(samples)]
         if guidance_scale > 1:
-            embeds.append(self._placed(torch.stack([self.cache.read_negative(entry) for entry in entries])))
+            texts.append(self._texts([self.cache.read_negatives(entry) for entry in entries]))
         known = self._known(requests, samples)
         conditions = [mask_latents_BSC] if known is None else [mask_latents_BSC, known.latents_BSC]
-        predict = GuidedVelocity(
-            self.model, torch.cat(conditions, dim=1), embeds, self.token_hw, self.token_hw, self.run_block
+        predict = self.backbone.predictor(
+            self.model, torch.cat(conditions, dim=1), texts, self.token_hw, run_block=self.run_block
         )
 
         def velocity(latents_BSC: Tensor, sigma_B: Tensor) -> tuple[Tensor, ...]:
             return predict(self._placed(latents_BSC), sigma_B)
 
         noise = [noise_of(self.settings.seed, request, mask_latents_BSC.shape[1:]) for request in requests]
-        latents_BSC = sample(velocity, torch.stack(noise).to(self.device), self.sigmas, guidance_scale, known)
+        noise_BSC, guidance = torch.stack(noise).to(self.device), self.backbone.guidance
+        latents_BSC = sample(velocity, noise_BSC, self.sigmas, guidance_scale, known, guidance)
         refuse_non_finite(latents_BSC, requests, REMEDY)
         latents_hw = (2 * self.token_hw[0], 2 * self.token_hw[1])
         return self.codec.decode(flow.unpack_latents(latents_BSC, *latents_hw))
+
+    def _texts(self, samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What encoders made of the prompts of a batch."""
+        return {name: self._placed(torch.stack([s[name] for s in samples])) for name in self.backbone.text}
 
     def _known(self, requests: Sequence[Request], samples: Sequence[Mapping[str, Tensor]]) -> Known | None:
         """What surrounds the holes that are filled; None where whole images are drawn."""

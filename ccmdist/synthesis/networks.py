@@ -249,7 +249,7 @@ def _refuse_misfit(config: SynthesizeConfig, state: NetworkState) -> None:
         )
     if (digest := NETWORKS[about.kind].encoders_digest) is not None:
         trained_on = about.facts.get("base_digest", "(not known)")
-        found = digest(ModelFolder.open(data.model, about.settings.model_kind).encoder_identity())
+        found = digest(ModelFolder.open(data.model, *about.settings.model_kinds).encoder_identity())
         if trained_on != found:
             raise ModelError(
                 f"{config.network}: was trained on latents of the VAE {trained_on[:12]}, {data.model} holds "

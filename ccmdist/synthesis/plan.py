@@ -246,7 +246,7 @@ def make_network_plan(config: SynthesizeConfig, network: NetworkAbout) -> Plan:
     manifest, data = read_manifest(config.data.shards), config.data
     cache_digest = schedule_digest = NONE
     if network.settings.sees == "latents":
-        model = ModelFolder.open(data.model, network.settings.model_kind)
+        model = ModelFolder.open(data.model, *network.settings.model_kinds)
         folder, cache_digest = find_cache(data, manifest.digest, model.encoder_identity())
         schedule_digest = digest_of(model.noise_schedule())
         entries = _entries(config, folder, manifest.of_split(config.split))

@@ -5,16 +5,17 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Final, Literal
 
-from diffusers import QwenImageTransformer2DModel
-from diffusers.models.transformers import transformer_qwenimage
+from diffusers.models.transformers import transformer_flux, transformer_qwenimage
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ccmdist.adapters.kept import Tape, attending
 
+MODELS: Final = (transformer_qwenimage, transformer_flux)
+"""Modules of diffusers whose blocks attend."""
 ATTEND: Final[Callable[..., Any]] = transformer_qwenimage.dispatch_attention_fn
 
 
-def set_recompute(model: QwenImageTransformer2DModel, how: Literal["full", "selective", "none"]) -> None:
+def set_recompute(model: Any, how: Literal["full", "selective", "none"]) -> None:
     """Let a model compute again what the settings say; changes no result.
 
     Args:
@@ -32,7 +33,8 @@ def set_recompute(model: QwenImageTransformer2DModel, how: Literal["full", "sele
 
 def attend_on_tape() -> None:
     """Let blocks compute their attention in the context that the tape names, if there is one; for this process."""
-    transformer_qwenimage.dispatch_attention_fn = _attend
+    for module in MODELS:
+        module.dispatch_attention_fn = _attend
 
 
 def selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

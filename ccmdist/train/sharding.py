@@ -37,6 +37,9 @@ def settle_sharding(config: TrainConfig, group: ProcessGroup) -> TrainConfig:
 
 def _chosen(config: TrainConfig, group: ProcessGroup) -> Mode:
     folder = ModelFolder.open(config.data.model)
+    if not folder.layout.is_planned:
+        is_one = group.ranks.world_size == 1
+        return Mode("replicated" if is_one else "zero3", f"the planner does not know the size of {folder.title}")
     return choose_mode(
         config,
         Transformer.from_config(folder.config("transformer")),

@@ -35,7 +35,7 @@ def _told(what: str, look: Callable[[], str]) -> Finding:
 
 def _model(config: DoctorConfig) -> str:
     """Every file that the model's indexes name is there and has all its bytes."""
-    model = ModelFolder.open(config.data.model, config.objective.model_kind)
+    model = ModelFolder.open(config.data.model, *config.objective.model_kinds)
     sizes = {c: sum(f.stat().st_size for f in set(model.weight_files(c).values())) for c in model.components}
     parts = ", ".join(f"{component} {size(num_bytes)}" for component, num_bytes in sizes.items())
     return f"{model.title}, complete: {parts}"

@@ -32,7 +32,6 @@ from ccmdist.diffusion import flow
 from ccmdist.diffusion.sampler import Known
 from ccmdist.diffusion.seeding import generator
 from ccmdist.errors import CacheError
-from ccmdist.models.mmdit import QwenImageTransformer2DModel
 from ccmdist.train.objectives.edit import EditObjective, movement_of
 from ccmdist.train.objectives.objective import Batch
 
@@ -82,9 +81,7 @@ class DualObjective(EditObjective):
             shares = flow.sigma_shares(config.sigma_sampling, self.grid)
             self._mean_weight = float((shares * flow.min_snr_weights(self.grid.double(), gamma)).sum())
 
-    def _inject(
-        self, model: QwenImageTransformer2DModel, names: list[str], row_squares: Mapping[str, torch.Tensor]
-    ) -> None:
+    def _inject(self, model: torch.nn.Module, names: list[str], row_squares: Mapping[str, torch.Tensor]) -> None:
         settings, seed = self.config.adapter, self.config.seed
         self.named: NamedAdapters = inject_named(model, names, settings, row_squares, seed, self.settings.adapters)
 

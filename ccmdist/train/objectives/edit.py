@@ -1,4 +1,4 @@
-"""Mask and prompt to image: an adapter on the frozen MMDiT, trained by rectified flow on cached latents.
+"""Mask and prompt to image: an adapter on a frozen transformer, trained by rectified flow on cached latents.
 
 Shape suffixes: B samples, S packed latent tokens, C channels, L text tokens, D text width, h w latent rows and columns.
 """
@@ -17,13 +17,15 @@ from ccmdist.config.train import TrainConfig
 from ccmdist.console import log
 from ccmdist.diffusion import flow
 from ccmdist.errors import RunError
-from ccmdist.models import attention, mmdit
+from ccmdist.models import attention
+from ccmdist.models.backbones.choice import backbone_of
 from ccmdist.models.modulation_table import ModulationTable, is_tabled
 from ccmdist.models.quantized import build_quantized
 from ccmdist.models.staging import staged
 from ccmdist.models.tabulation import table_for
 from ccmdist.planner.plan import check_growth
 from ccmdist.planner.transformer import Transformer
+from ccmdist.train.capabilities import refuse_unable
 from ccmdist.train.flat_blocks import flatten_blocks
 from ccmdist.train.objectives.latent_flow import LatentFlow
 from ccmdist.train.objectives.objective import Batch
@@ -49,7 +51,10 @@ class EditObjective(LatentFlow):
                 does not suffice.
         """
         super().__init__(config, group)
-        check_growth(config, Transformer.from_config(self.folder.config("transformer")))
+        refuse_unable(config, self.folder)
+        if self.folder.layout.is_planned:
+            check_growth(config, Transformer.from_config(self.folder.config("transformer")))
+        self.backbone = backbone_of(self.folder)
         self.base_digest = self.folder.transformer_digest()
         self.dtype = DTYPES[config.base]
         self._is_tabled = False
@@ -57,10 +62,11 @@ class EditObjective(LatentFlow):
         self._told_ranks: dict[str, int] = {}
 
     def build(self, zero_config: dict[str, Any]) -> torch.nn.Module:
-        """The MMDiT with its base where ``sharding`` says and the adapter injected. Collective."""
+        """The transformer with its base where ``sharding`` says and the adapter injected. Collective."""
         if self.config.data.stage_model:
             self.folder = staged(self.folder, self.base_digest)
-        names = mmdit.linear_names(mmdit.skeleton(self.folder), self.config.adapter.targets)
+            self.backbone = backbone_of(self.folder)
+        names = self.backbone.linear_names(self.backbone.skeleton(), self.config.adapter.targets)
         table = self._table(names)
         self._is_tabled = table is not None
         model, row_squares = self._base(names, table, zero_config)
@@ -68,19 +74,19 @@ class EditObjective(LatentFlow):
 
     def _base(
         self, names: list[str], table: ModulationTable | None, zero_config: dict[str, Any]
-    ) -> tuple[mmdit.QwenImageTransformer2DModel, Mapping[str, torch.Tensor]]:
+    ) -> tuple[torch.nn.Module, Mapping[str, torch.Tensor]]:
         """The base in its form and place, and the squared norms of the linears called ``names``. Collective."""
         if self.config.is_quantized:
             model = build_quantized(self.folder, self.dtype, self.config.base, self.group.device, table)
             return model, row_squares_of(model, names)  # of the weights that the adapter computes with
         is_whole, squares = self.config.sharding == "replicated", RowSquares(names)
         partition_as = None if is_whole else zero_config
-        model = mmdit.build(self.folder, self.dtype, partition_as, squares.on_rows, self.group.device, table)
+        model = self.backbone.build(self.dtype, partition_as, squares.on_rows, self.group.device, table)
         forget_node_copies(model.parameters())
         return model, squares.whole() if is_whole else squares.reduce()
 
     def adapt(
-        self, model: mmdit.QwenImageTransformer2DModel, names: list[str], row_squares: Mapping[str, torch.Tensor]
+        self, model: torch.nn.Module, names: list[str], row_squares: Mapping[str, torch.Tensor]
     ) -> torch.nn.Module:
         """A model with its weights, made ready to be trained: frozen, with the adapter, computing as the settings say.
 
@@ -91,7 +97,8 @@ class EditObjective(LatentFlow):
         """
         model.requires_grad_(False)
         if self.config.sharding != "replicated":
-            flatten_blocks(model.transformer_blocks)
+            for blocks in self.backbone.block_lists(model):
+                flatten_blocks(blocks)
         self._inject(model, names, row_squares)
         if settings := self.config.adapter.growth:
             self.growth = RankGrowth(names, self.config.adapter.lora_rank, settings)
@@ -100,17 +107,18 @@ class EditObjective(LatentFlow):
         freeze_linears(model)
         set_recompute(model, self.config.activation_checkpointing)
         attention.set_backend(model, self.group.device, self.dtype)
-        mmdit.make_blocks_leaves(model)
+        self.backbone.make_blocks_leaves(model)
         return model
 
-    def _inject(
-        self, model: mmdit.QwenImageTransformer2DModel, names: list[str], row_squares: Mapping[str, torch.Tensor]
-    ) -> None:
+    def _inject(self, model: torch.nn.Module, names: list[str], row_squares: Mapping[str, torch.Tensor]) -> None:
         self.adapted: AdaptedLinears = inject(model, names, self.config.adapter, row_squares, self.config.seed)
 
     def _table(self, adapted: list[str]) -> ModulationTable | None:
         """What takes the place of the modulation layers, unless the adapter changes them."""
         if not self.config.tabulate_modulation:
+            return None
+        if not self.backbone.can_tabulate:
+            log.info("modulation is not tabulated: in %s it depends on the text too", self.folder.title)
             return None
         if changed := [name for name in adapted if is_tabled(name)]:
             log.info("modulation is not tabulated, for the adapter changes it: %s", changed[0])
@@ -169,13 +177,12 @@ class EditObjective(LatentFlow):
         self, model: torch.nn.Module, batch: Batch, latents_BSC: torch.Tensor, sigma_B: torch.Tensor
     ) -> torch.Tensor:
         device = self.group.device
-        return mmdit.velocity(
+        return self.backbone.velocity(
             model,
             latents_BSC.to(device, self.dtype),
             self._conditions_BSC(batch).to(device, self.dtype),
-            batch["prompt_embeds"].to(device, self.dtype),
+            {name: batch[name].to(device, self.dtype) for name in self.backbone.text},
             sigma_B.to("cpu" if self._is_tabled else device),  # the host looks into the table, and never waits
-            self.token_hw,
             self.token_hw,
         )
 

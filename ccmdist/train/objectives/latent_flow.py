@@ -18,7 +18,7 @@ from ccmdist.data.stream import collated
 from ccmdist.diffusion import flow
 from ccmdist.diffusion.sampler import Known, sample
 from ccmdist.diffusion.seeding import generator
-from ccmdist.models.encoders import LatentCodec
+from ccmdist.models.encoder_choice import PictureEncoding, load_codec
 from ccmdist.train.objectives.latent_samples import Latents, LatentSamples
 from ccmdist.train.objectives.objective import Batch
 
@@ -105,8 +105,8 @@ class LatentFlow(LatentSamples):
         noisy = flow.interpolate(x_BSC, noise[None], sigma[None])
         return *self._shown(batch), flow.unpack_latents(noisy, *self.latent_hw)
 
-    def _codec(self) -> LatentCodec:
-        return LatentCodec.load(self.folder, torch.float32, self.group.device)
+    def _codec(self) -> PictureEncoding:
+        return load_codec(self.folder, torch.float32, self.group.device)
 
     def _draw(self, position: int, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise and noise level of the sample at ``position`` of the run, whichever rank it falls to."""

@@ -50,7 +50,7 @@ class LatentSamples(ABC):
             ModelError: If the model folder is not complete, or of another kind.
         """
         self.config, self.group = config, group
-        self.folder = ModelFolder.open(config.data.model, config.objective.model_kind)
+        self.folder = ModelFolder.open(config.data.model, *config.objective.model_kinds)
         self.cache = LatentCache.open(config.data, self.folder.encoder_identity())
         self.entries = self.cache.entries("train")
         self.order = Order(self.entries, config.seed, config.micro_batch_size, config.balance, config.shuffle_window)

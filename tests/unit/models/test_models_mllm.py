@@ -131,12 +131,12 @@ def test_a_prompt_that_is_longer_than_the_model_takes_is_refused_with_both_numbe
 
 
 def test_a_tiny_model_is_made_by_the_command_that_makes_models_and_never_over_another(mllms, tmp_path):
-    make("tiny", "qwen2_5_vl", tmp_path / "one", 0, False)
+    make("tiny", "2509", tmp_path / "one", 0, False, "qwen2_5_vl")
     assert mllm_digest(tmp_path / "one") == mllm_digest(mllms / "qwen2_5_vl")
     with pytest.raises(ModelError, match="already holds a model"):
         make_mllm("mllama", tmp_path / "one")
-    with pytest.raises(ConfigError, match="--version: mllama is there with --size tiny"):
-        make("small", "mllama", tmp_path / "two", 0, False)
+    with pytest.raises(ConfigError, match="--kind mllama: is made in size tiny alone"):
+        make("small", "2509", tmp_path / "two", 0, False, "mllama")
     loaded = load_mllm(tmp_path / "one", torch.float32).model
     stock = Qwen2_5_VLModel.from_pretrained(str(tmp_path / "one"), local_files_only=True, dtype=torch.float32)
     for (name, one), (_, other) in zip(loaded.named_parameters(), stock.named_parameters(), strict=True):

@@ -10,6 +10,7 @@ from small_sources import config_for, source_triples, write_cache
 from ccmdist.data.manifest import read_manifest
 from ccmdist.data.writer import write_set
 from ccmdist.models import mmdit
+from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.make import make_model
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.synthesis import generate
@@ -57,7 +58,7 @@ def plan_of():
 def one_model(monkeypatch):
     """Build the model and the VAE once for all runs of a test; none of them may have an adapter, which changes it."""
     monkeypatch.setattr(mmdit, "build", cache(mmdit.build))
-    monkeypatch.setattr(generate.LatentCodec, "load", cache(generate.LatentCodec.load))
+    monkeypatch.setattr(LatentCodec, "load", cache(LatentCodec.load))
 
 
 @pytest.fixture(scope="session")

@@ -144,7 +144,7 @@ def full(monkeypatch):
     structure = mmdit.QwenImageTransformer2DModel
     with torch.device("meta"):
         model = structure(**SIZES["full"].transformer)
-    monkeypatch.setattr(quantized, "skeleton", lambda folder: model)
+    monkeypatch.setattr(mmdit, "skeleton", lambda folder: model)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from ccmdist.cluster.ranks import Ranks, common_ranks_per_node
 from ccmdist.config.loading import load
 from ccmdist.config.train import TrainConfig
 from ccmdist.errors import ConfigError
+from ccmdist.models.layout import QWEN
 from ccmdist.train import sharding as module
 from ccmdist.train.flat_blocks import flatten_blocks
 from ccmdist.train.sharding import hide_frozen_weights, settle_sharding
@@ -43,7 +44,9 @@ def test_cutting_over_each_node_needs_several_nodes_of_several_ranks():
 
 
 def test_auto_is_decided_and_the_reason_told(caplog, monkeypatch):
-    folder = SimpleNamespace(version="2509", config=lambda part: {"num_layers": 2, "num_attention_heads": 1})
+    folder = SimpleNamespace(
+        version="2509", layout=QWEN, config=lambda part: {"num_layers": 2, "num_attention_heads": 1}
+    )
     monkeypatch.setattr(module, "ModelFolder", SimpleNamespace(open=lambda path: folder))
     caplog.set_level(logging.INFO)
     assert settled("auto", 2, 2) == "zero3"

@@ -1,0 +1,1 @@
+"""Frozen models that edit images, each behind one small interface."""

@@ -1,0 +1,167 @@
+"""Which models are known, by the class of stock pipeline that their folder names: the one table. Imports no torch.
+
+What a layout says of a model's parts is all that the rest of the project may ask about its kind; how the model is
+called is said by its backbone, :mod:`ccmdist.models.backbones.choice`, under the same kind.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from ccmdist.config.objectives import ModelKind
+from ccmdist.models.template import Version
+
+WEIGHT_FILES: Final = {
+    "transformer": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
+"""Components of Qwen-Image-Edit that have weights, and how diffusers and transformers name their files."""
+
+MSDM_WEIGHT_FILES: Final = {"vae": "diffusion_pytorch_model", "text_encoder": "model"}
+"""The U-Net, `unet`, is there once stage two is trained; a cache is filled without it."""
+
+REPOSITORIES: Final[dict[Version, str]] = {
+    "v1": "Qwen/Qwen-Image-Edit",
+    "2509": "Qwen/Qwen-Image-Edit-2509",
+    "2511": "Qwen/Qwen-Image-Edit-2511",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class FolderLayout:
+    """What a folder of one kind of model holds, and what can be done with the model.
+
+    Attributes:
+        kind: The kind.
+        name: What the model is called.
+        weight_files: Components that a complete folder has the weights of, and the stem of their files.
+        required: Small files; of each line one has to be there.
+        tokenizers: Folders of tokenizers.
+        encoders: Components that decide what is cached.
+        call_version: Raised when our call of the encoders changes what it returns; part of every cache's fingerprint.
+        blocks: Lists of blocks of the transformer, in the order in which they run -> the key of its config that says
+            how many there are.
+        published: Values of the transformer's config that only the published model has.
+        repository: Where it is published.
+        licence: Under which it is published; "" for Apache-2.0.
+        is_gated: Whether its licence has to be accepted before it can be downloaded.
+        advice: How to come by a folder, where it cannot be downloaded.
+        is_planned: Whether the planner knows what the transformer needs: memory, time, traffic.
+        can_quantize: Whether the base may be held in 4 or 8 bits.
+        has_comfyui_names: Whether the names that ComfyUI has for its linears are known, which are diffusers' own.
+        max_conditions: How many condition images the transformer may be shown.
+    """
+
+    kind: ModelKind
+    name: str
+    weight_files: Mapping[str, str]
+    required: tuple[tuple[str, ...], ...]
+    tokenizers: tuple[str, ...] = ("tokenizer",)
+    encoders: tuple[str, ...] = ("vae", "text_encoder")
+    call_version: int = 1
+    blocks: Mapping[str, str] = field(default_factory=dict)
+    published: Mapping[str, int] = field(default_factory=dict)
+    repository: str = ""
+    licence: str = ""
+    is_gated: bool = False
+    advice: str = ""
+    is_planned: bool = False
+    can_quantize: bool = False
+    has_comfyui_names: bool = False
+    max_conditions: int = 1
+
+
+QWEN: Final = FolderLayout(
+    kind="qwen",
+    name="Qwen-Image-Edit",
+    weight_files=WEIGHT_FILES,
+    required=(
+        ("scheduler/scheduler_config.json",),
+        ("processor/preprocessor_config.json", "processor/processor_config.json"),
+        ("tokenizer/tokenizer_config.json",),
+        ("tokenizer/tokenizer.json", "tokenizer/vocab.json"),
+        ("tokenizer/tokenizer.json", "tokenizer/merges.txt"),
+    ),
+    blocks={"transformer_blocks": "num_layers"},
+    published={"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128},
+    repository=REPOSITORIES["2509"],
+    is_planned=True,
+    can_quantize=True,
+    has_comfyui_names=True,
+    max_conditions=2,
+)
+MSDM: Final = FolderLayout(
+    kind="msdm",
+    name="MSDM",
+    weight_files=MSDM_WEIGHT_FILES,
+    required=(
+        ("scheduler/scheduler_config.json",),
+        ("tokenizer/tokenizer_config.json",),
+        ("tokenizer/tokenizer.json", "tokenizer/vocab.txt", "tokenizer/vocab.json"),
+    ),
+    advice="give the folder `network` of a finished run of `ccmdist train configs/train/wdlora.yaml "
+    "configs/train/msdm_vae.yaml`",
+)
+FLUX: Final = FolderLayout(
+    kind="flux",
+    name="FLUX.1 Kontext",
+    weight_files=WEIGHT_FILES | {"text_encoder_2": "model"},
+    required=(
+        ("scheduler/scheduler_config.json",),
+        ("tokenizer/tokenizer_config.json",),
+        ("tokenizer/tokenizer.json", "tokenizer/vocab.json"),
+        ("tokenizer_2/tokenizer_config.json",),
+        ("tokenizer_2/tokenizer.json", "tokenizer_2/spiece.model"),
+    ),
+    tokenizers=("tokenizer", "tokenizer_2"),
+    encoders=("vae", "text_encoder", "text_encoder_2"),
+    blocks={"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"},
+    published={"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "joint_attention_dim": 4096},
+    repository="black-forest-labs/FLUX.1-Kontext-dev",
+    licence="the FLUX.1 [dev] Non-Commercial License",
+    is_gated=True,
+)
+
+FLUX_CONTROL: Final = replace(
+    FLUX, kind="flux_control", name="FLUX.1 Control", repository="black-forest-labs/FLUX.1-Canny-dev"
+)
+LAYOUTS: Final[dict[str, FolderLayout]] = {
+    "QwenImageEditPipeline": QWEN,
+    "QwenImageEditPlusPipeline": QWEN,
+    "StableDiffusionPipeline": MSDM,
+    "StableDiffusionInstructPix2PixPipeline": MSDM,
+    "FluxKontextPipeline": FLUX,
+    "FluxControlPipeline": FLUX_CONTROL,
+}
+"""`_class_name` of a folder's model_index.json -> what it holds."""
+
+NAMES: Final[dict[ModelKind, str]] = {layout.kind: layout.name for layout in LAYOUTS.values()}
+
+
+def kinds_named(kinds: Iterable[ModelKind]) -> str:
+    """The names of some kinds, in words."""
+    return ", ".join(NAMES[kind] for kind in kinds)
+
+
+def advice_for(layout: FolderLayout, path: Path, repository: str) -> str:
+    """How to come by a complete folder of a model.
+
+    Args:
+        layout: Of the model.
+        path: Where it should be.
+        repository: Where this version of it is published.
+    """
+    if layout.advice:
+        return layout.advice
+    fitted = "--fitted " if layout is QWEN else f"--kind {layout.kind} "
+    accept = (
+        f"accept its licence at https://huggingface.co/{repository}, log in with `hf auth login`, and "
+        if layout.is_gated
+        else ""
+    )
+    return (
+        f"on a machine with internet {accept}run `hf download {repository} --local-dir {path.name}` and copy "
+        f"it to {path}, or make a small one: `ccmdist model make --size tiny {fitted}--out {path}`"
+    )

@@ -1,0 +1,33 @@
+"""Settings that a frozen model cannot follow are refused before anything is read; imports no torch."""
+
+from ccmdist.config.objectives import DualSettings
+from ccmdist.config.train import TrainConfig
+from ccmdist.errors import ConfigError
+from ccmdist.models.model_folder import ModelFolder
+
+
+def refuse_unable(config: TrainConfig, folder: ModelFolder) -> None:
+    """Check that the model in ``folder`` can be trained as the settings say.
+
+    Raises:
+        ConfigError: If its weights cannot be held in 4 or 8 bits, it cannot be shown so many condition images, or a
+            budget of ranks is to be checked against a size that the planner does not know.
+    """
+    layout = folder.layout
+    if config.is_quantized and not layout.can_quantize:
+        raise ConfigError(
+            f"base: {config.base} is for Qwen-Image-Edit alone, {folder.path} holds {folder.title}",
+            "set base=bf16 or fp32",
+        )
+    num_conditions = 2 if isinstance(config.objective, DualSettings) and config.objective.completion_share else 1
+    if num_conditions > layout.max_conditions:
+        raise ConfigError(
+            f"objective.adapters: completion shows a model two condition images, {folder.title} takes "
+            f"{layout.max_conditions}",
+            "set data.model to a folder of Qwen-Image-Edit, or train objective.kind edit",
+        )
+    if config.adapter.growth and config.adapter.growth.rank_budget is not None and not layout.is_planned:
+        raise ConfigError(
+            f"adapter.growth.rank_budget: cannot be checked for {folder.title}, whose size the planner does not know",
+            "leave it out",
+        )

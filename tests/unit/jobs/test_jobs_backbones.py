@@ -1,0 +1,92 @@
+"""Adapters of other families than Qwen-Image-Edit: stock diffusers loads what was trained, tensor by tensor."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ccmdist.adapters.state import WEIGHTS_FILE, AdapterState, read_adapter, write_adapter
+from ccmdist.config.train import LoRASettings, WDLoRASettings
+from ccmdist.errors import AdapterError, ConfigError
+from ccmdist.jobs import adapter, adapter_check
+from ccmdist.jobs.model import TINY, make
+from ccmdist.models.backbones.choice import backbone_of
+from ccmdist.models.model_folder import ModelFolder
+
+SETTINGS = {"wdlora": WDLoRASettings(lora_rank=4, alpha=8.0), "lora": LoRASettings(lora_rank=4, alpha=6.0)}
+
+
+@pytest.fixture(scope="module", params=list(TINY))
+def folder(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / request.param
+    make("tiny", "2509", path, 0, False, request.param)
+    return ModelFolder.open(path)
+
+
+def moved(folder, settings):
+    """An adapter of all targets, well away from its base."""
+    backbone, source = backbone_of(folder), torch.Generator().manual_seed(5)
+    model = backbone.build(torch.float32, None)
+    tensors = {}
+    for name in backbone.linear_names(model, settings.targets):
+        W = model.get_submodule(name).weight.detach()
+        tensors[name] = {
+            "lora_A": torch.randn(settings.lora_rank, W.shape[1], generator=source) / W.shape[1] ** 0.5,
+            "lora_B": 0.05 * torch.randn(W.shape[0], settings.lora_rank, generator=source),
+        }
+        if settings.kind == "wdlora":
+            tensors[name]["magnitude"] = W.norm(dim=1) * (1 + 0.1 * torch.randn(W.shape[0], generator=source))
+    return AdapterState(settings, tensors, {"base_digest": folder.transformer_digest(), "step": "7"})
+
+
+@pytest.mark.parametrize("kind", list(SETTINGS))
+def test_an_exported_adapter_gives_stock_diffusers_what_was_trained(folder, kind, tmp_path, monkeypatch):
+    state = moved(folder, SETTINGS[kind])
+    write_adapter(tmp_path / "adapter", state)
+    adapter.export(tmp_path / "adapter", folder.path, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        WEIGHTS_FILE,
+    ], "its names in ComfyUI are not known"
+    assert read_adapter(tmp_path / "out").facts["pipeline"] == folder.pipeline
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"Adapter for {folder.title}" in card
+    assert "Non-Commercial" in card
+    assert "Apache" not in card
+    agreement = adapter_check.compare(folder, tmp_path / "out")
+    assert max(agreement.stock, agreement.merged) <= 2e-6, "the tensors are equal, terms are added in another order"
+    monkeypatch.setattr(adapter_check, "LARGE_BYTES", 0)
+    monkeypatch.setattr(adapter_check, "_ends", lambda counts: (1, 3))
+    assert adapter_check.compare(folder, tmp_path / "out").blocks == (1, 3), "one block of each list, numbered anew"
+    adapter.merge(tmp_path / "out", folder.path, tmp_path / "merged")
+    name = next(iter(state.tensors))
+    folders = (folder.path / "transformer", tmp_path / "merged")
+    before, after = (load_file(path / "diffusion_pytorch_model.safetensors") for path in folders)
+    assert not torch.equal(before[f"{name}.weight"], after[f"{name}.weight"])
+
+
+def test_an_adapter_that_stock_diffusers_would_load_otherwise_is_refused(folder, tmp_path):
+    state = moved(folder, SETTINGS["wdlora"])
+    tensors = {name.replace(".attn.to_q", ".attn.to_z"): of for name, of in state.tensors.items()}
+    write_adapter(tmp_path / "adapter", AdapterState(state.settings, tensors, state.facts))
+    with pytest.raises(AdapterError, match="to_z"):
+        adapter.verify(tmp_path / "adapter", folder.path)
+
+
+def test_the_ends_of_all_lists_of_blocks_are_compared_in_a_large_model():
+    assert adapter_check._ends({"transformer_blocks": 19, "single_transformer_blocks": 38}) == (0, 18, 19, 56)
+    assert adapter_check._ends({"transformer_blocks": 1, "single_transformer_blocks": 0}) == (0,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "fitted", "message"),
+    [
+        ("flax", "tiny", False, "--kind: 'flax' is not known; use one of qwen, flux"),
+        ("flux", "full", False, "--kind flux: is made in size tiny alone"),
+        ("flux", "tiny", True, "--kind flux: is made in size tiny alone"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(kind, size, fitted, message, tmp_path):
+    with pytest.raises(ConfigError) as told:
+        make(size, "2509", tmp_path / "model", 0, fitted, kind)
+    assert message in str(told.value)

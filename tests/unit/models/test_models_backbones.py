@@ -1,0 +1,204 @@
+"""Every backbone in its tiny form: conditions, sampler and exported adapters as stock diffusers has them."""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from functools import partial
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
+
+from ccmdist.adapters.injection import inject, row_squares_of
+from ccmdist.ccm.groups import CLINICAL_GROUPS
+from ccmdist.ccm.prompts import NEGATIVE_PROMPT, prompt
+from ccmdist.config.train import LoRASettings, WDLoRASettings
+from ccmdist.diffusion import flow
+from ccmdist.diffusion.sampler import sample
+from ccmdist.errors import ConfigError, ModelError
+from ccmdist.models.backbones.choice import BACKBONES, backbone_of
+from ccmdist.models.backbones.flux import EMBEDDED_GUIDANCE
+from ccmdist.models.encoder_choice import load_encoders
+from ccmdist.models.make_flux import NUM_TEXT_TOKENS, make_flux
+from ccmdist.models.model_folder import ModelFolder
+
+TOKENS_HW, SIZE_PX, STEPS, GUIDANCE = (4, 4), 64, 4, 2.0
+MAKERS = {"flux": make_flux, "flux_control": partial(make_flux, is_control=True)}
+PROMPT = prompt("Control", {})
+OWN_ARGUMENTS = {
+    "flux": {
+        "negative_prompt": NEGATIVE_PROMPT,
+        "true_cfg_scale": GUIDANCE,
+        "max_area": SIZE_PX**2,
+        "_auto_resize": False,
+    }
+}
+"""Of stock pipelines that take a negative prompt."""
+
+
+@dataclass
+class World:
+    """A tiny folder, its backbone, and its encoders in fp32."""
+
+    folder: ModelFolder
+    prompts: object
+    codec: object
+
+    def __post_init__(self):
+        self.backbone = backbone_of(self.folder)
+
+    def stock(self):
+        """The pipeline of diffusers, in fp32."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logging.getLogger("diffusers").setLevel(logging.ERROR)
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                self.folder.path, local_files_only=True, torch_dtype=torch.float32
+            )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def text(self, words, picture=None):
+        """Of one prompt, as a batch of a cache has it."""
+        found = {"prompt_embeds": self.prompts.encode([words], [picture])[0][None]}
+        pooled = self.prompts.pooled([words])[0]
+        return found if pooled is None else found | {"pooled_prompt_embeds": pooled[None]}
+
+
+@pytest.fixture(scope="module", params=list(MAKERS))
+def world(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp(request.param)
+    MAKERS[request.param](path)
+    folder = ModelFolder.open(path)
+    return World(folder, *load_encoders(folder, torch.float32, "cpu"))
+
+
+def picture():
+    return (np.random.default_rng(0).random((SIZE_PX, SIZE_PX)) > 0.8).astype(np.uint8) * 255
+
+
+def test_every_backbone_is_tried_here():
+    assert set(BACKBONES) == {"qwen", *MAKERS}, "Qwen-Image-Edit has tests of its own"
+
+
+def test_stock_diffusers_opens_the_folder_and_encodes_prompts_to_the_same_numbers(world):
+    stock = world.stock()
+    assert type(stock).__name__ == world.folder.pipeline
+    for words in (PROMPT, NEGATIVE_PROMPT):
+        with torch.no_grad():
+            embeds, pooled, _ = stock.encode_prompt(words, words, max_sequence_length=NUM_TEXT_TOKENS)
+        found = world.text(words)
+        assert torch.equal(found["prompt_embeds"], embeds)
+        assert torch.equal(found["pooled_prompt_embeds"], pooled)
+    texts = [world.text(prompt(group, {}))["prompt_embeds"] for group in CLINICAL_GROUPS]
+    assert not torch.equal(texts[0], texts[1]), "the groups' words reach the model"
+
+
+def test_images_are_drawn_as_stock_diffusers_draws_them(world, monkeypatch):
+    stock, backbone = world.stock(), world.backbone
+    source = torch.Generator().manual_seed(2)
+    noise = torch.randn(1, 16, 64, generator=source)
+    guided = world.folder.kind in OWN_ARGUMENTS
+    # Where the stock pipeline samples the condition's posterior, ours takes its mode.
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda posterior, generator=None: posterior.mode())
+    shown = Image.fromarray(picture()).convert("RGB")
+    with torch.no_grad():
+        expected = stock(
+            prompt=PROMPT,
+            **(OWN_ARGUMENTS.get(world.folder.kind) or {}),
+            **({"image": shown} if guided else {"control_image": shown}),
+            height=SIZE_PX,
+            width=SIZE_PX,
+            guidance_scale=EMBEDDED_GUIDANCE,
+            num_inference_steps=STEPS,
+            latents=noise,
+            output_type="latent",
+            max_sequence_length=NUM_TEXT_TOKENS,
+        ).images
+    model = backbone.build(torch.float32, None)
+    conditions = flow.pack_latents(world.codec.encode_structure(picture()[None]))
+    texts = [world.text(PROMPT), world.text(NEGATIVE_PROMPT)][: 1 + guided]
+    schedule = world.folder.noise_schedule()
+    sigmas = flow.sampling_sigmas(STEPS, flow.resolution_shift(16, schedule), schedule)
+    predict = backbone.predictor(model, conditions, texts, TOKENS_HW)
+    found = sample(predict, noise, sigmas, GUIDANCE if guided else 1.0, guidance=backbone.guidance)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_latents_come_back_from_the_vae_as_grey_frames(world):
+    frames = np.stack([picture(), np.roll(picture(), 7, axis=1)])
+    latents = world.codec.encode(frames)
+    assert latents.shape == (2, 16, 8, 8)
+    torch.testing.assert_close(latents[:1], world.codec.encode(frames[:1]), rtol=0, atol=1e-5)
+    coloured = np.repeat(frames[..., None], 3, axis=-1)
+    assert torch.equal(world.codec.encode_structure(coloured), latents)
+    decoded = world.codec.decode(latents)
+    assert (decoded.shape, decoded.dtype) == (frames.shape, np.uint8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [LoRASettings(lora_rank=4), WDLoRASettings(lora_rank=4)])
+def test_a_new_adapter_changes_nothing_bit_for_bit_and_every_linear_of_it_learns(world, settings, dtype):
+    backbone = world.backbone
+    model = backbone.build(dtype, None).requires_grad_(False)
+    source = torch.Generator().manual_seed(1)
+    latents, conditions = torch.randn(2, 2, 16, 64, generator=source).to(dtype)
+    text = {
+        name: torch.cat([world.text(PROMPT)[name], world.text(NEGATIVE_PROMPT)[name]]).to(dtype)
+        for name in backbone.text
+    }
+    sigma = torch.tensor([0.3, 0.8])
+    before = backbone.velocity(model, latents, conditions, text, sigma, TOKENS_HW).detach()
+    names = backbone.linear_names(model, ("attn", "mlp"))
+    adapted = inject(model, names, settings, row_squares_of(model, names), seed=0)
+    after = backbone.velocity(model, latents, conditions, text, sigma, TOKENS_HW)
+    assert torch.equal(after, before)
+    after.float().square().mean().backward()
+    without = [name for name, p in adapted.parameters.items() if name.endswith("lora_B") and not p.grad.any()]
+    assert without == [], "they reach nothing that is read"
+
+
+def test_without_single_streams_the_last_text_output_is_read_by_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr("ccmdist.models.make_flux.TRANSFORMER", {**_transformer(), "num_single_layers": 0})
+    make_flux(tmp_path)
+    backbone = backbone_of(ModelFolder.open(tmp_path))
+    names = backbone.linear_names(backbone.skeleton(), ("attn", "mlp"))
+    dead = {"attn.add_q_proj", "attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2"}
+    assert {name.removeprefix("transformer_blocks.1.") for name in backbone.dead(backbone.skeleton())} == dead
+    assert len(names) == 2 * 12 - len(dead)
+
+
+def test_a_target_that_matches_nothing_is_refused_by_name(world):
+    skeleton = world.backbone.skeleton()
+    with pytest.raises(ConfigError, match=r"'attn\.to_x' matches none of the \d+ linear layers in the blocks of"):
+        world.backbone.linear_names(skeleton, ("attn.to_x",))
+
+
+def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(world):
+    words = PROMPT + " nerve" * NUM_TEXT_TOKENS
+    with pytest.raises(ConfigError, match=r"has \d+ tokens, T5 takes 64"):
+        world.prompts.encode([words], [None])
+    with pytest.raises(ConfigError, match=r"has \d+ tokens, CLIP takes 77"):
+        world.prompts.pooled([words])
+
+
+def test_a_gated_model_that_is_not_there_is_told_how_to_get(world, tmp_path):
+    (tmp_path / "model_index.json").write_bytes((world.folder.path / "model_index.json").read_bytes())
+    with pytest.raises(ModelError, match=r"scheduler_config.json is missing; .*accept its licence at https://hugg.*"):
+        ModelFolder.open(tmp_path)
+
+
+def test_no_model_that_only_encodes_is_taken_for_a_backbone(tmp_path):
+    from ccmdist.models.layout import MSDM
+
+    with pytest.raises(ModelError, match="is a model of MSDM, expected one of Qwen-Image-Edit, FLUX"):
+        backbone_of(ModelFolder(tmp_path, None, MSDM))
+
+
+def _transformer():
+    from ccmdist.models.make_flux import TRANSFORMER
+
+    return TRANSFORMER
