@@ -46,6 +46,8 @@ ARMS: Final[Mapping[str, Sequence[str]]] = {
 }
 SCORES: Final = ("balanced_accuracy", "macro_auc")
 NUM_RESAMPLED: Final = 1000
+TEST_BATCH: Final = 16
+BATCHES: Final = ("global_batch_size=6", "micro_batch_size=6")
 
 
 def config_of(folder: Path, names: Sequence[str], *overrides: str) -> TrainConfig:
@@ -79,7 +81,9 @@ def trained(config: TrainConfig, group: ProcessGroup) -> tuple[Any, torch.nn.Mod
 def tested(objective: Any, model: torch.nn.Module, samples: ShardSamples) -> np.ndarray:
     """Probabilities of the groups of all test frames, (N, 3)."""
     objective.source._samples = samples
-    found = [objective._diagnosed(model, collated(objective.source, [entry]))[0] for entry in samples.entries("test")]
+    entries = list(samples.entries("test"))
+    parts = [entries[first : first + TEST_BATCH] for first in range(0, len(entries), TEST_BATCH)]
+    found = [objective._diagnosed(model, collated(objective.source, part))[0] for part in parts]
     return torch.cat(found).softmax(dim=1).double().numpy()
 
 
@@ -121,7 +125,7 @@ def rows_of(kind: str, folder: Path, given: argparse.Namespace, group: ProcessGr
         for seed in range(given.seeds):
             said = (f"objective.mllm={folder}/{kind}", f"objective.unet={folder}/unet", f"seed={seed}")
             steps = (f"num_steps={given.steps}", f"optim.warmup_steps={given.steps // 10}")
-            config = config_of(folder, ["mdf_mllm", "tiny_mdf_mllm"], *said, *steps, *overrides)
+            config = config_of(folder, ["mdf_mllm", "tiny_mdf_mllm"], *said, *steps, *BATCHES, *overrides)
             samples = samples or ShardSamples(config.data, ("test",))
             start = time.monotonic()
             found.setdefault(arm, []).append(tested(*trained(config, group), samples))

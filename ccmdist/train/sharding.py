@@ -26,7 +26,7 @@ def settle_sharding(config: TrainConfig, group: ProcessGroup) -> TrainConfig:
             finds nothing that fits.
     """
     if config.objective.trains == "network":
-        mode = Mode("zero3", "no weights are frozen")
+        mode = Mode("zero3", f"the only one of objective.kind {config.objective.kind}")
     elif config.sharding == "auto":
         mode = _chosen(config, group)
     else:
