@@ -226,7 +226,7 @@ def make(
     fitted: Annotated[
         bool, typer.Option("--fitted", help="Use the small fitted weights that come along (tiny).")
     ] = False,
-    kind: Annotated[str, typer.Option("--kind", help="qwen (all sizes), flux or flux_control (both tiny).")] = "qwen",
+    kind: Annotated[str, typer.Option("--kind", help="qwen, or in size tiny flux, flux_control, kandinsky5.")] = "qwen",
 ) -> None:
     """Write a complete checkpoint folder with random weights, in the layout of a real download."""
     importlib.import_module("ccmdist.jobs.model").make(size, version, out, seed, fitted, kind)
