@@ -229,7 +229,8 @@ def make(
     kind: Annotated[
         str,
         typer.Option(
-            "--kind", help="qwen (all sizes); tiny alone: flux, flux_control; to diagnose with, mllama, qwen2_5_vl."
+            "--kind",
+            help="qwen (all sizes); in tiny flux, flux_control, kandinsky5; to diagnose with, mllama, qwen2_5_vl.",
         ),
     ] = "qwen",
 ) -> None:

@@ -13,8 +13,8 @@ from ccmdist.adapters.wdlora import ROWS_AT_ONCE, NormClock, WDLoRALinear
 from ccmdist.config.train import AdapterSettings, WDLoRASettings
 
 ROWS_OF_SQUARES = 64
-OF_TEXT = r"\.(add_[qkv]_proj|to_add_out|txt_mlp|ff_context)"
-OF_MLP = r"_mlp\.|\.ff\.|\.ff_context\.|\.proj_mlp$|single_\w+\.\d+\.proj_out$"
+OF_TEXT = r"^text_|\.(add_[qkv]_proj|to_add_out|txt_mlp|ff_context)"
+OF_MLP = r"\.feed_forward\.|_mlp\.|\.ff\.|\.ff_context\.|\.proj_mlp$|single_\w+\.\d+\.proj_out$"
 """Names of linears in the blocks of all models; blocks of a single stream count as the image's."""
 KINDS = ("lora_A", "lora_B", "magnitude")
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+Context = AbstractContextManager[Any]
 Compute = Callable[[], tuple[Tensor, ...]]
 
 _thread = threading.local()  # the backward pass of a GPU has a thread of its own
@@ -23,28 +24,39 @@ _thread = threading.local()  # the backward pass of a GPU has a thread of its ow
 class Tape:
     """Outputs of the products of one forward of one block, oldest first."""
 
-    def __init__(self, attend_first: AbstractContextManager[Any], attend_again: AbstractContextManager[Any]) -> None:
-        """An empty tape, and in which contexts attention is computed in the first and the second forward."""
+    def __init__(self, attention_contexts: Callable[[], tuple[Context, Context]]) -> None:
+        """An empty tape.
+
+        Args:
+            attention_contexts: Makes those in which one attention is computed, in the first and in the second forward.
+                Each has its own, for PyTorch counts from the start when one is entered, and a block may attend twice.
+        """
         self._outputs: deque[tuple[Tensor, ...]] = deque()
-        self._attend = (attend_first, attend_again)
+        self._attend_again: deque[Context] = deque()
+        self._attention_contexts = attention_contexts
 
     def recording(self) -> "_OnTape":
         """A context in which products are kept."""
-        return _OnTape(self._keep, self._attend[0])
+        return _OnTape(self._keep, self._attend_first)
 
     def replaying(self) -> "_OnTape":
         """A context in which products are taken from the tape, which forgets them."""
-        return _OnTape(lambda compute: self._outputs.popleft(), self._attend[1])
+        return _OnTape(lambda compute: self._outputs.popleft(), self._attend_again.popleft)
 
     def _keep(self, compute: Compute) -> tuple[Tensor, ...]:
         self._outputs.append(compute())
         return self._outputs[-1]
 
+    def _attend_first(self) -> Context:
+        first, again = self._attention_contexts()
+        self._attend_again.append(again)
+        return first
+
 
 class _OnTape:
     """Lets the products of this thread go through ``product``."""
 
-    def __init__(self, product: Callable[[Compute], tuple[Tensor, ...]], attend: AbstractContextManager[Any]) -> None:
+    def __init__(self, product: Callable[[Compute], tuple[Tensor, ...]], attend: Callable[[], Context]) -> None:
         self.product, self.attend = product, attend
 
     def __enter__(self) -> None:
@@ -69,4 +81,4 @@ def kept(compute: Compute) -> tuple[Tensor, ...]:
 def attending() -> AbstractContextManager[Any]:
     """The context in which a block computes its attention."""
     now = getattr(_thread, "now", None)
-    return nullcontext() if now is None else now.attend
+    return nullcontext() if now is None else now.attend()

@@ -15,7 +15,7 @@ AdapterName = Literal["synthesis", "completion"]
 NetworkKind = Literal["spade", "maisi", "msdm_vae", "msdm", "segment", "diagnose"]
 """Objectives that train a network of their own from scratch, instead of an adapter on a frozen model."""
 
-ModelKind = Literal["qwen", "msdm", "flux", "flux_control"]
+ModelKind = Literal["qwen", "msdm", "flux", "flux_control", "kandinsky5"]
 """Of model folders, and so of encoders and of what draws with them."""
 
 
@@ -69,7 +69,7 @@ class EditSettings(OfObjective):
 
     trains = "adapter"
     sees = "latents"
-    model_kinds = ("qwen", "flux", "flux_control")
+    model_kinds = ("qwen", "flux", "flux_control", "kandinsky5")
     has_noise_levels = True
     kind: Literal["edit"] = "edit"
 

@@ -143,14 +143,19 @@ def nearest_on_grid(sigma: float, grid: Tensor) -> Tensor:
 def sampling_sigmas(num_denoise_steps: int, mu: float, noise_schedule: Mapping[str, Any]) -> Tensor:
     """Noise levels of a sampler, shape (num_denoise_steps + 1,), from 1 down to 0.
 
-    Equal to what diffusers' FlowMatchEulerDiscreteScheduler makes of linspace(1, 1/n, n) and mu.
+    Equal to what diffusers' FlowMatchEulerDiscreteScheduler makes of linspace(1, 1/n, n) and mu; or, where
+    ``_levels`` is "scheduler", to what it makes of n alone, as pipelines ask it to that give it no levels: it shifts
+    the levels between its largest and its smallest, which are shifted already, once more.
 
     Raises:
         ConfigError: If there is only one step: the stretch to the terminal level divides by zero there.
     """
     if num_denoise_steps < 2:
         raise ConfigError(f"denoise_steps: {num_denoise_steps} is too few", "use at least 2")
-    levels = torch.linspace(1, 1 / num_denoise_steps, num_denoise_steps, dtype=torch.float64)
+    smallest = torch.tensor(1 / num_denoise_steps, dtype=torch.float64)
+    if noise_schedule.get("_levels") == "scheduler":
+        smallest = shifted(torch.tensor(1 / NUM_TRAINING_SIGMAS, dtype=torch.float64), mu)
+    levels = torch.linspace(1, float(smallest), num_denoise_steps, dtype=torch.float64)
     levels = shifted(levels, mu)
     if terminal := noise_schedule.get("shift_terminal"):
         levels = 1 - (1 - levels) * (1 - terminal) / (1 - levels[-1])

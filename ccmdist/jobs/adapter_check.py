@@ -29,13 +29,11 @@ from ccmdist.adapters.merge import merge_into
 from ccmdist.adapters.state import WEIGHTS_FILE, AdapterState, read_adapter, write_adapter
 from ccmdist.errors import AdapterError
 from ccmdist.models.backbones.choice import backbone_of, probe
+from ccmdist.models.building import allocate
 from ccmdist.models.model_folder import ModelFolder
 
 LARGE_BYTES: Final = 4 << 30
 """Size of weight files above which only two blocks are compared."""
-
-MAX_RELATIVE_DIFFERENCE: Final = 1e-5
-"""Of outputs, against the largest output."""
 
 ONE_LIST: Final[Mapping[str, int]] = {"transformer_blocks": sys.maxsize}
 
@@ -82,9 +80,9 @@ def compare(folder: ModelFolder, adapter: Path) -> Agreement:
     agreement = Agreement(_difference(stock, ours), _difference(merged, ours), blocks, num_blocks)
     for what, difference in (("stock diffusers", agreement.stock), ("the merged model", agreement.merged)):
         # Written so that a NaN is refused.
-        if not difference <= MAX_RELATIVE_DIFFERENCE:
+        if not difference <= folder.layout.output_tolerance:
             raise _mismatch(
-                f"the output of {what} differs by {difference:.1e}, expected at most {MAX_RELATIVE_DIFFERENCE}"
+                f"the output of {what} differs by {difference:.1e}, expected at most {folder.layout.output_tolerance}"
             )
     return agreement
 
@@ -114,7 +112,7 @@ def base_blocks(folder: ModelFolder, blocks: tuple[int, ...]) -> Any:
     config = folder.config("transformer") | sizes
     with init_empty_weights():
         model = getattr(diffusers, folder.config("transformer")["_class_name"]).from_config(config)
-    model = nn.Module.to(model, torch.float32).to_empty(device="cpu")
+    allocate(model, dict.fromkeys((name for name, _ in model.named_parameters()), torch.float32), "cpu")
     files = folder.weight_files("transformer")
     for name, tensor in model.state_dict().items():
         stored_name = renumbered(name, {new: old for old, new in new_of.items()})

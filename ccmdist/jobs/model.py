@@ -16,6 +16,7 @@ from ccmdist.errors import ConfigError
 from ccmdist.models.convert import convert_model
 from ccmdist.models.make import make_model
 from ccmdist.models.make_flux import make_flux
+from ccmdist.models.make_kandinsky import make_kandinsky
 from ccmdist.models.make_mllm import make_mllm
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.tabulation import LEVELS_AT_ONCE
@@ -26,6 +27,7 @@ from ccmdist.train.fit.run import fit as fit_components
 TINY: Final[dict[str, Callable[[Path, int], None]]] = {
     "flux": make_flux,
     "flux_control": partial(make_flux, is_control=True),
+    "kandinsky5": make_kandinsky,
 }
 """Kinds of backbones besides Qwen-Image-Edit -> what writes a small folder of them."""
 TINY_TO_DIAGNOSE: Final[dict[str, Callable[[Path, int], None]]] = {

@@ -105,7 +105,7 @@ def set_backend(model: Any, device: torch.device, dtype: torch.dtype) -> Backend
 
 
 def _facts(model: Any, device: torch.device, dtype: torch.dtype) -> Facts:
-    head_dim = model.config.attention_head_dim
+    head_dim = model.config.get("attention_head_dim") or sum(model.config.axes_dims)
     return Facts(
         device=device.type,
         dtype=dtype,

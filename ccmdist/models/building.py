@@ -1,5 +1,7 @@
 """A transformer without weights is given memory, whole or cut over the ranks, and its weights."""
 
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,53 +18,81 @@ def with_weights(
     zero_config: dict[str, Any] | None,
     on_rows: OnRows | None = None,
     device: torch.device | str = "cpu",
+    in_fp32: str | None = None,
 ) -> nn.Module:
     """The same model with its weights.
 
     Args:
-        model: Without weights, and without buffers; changed in place.
+        model: Without weights; buffers that it has are not stored, and have their values. Changed in place.
         weight_files: Tensor name -> file.
         dtype: Of the weights.
         zero_config: A DeepSpeed configuration: partition the weights over the ranks while they are read
             (collective). None: the whole model in this process.
         on_rows: Told the rows of all weights on the way.
-        device: Of a whole model; a partitioned one lies where DeepSpeed puts it.
+        device: Of a whole model, and of buffers; a partitioned one lies where DeepSpeed puts it.
+        in_fp32: What the names of weights match that are in fp32 whatever ``dtype`` says.
 
     Raises:
         ModelError: If the weights do not fit the config.
     """
+    dtype_of = {name: _dtype(name, dtype, in_fp32) for name, _ in model.named_parameters()}
     if zero_config is None:
-        # Not the model's own `to`, which warns of an empty list of modules that have to stay in float32.
-        model = nn.Module.to(model, dtype).to_empty(device=device)
+        allocate(model, dtype_of, device)
     else:
-        _partition(model, dtype, zero_config)
+        for one in dict.fromkeys(dtype_of.values()):
+            _partition(model, {name for name, its in dtype_of.items() if its == one}, one, zero_config)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
     load_weights(model, weight_files, on_rows)
     return model.eval()
 
 
-class _Owned(nn.Module):
-    """Parameters like those that another module owns itself: zero.Init partitions them as this is made."""
+def allocate(model: nn.Module, dtype_of: Mapping[str, torch.dtype], device: torch.device | str) -> None:
+    """Give parameters without memory some, on a device; buffers, which are computed, are left alone.
 
-    def __init__(self, owner: nn.Module, scratch: Tensor) -> None:
+    Args:
+        model: Changed in place.
+        dtype_of: Of each parameter.
+        device: Where to.
+    """
+    for name, parameter in list(model.named_parameters()):
+        owner, _, last = name.rpartition(".")
+        empty = torch.empty(parameter.shape, dtype=dtype_of[name], device=device)
+        made = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        model.get_submodule(owner).register_parameter(last, made)
+
+
+def _dtype(name: str, dtype: torch.dtype, in_fp32: str | None) -> torch.dtype:
+    return torch.float32 if in_fp32 and re.search(in_fp32, name) else dtype
+
+
+class _Owned(nn.Module):
+    """Parameters like some that another module owns itself: zero.Init partitions them as this is made."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], scratch: Tensor) -> None:
         super().__init__()
-        for name, parameter in owner.named_parameters(recurse=False):
+        for name, parameter in parameters.items():
             whole = scratch[: parameter.numel()].view(parameter.shape)
             self.register_parameter(name, nn.Parameter(whole))
 
 
-def _partition(model: nn.Module, dtype: torch.dtype, zero_config: dict[str, Any]) -> None:
-    """Give a model without weights partitioned ones, module by module. Collective.
+def _partition(model: nn.Module, names: Collection[str], dtype: torch.dtype, zero_config: dict[str, Any]) -> None:
+    """Give the parameters called ``names``, which have no memory, partitioned ones, module by module. Collective.
 
     What is cut is always the same piece of memory, for there are no values yet: to take and free it for each tensor
     would leave holes between the partitions, of half a gigabyte in a model of 1.4.
     """
     import deepspeed  # seconds of import that synthesis must not pay
 
-    assert not any(True for _ in model.buffers()), "zero.Init partitions parameters only"
+    stored = model.state_dict().keys()
+    assert not any(name in stored for name, _ in model.named_buffers()), "zero.Init partitions parameters only"
     # Not by its argument `dtype`, which DeepSpeed 0.19 overrules with bf16 on hosts whose CPU has no fp16.
     stored_as = zero_config | {"bf16": {"enabled": dtype == torch.bfloat16}}
     with deepspeed.zero.Init(config_dict_or_path=stored_as):
-        scratch = torch.empty(max(parameter.numel() for parameter in model.parameters()), dtype=dtype)
-        for module in model.modules():
-            for name, parameter in _Owned(module, scratch).named_parameters(recurse=False):
+        largest = max(parameter.numel() for name, parameter in model.named_parameters() if name in names)
+        scratch = torch.empty(largest, dtype=dtype)
+        for owner, module in model.named_modules():
+            own = {n: p for n, p in module.named_parameters(recurse=False) if f"{owner}.{n}".lstrip(".") in names}
+            for name, parameter in _Owned(own, scratch).named_parameters(recurse=False):
                 module.register_parameter(name, parameter)

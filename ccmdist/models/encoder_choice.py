@@ -83,9 +83,16 @@ def _flux() -> Loaders:
     return FluxPrompts.load, FluxCodec.load
 
 
+def _kandinsky() -> Loaders:
+    from ccmdist.models.kandinsky_encoders import KandinskyCodec, KandinskyPrompts
+
+    return KandinskyPrompts.load, KandinskyCodec.load
+
+
 ENCODERS: Final[dict[ModelKind, Callable[[], Loaders]]] = {
     "qwen": _qwen,
     "msdm": _msdm,
     "flux": _flux,
     "flux_control": _flux,
+    "kandinsky5": _kandinsky,
 }

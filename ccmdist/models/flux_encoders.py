@@ -48,7 +48,7 @@ class FluxPrompts:
         """
         logging.disable_progress_bar()
         clip, t5 = (
-            _loaded(kind, folder, component, dtype).to(device).eval().requires_grad_(False)
+            load_text_encoder(kind, folder, component, dtype).to(device).eval().requires_grad_(False)
             for kind, component in ((CLIPTextModel, "text_encoder"), (T5EncoderModel, "text_encoder_2"))
         )
         tokenizers = [
@@ -121,6 +121,11 @@ class FluxCodec:
         load_weights(vae, folder.weight_files("vae"))
         return cls(vae.eval())
 
+    @property
+    def shift(self) -> float:
+        """What is taken off latents before they are scaled."""
+        return float(self.vae.config.shift_factor)
+
     @torch.no_grad()
     def encode(self, pictures: np.ndarray) -> Tensor:
         """Normalised latents, the mode of the posterior, shape (B, C, h, w), in the VAE's dtype.
@@ -130,9 +135,8 @@ class FluxCodec:
         """
         given = torch.from_numpy(np.ascontiguousarray(pictures)).to(self.vae.device)
         rgb = rgb_of_grey(given) if given.dim() == 3 else scaled_rgb(given)
-        config = self.vae.config
         mode = self.vae.encode(rgb.to(self.vae.dtype)).latent_dist.mode()
-        return (mode - config.shift_factor) * config.scaling_factor
+        return (mode - self.shift) * self.vae.config.scaling_factor
 
     def encode_structure(self, pictures: np.ndarray) -> Tensor:
         """Latents of what stands for the nerves; here as of images."""
@@ -141,12 +145,16 @@ class FluxCodec:
     @torch.no_grad()
     def decode(self, latents_BChw: Tensor) -> np.ndarray:
         """Grey frames, uint8 of shape (B, H, W), of normalised latents."""
-        config = self.vae.config
-        latents = latents_BChw.to(self.vae.device, self.vae.dtype) / config.scaling_factor + config.shift_factor
+        latents = latents_BChw.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor + self.shift
         return grey_of_rgb(self.vae.decode(latents).sample).cpu().numpy()
 
 
-def _loaded(kind: Any, folder: ModelFolder, component: str, dtype: torch.dtype) -> Any:
+def load_text_encoder(kind: Any, folder: ModelFolder, component: str, dtype: torch.dtype) -> Any:
+    """An encoder of a class of transformers from a folder's component.
+
+    Raises:
+        ModelError: If weights do not fit the config. Those that are missing transformers would draw at random.
+    """
     path = folder.path / component
     encoder, loading = kind.from_pretrained(
         str(path), dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True

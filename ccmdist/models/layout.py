@@ -41,6 +41,7 @@ class FolderLayout:
         tokenizers: Folders of tokenizers.
         encoders: Components that decide what is cached.
         call_version: Raised when our call of the encoders changes what it returns; part of every cache's fingerprint.
+        schedule: What noise levels depend on besides the scheduler's config, see `diffusion.flow.sampling_sigmas`.
         blocks: Lists of blocks of the transformer, in the order in which they run -> the key of its config that says
             how many there are.
         published: Values of the transformer's config that only the published model has.
@@ -51,6 +52,8 @@ class FolderLayout:
         is_planned: Whether the planner knows what the transformer needs: memory, time, traffic.
         can_quantize: Whether the base may be held in 4 or 8 bits.
         has_comfyui_names: Whether the names that ComfyUI has for its linears are known, which are diffusers' own.
+        output_tolerance: By how much of the largest output equal models may differ whose terms are added in another
+            order: rounding, in fp32.
         max_conditions: How many condition images the transformer may be shown.
     """
 
@@ -61,6 +64,7 @@ class FolderLayout:
     tokenizers: tuple[str, ...] = ("tokenizer",)
     encoders: tuple[str, ...] = ("vae", "text_encoder")
     call_version: int = 1
+    schedule: Mapping[str, str] = field(default_factory=dict)
     blocks: Mapping[str, str] = field(default_factory=dict)
     published: Mapping[str, int] = field(default_factory=dict)
     repository: str = ""
@@ -70,6 +74,7 @@ class FolderLayout:
     is_planned: bool = False
     can_quantize: bool = False
     has_comfyui_names: bool = False
+    output_tolerance: float = 1e-5
     max_conditions: int = 1
 
 
@@ -127,6 +132,28 @@ FLUX: Final = FolderLayout(
 FLUX_CONTROL: Final = replace(
     FLUX, kind="flux_control", name="FLUX.1 Control", repository="black-forest-labs/FLUX.1-Canny-dev"
 )
+KANDINSKY: Final = FolderLayout(
+    kind="kandinsky5",
+    name="Kandinsky 5 I2I",
+    weight_files=WEIGHT_FILES | {"text_encoder_2": "model"},
+    required=(
+        ("scheduler/scheduler_config.json",),
+        ("tokenizer/preprocessor_config.json", "tokenizer/processor_config.json"),
+        ("tokenizer/tokenizer_config.json",),
+        ("tokenizer/tokenizer.json", "tokenizer/vocab.json"),
+        ("tokenizer_2/tokenizer_config.json",),
+        ("tokenizer_2/tokenizer.json", "tokenizer_2/vocab.json"),
+    ),
+    tokenizers=("tokenizer", "tokenizer_2"),
+    encoders=("vae", "text_encoder", "text_encoder_2"),
+    schedule={"_levels": "scheduler"},
+    blocks={"text_transformer_blocks": "num_text_blocks", "visual_transformer_blocks": "num_visual_blocks"},
+    published={"num_visual_blocks": 50, "model_dim": 2560, "ff_dim": 10240},
+    repository="kandinskylab/Kandinsky-5.0-I2I-Lite-sft-Diffusers",
+    licence="the licence that its repository states",
+    output_tolerance=2e-3,  # queries and keys are rounded to bf16 in every dtype: a last bit may turn one of them over
+)
+
 LAYOUTS: Final[dict[str, FolderLayout]] = {
     "QwenImageEditPipeline": QWEN,
     "QwenImageEditPlusPipeline": QWEN,
@@ -134,6 +161,7 @@ LAYOUTS: Final[dict[str, FolderLayout]] = {
     "StableDiffusionInstructPix2PixPipeline": MSDM,
     "FluxKontextPipeline": FLUX,
     "FluxControlPipeline": FLUX_CONTROL,
+    "Kandinsky5I2IPipeline": KANDINSKY,
 }
 """`_class_name` of a folder's model_index.json -> what it holds."""
 

@@ -85,13 +85,13 @@ def make_flux(out: Path, seed: int = 0, is_control: bool = False) -> None:
         components: dict[str, Any] = {
             "transformer": FluxTransformer2DModel(**TRANSFORMER | (CONTROL if is_control else {})),
             "vae": AutoencoderKL(**VAE),
-            "text_encoder": CLIPTextModel(_clip_config(clip_tokenizer)),
+            "text_encoder": CLIPTextModel(clip_config(clip_tokenizer)),
             "text_encoder_2": T5EncoderModel(_t5_config(t5_tokenizer)),
         }
     for component, module in components.items():
         save_config = module.save_config if hasattr(module, "save_config") else module.config.save_pretrained
         commit_saved(out / component, save_config)
-        _write_random(out / component, FLUX.weight_files[component], module, seed)
+        write_random(out / component, FLUX.weight_files[component], module, seed)
     # Last, for it makes the folder a model.
     commit_json(out / "model_index.json", _model_index(components, is_control))
     ModelFolder.open(out, "flux_control" if is_control else "flux")
@@ -131,7 +131,8 @@ def _texts() -> list[str]:
     return prompts + [words for codes in FIELD_WORDS.values() for words in codes.values()]
 
 
-def _clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+def clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    """Of a small CLIP text model, with the ids of this tokenizer."""
     first, last = tokenizer.convert_tokens_to_ids(["<|startoftext|>", "<|endoftext|>"])
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -161,7 +162,8 @@ def _t5_config(tokenizer: T5Tokenizer) -> T5Config:
     )
 
 
-def _write_random(folder: Path, stem: str, module: nn.Module, seed: int) -> None:
+def write_random(folder: Path, stem: str, module: nn.Module, seed: int) -> None:
+    """Write random weights of a module without any, which depend on their names and the seed alone."""
     # Parameters that a module has under two names are written once, as transformers does.
     tensors = {name: random_tensor(name, weight.shape, seed) for name, weight in module.named_parameters()}
     write_parts(folder, stem, [tensors], 1)

@@ -110,8 +110,8 @@ class ModelFolder:
         return _json(self.path, f"{component}/config.json", self._advice)
 
     def noise_schedule(self) -> dict[str, Any]:
-        """The scheduler config: constants of the noise levels."""
-        return _json(self.path, "scheduler/scheduler_config.json", self._advice)
+        """The scheduler config, constants of the noise levels, and how the pipeline asks the scheduler for them."""
+        return _json(self.path, "scheduler/scheduler_config.json", self._advice) | dict(self.layout.schedule)
 
     def weight_files(self, component: str) -> dict[str, Path]:
         """Tensor name -> safetensors file that holds it.

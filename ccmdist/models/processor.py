@@ -26,8 +26,13 @@ def make_processor(tokenizer: Qwen2Tokenizer, max_pixels: int) -> ImageTextProce
     return ImageTextProcessor(Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=max_pixels), tokenizer)
 
 
-def load_processor(path: Path) -> ImageTextProcessor:
-    """The processor of the model folder at ``path``, ours or downloaded; nothing is fetched."""
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(str(path / "processor"), local_files_only=True)
+def load_processor(path: Path, component: str = "processor") -> ImageTextProcessor:
+    """The processor of the model folder at ``path``, ours or downloaded; nothing is fetched.
+
+    Args:
+        path: The folder.
+        component: Where in it the processor of images lies.
+    """
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(str(path / component), local_files_only=True)
     tokenizer = Qwen2Tokenizer.from_pretrained(str(path / "tokenizer"), local_files_only=True)
     return ImageTextProcessor(image_processor, tokenizer)

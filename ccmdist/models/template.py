@@ -28,6 +28,16 @@ NUM_DROPPED_TOKENS: Final = 64
 CONDITION_EDGE_PX: Final = {"v1": 1024, "2509": 384, "2511": 384}
 """Edge of the square whose area the encoder's copy of the mask image is scaled to."""
 
+KANDINSKY_BEFORE: Final = (
+    "<|im_start|>system\nYou are a prompt engineer. Based on the provided source image (first image) and target image "
+    "(second image), create an interesting text prompt that can be used together with the source image to create the "
+    "target image:<|im_end|><|im_start|>user"
+)
+KANDINSKY_AFTER: Final = f"{IMAGE}<|im_end|>"
+"""Around the prompt, in diffusers' Kandinsky5I2IPipeline."""
+KANDINSKY_NUM_DROPPED_TOKENS: Final = 54
+"""What that pipeline drops: five more than come before the prompt, so its first words are not seen."""
+
 ENCODER_CALL_VERSION: Final = 1
 """Raised when our call of the encoder changes what it returns; part of every cache's fingerprint."""
 

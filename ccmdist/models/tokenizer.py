@@ -35,9 +35,9 @@ SPECIAL_TOKENS: Final = (
 """As in Qwen2.5-VL."""
 
 
-def make_tokenizer() -> Qwen2Tokenizer:
-    """The small tokenizer; the same on every call."""
-    model = _trained_bpe()
+def make_tokenizer(*more: str) -> Qwen2Tokenizer:
+    """The small tokenizer, which also knows the words of ``more``; the same on every call."""
+    model = _trained_bpe(more)
     vocabulary = model["vocab"]
     vocabulary |= {token: len(vocabulary) + index for index, token in enumerate(SPECIAL_TOKENS)}
     return Qwen2Tokenizer(
@@ -48,7 +48,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
     )
 
 
-def _trained_bpe() -> dict:
+def _trained_bpe(more: tuple[str, ...]) -> dict:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     words = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False)
@@ -56,14 +56,14 @@ def _trained_bpe() -> dict:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=4000, min_frequency=1, show_progress=False, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(_texts(), trainer)
+    tokenizer.train_from_iterator(_texts(more), trainer)
     return json.loads(tokenizer.to_str())["model"]
 
 
-def _texts() -> list[str]:
+def _texts(more: tuple[str, ...]) -> list[str]:
     """What is said to the encoder, without the special tokens, which are no words."""
     prompts = [prompt(group, {}) for group in (None, *CLINICAL_GROUPS)]
     fields = [f", {words}" for codes in FIELD_WORDS.values() for words in codes.values()]
     special = "|".join(re.escape(token) for token in SPECIAL_TOKENS)
-    texts = (EDIT_SYSTEM, PICTURE, END, *prompts, *fields)
+    texts = (EDIT_SYSTEM, PICTURE, END, *prompts, *fields, *more)
     return [part for text in texts for part in re.split(special, text) if part]

@@ -29,10 +29,13 @@ class FlatWeight(nn.Module):
 def flatten_blocks(blocks: nn.ModuleList) -> None:
     """Let the weights of each block's linears be stretches of one frozen parameter, ``flat``. Collective.
 
-    A block at a time is gathered, put in order, and cut again.
+    A block at a time is gathered, put in order, and cut again. Linears of another dtype than most are left as they are.
     """
     for block in blocks:
-        _flatten(block, [module for module in block.modules() if isinstance(module, nn.Linear)])
+        linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+        dtypes = [linear.weight.dtype for linear in linears]
+        most = max(dtypes, key=dtypes.count)
+        _flatten(block, [linear for linear, dtype in zip(linears, dtypes, strict=True) if dtype == most])
 
 
 def _flatten(block: nn.Module, linears: list[nn.Linear]) -> None:

@@ -5,12 +5,12 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Final, Literal
 
-from diffusers.models.transformers import transformer_flux, transformer_qwenimage
+from diffusers.models.transformers import transformer_flux, transformer_kandinsky, transformer_qwenimage
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ccmdist.adapters.kept import Tape, attending
 
-MODELS: Final = (transformer_qwenimage, transformer_flux)
+MODELS: Final = (transformer_qwenimage, transformer_flux, transformer_kandinsky)
 """Modules of diffusers whose blocks attend."""
 ATTEND: Final[Callable[..., Any]] = transformer_qwenimage.dispatch_attention_fn
 
@@ -39,7 +39,7 @@ def attend_on_tape() -> None:
 
 def selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """For the first forward of a block and for the second, as ``torch.utils.checkpoint`` asks for them."""
-    tape = Tape(*create_selective_checkpoint_contexts(_keep_attention))
+    tape = Tape(partial(create_selective_checkpoint_contexts, _keep_attention))
     return tape.recording(), tape.replaying()
 
 

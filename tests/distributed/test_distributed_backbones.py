@@ -10,7 +10,7 @@ from tests.distributed.small_world import losses, weights
 
 pytestmark = pytest.mark.distributed
 
-KINDS = ["flux"]
+KINDS = ["flux", "kandinsky5"]
 
 
 @pytest.fixture(params=KINDS)

@@ -41,6 +41,8 @@ class Backbone(ABC):
     """Name of a list of blocks -> their class as ZeRO-3 is to see it, see :func:`leaf_blocks.positional`."""
     guidance: ClassVar[Literal["rescaled", "plain"]] = "plain"
     """How predictions with the prompt and the negative prompt are put together, as the stock pipeline does it."""
+    in_fp32: ClassVar[str | None] = None
+    """What the names of weights match that are kept in fp32, as the class of diffusers keeps them."""
     can_tabulate: ClassVar[bool] = False
     """Whether modulation depends on the noise level alone."""
 
@@ -73,7 +75,7 @@ class Backbone(ABC):
         """
         assert table is None, "modulation of this model depends on more than the noise level"
         files = self.folder.weight_files("transformer")
-        return with_weights(self.skeleton(), files, dtype, zero_config, on_rows, device)
+        return with_weights(self.skeleton(), files, dtype, zero_config, on_rows, device, self.in_fp32)
 
     def block_lists(self, model: nn.Module) -> list[nn.ModuleList]:
         """The lists of blocks of a model, in the order in which they run."""

@@ -42,6 +42,13 @@ def _flux_control(folder: ModelFolder) -> Backbone:
     return FluxControl(folder)
 
 
+def _kandinsky(folder: ModelFolder) -> Backbone:
+    from ccmdist.models.backbones.kandinsky import Kandinsky
+
+    return Kandinsky(folder)
+
+
+@torch.no_grad()
 def probe(model: nn.Module) -> Tensor:
     """What a transformer of a known class, in fp32, predicts on inputs that are always the same."""
     return PROBES[type(model).__name__]()(model, torch.Generator().manual_seed(0))
@@ -59,12 +66,20 @@ def _flux_probe() -> Probe:
     return predicted
 
 
+def _kandinsky_probe() -> Probe:
+    from ccmdist.models.backbones.kandinsky import predicted
+
+    return predicted
+
+
 PROBES: Final[dict[str, Callable[[], Probe]]] = {
     "QwenImageTransformer2DModel": _qwen_probe,
     "FluxTransformer2DModel": _flux_probe,
+    "Kandinsky5Transformer3DModel": _kandinsky_probe,
 }
 BACKBONES: Final[dict[ModelKind, Callable[[ModelFolder], Backbone]]] = {
     "qwen": _qwen,
     "flux": _flux,
     "flux_control": _flux_control,
+    "kandinsky5": _kandinsky,
 }

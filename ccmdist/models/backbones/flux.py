@@ -109,7 +109,6 @@ class FluxControl(FluxKontext):
         return torch.cat([latents_BSC, conditions_BSC], dim=2), 1
 
 
-@torch.no_grad()
 def predicted(model: FluxTransformer2DModel, source: torch.Generator) -> Tensor:
     """What a model, alone or as a part of a stock pipeline, predicts on inputs drawn from ``source``."""
     config, rows, columns = model.config, *PROBE_HW

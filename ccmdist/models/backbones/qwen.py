@@ -71,7 +71,6 @@ class Qwen(Backbone):
         return GuidedVelocity(model, conditions_BSC, embeds, token_hw, token_hw, run_block)
 
 
-@torch.no_grad()
 def predicted(model: QwenImageTransformer2DModel, source: torch.Generator) -> Tensor:
     """What a model, alone or as a part of a stock pipeline, predicts on inputs drawn from ``source``."""
     rows, columns = PROBE_HW

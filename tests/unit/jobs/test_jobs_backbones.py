@@ -51,13 +51,17 @@ def test_an_exported_adapter_gives_stock_diffusers_what_was_trained(folder, kind
     assert read_adapter(tmp_path / "out").facts["pipeline"] == folder.pipeline
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"Adapter for {folder.title}" in card
-    assert "Non-Commercial" in card
+    assert folder.layout.licence in card
     assert "Apache" not in card
     agreement = adapter_check.compare(folder, tmp_path / "out")
-    assert max(agreement.stock, agreement.merged) <= 2e-6, "the tensors are equal, terms are added in another order"
+    # The tensors are equal; terms are added in another order, and Kandinsky rounds queries and keys to bf16.
+    assert agreement.stock <= folder.layout.output_tolerance / 5
+    assert agreement.merged <= folder.layout.output_tolerance / 5
     monkeypatch.setattr(adapter_check, "LARGE_BYTES", 0)
-    monkeypatch.setattr(adapter_check, "_ends", lambda counts: (1, 3))
-    assert adapter_check.compare(folder, tmp_path / "out").blocks == (1, 3), "one block of each list, numbered anew"
+    first, second = adapter_check.block_counts(folder).values()
+    lasts = (first - 1, first + second - 1)
+    monkeypatch.setattr(adapter_check, "_ends", lambda counts: lasts)
+    assert adapter_check.compare(folder, tmp_path / "out").blocks == lasts, "one block of each list, numbered anew"
     adapter.merge(tmp_path / "out", folder.path, tmp_path / "merged")
     name = next(iter(state.tensors))
     folders = (folder.path / "transformer", tmp_path / "merged")
@@ -67,7 +71,7 @@ def test_an_exported_adapter_gives_stock_diffusers_what_was_trained(folder, kind
 
 def test_an_adapter_that_stock_diffusers_would_load_otherwise_is_refused(folder, tmp_path):
     state = moved(folder, SETTINGS["wdlora"])
-    tensors = {name.replace(".attn.to_q", ".attn.to_z"): of for name, of in state.tensors.items()}
+    tensors = {name.replace("to_q", "to_z"): of for name, of in state.tensors.items()}
     write_adapter(tmp_path / "adapter", AdapterState(state.settings, tensors, state.facts))
     with pytest.raises(AdapterError, match="to_z"):
         adapter.verify(tmp_path / "adapter", folder.path)

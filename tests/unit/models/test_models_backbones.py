@@ -3,7 +3,6 @@
 import logging
 import warnings
 from dataclasses import dataclass
-from functools import partial
 
 import diffusers
 import numpy as np
@@ -19,24 +18,17 @@ from ccmdist.config.train import LoRASettings, WDLoRASettings
 from ccmdist.diffusion import flow
 from ccmdist.diffusion.sampler import sample
 from ccmdist.errors import ConfigError, ModelError
+from ccmdist.jobs.model import TINY
 from ccmdist.models.backbones.choice import BACKBONES, backbone_of
 from ccmdist.models.backbones.flux import EMBEDDED_GUIDANCE
 from ccmdist.models.encoder_choice import load_encoders
 from ccmdist.models.make_flux import NUM_TEXT_TOKENS, make_flux
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.processor import load_processor
 
 TOKENS_HW, SIZE_PX, STEPS, GUIDANCE = (4, 4), 64, 4, 2.0
-MAKERS = {"flux": make_flux, "flux_control": partial(make_flux, is_control=True)}
+
 PROMPT = prompt("Control", {})
-OWN_ARGUMENTS = {
-    "flux": {
-        "negative_prompt": NEGATIVE_PROMPT,
-        "true_cfg_scale": GUIDANCE,
-        "max_area": SIZE_PX**2,
-        "_auto_resize": False,
-    }
-}
-"""Of stock pipelines that take a negative prompt."""
 
 
 @dataclass
@@ -50,28 +42,33 @@ class World:
     def __post_init__(self):
         self.backbone = backbone_of(self.folder)
 
+    def own_parts(self):
+        """What stands for a processor of transformers that needs torchvision for films."""
+        is_seen = self.folder.kind == "kandinsky5"
+        return {"tokenizer": load_processor(self.folder.path, "tokenizer")} if is_seen else {}
+
     def stock(self):
         """The pipeline of diffusers, in fp32."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             logging.getLogger("diffusers").setLevel(logging.ERROR)
             pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                self.folder.path, local_files_only=True, torch_dtype=torch.float32
+                self.folder.path, local_files_only=True, torch_dtype=torch.float32, **self.own_parts()
             )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def text(self, words, picture=None):
-        """Of one prompt, as a batch of a cache has it."""
-        found = {"prompt_embeds": self.prompts.encode([words], [picture])[0][None]}
+    def text(self, words):
+        """Of one prompt with the picture, as a batch of a cache has it."""
+        found = {"prompt_embeds": self.prompts.encode([words], [picture()])[0][None]}
         pooled = self.prompts.pooled([words])[0]
         return found if pooled is None else found | {"pooled_prompt_embeds": pooled[None]}
 
 
-@pytest.fixture(scope="module", params=list(MAKERS))
+@pytest.fixture(scope="module", params=list(TINY))
 def world(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
-    MAKERS[request.param](path)
+    TINY[request.param](path)
     folder = ModelFolder.open(path)
     return World(folder, *load_encoders(folder, torch.float32, "cpu"))
 
@@ -81,51 +78,97 @@ def picture():
 
 
 def test_every_backbone_is_tried_here():
-    assert set(BACKBONES) == {"qwen", *MAKERS}, "Qwen-Image-Edit has tests of its own"
+    assert set(BACKBONES) == {"qwen", *TINY}, "Qwen-Image-Edit has tests of its own"
+
+
+def stock_text(kind, stock, words, shown):
+    """A prompt as the stock pipeline of a kind encodes it."""
+    given = {"image": shown} if kind == "kandinsky5" else {"prompt_2": words, "max_sequence_length": NUM_TEXT_TOKENS}
+    with torch.no_grad():
+        return stock.encode_prompt(words, **given)[:2]
+
+
+def stock_latents(kind, stock, noise, conditions, shown):
+    """What the stock pipeline of a kind draws from noise; of FLUX and Kandinsky with the negative prompt."""
+    own = {
+        "flux": {
+            "image": shown,
+            "negative_prompt": NEGATIVE_PROMPT,
+            "true_cfg_scale": GUIDANCE,
+            "guidance_scale": EMBEDDED_GUIDANCE,
+            "max_area": SIZE_PX**2,
+            "_auto_resize": False,
+            "max_sequence_length": NUM_TEXT_TOKENS,
+            "latents": noise,
+        },
+        "flux_control": {
+            "control_image": shown,
+            "guidance_scale": EMBEDDED_GUIDANCE,
+            "max_sequence_length": NUM_TEXT_TOKENS,
+            "latents": noise,
+        },
+        "kandinsky5": {"image": shown, "negative_prompt": NEGATIVE_PROMPT, "guidance_scale": GUIDANCE},
+    }[kind]
+    if kind == "kandinsky5":
+        frame = [flow.unpack_latents(one, 8, 8).permute(0, 2, 3, 1)[:, None] for one in (noise, conditions)]
+        own["latents"] = torch.cat([*frame, torch.ones_like(frame[0][..., :1])], dim=-1)
+        stock.resolutions = [(SIZE_PX, SIZE_PX)]
+    size = {"height": SIZE_PX, "width": SIZE_PX, "num_inference_steps": STEPS, "output_type": "latent"}
+    with torch.no_grad():
+        found = stock(prompt=PROMPT, **size, **own)
+    if kind == "kandinsky5":
+        return flow.pack_latents(found.image[:, 0].permute(0, 3, 1, 2))
+    return found.images
 
 
 def test_stock_diffusers_opens_the_folder_and_encodes_prompts_to_the_same_numbers(world):
-    stock = world.stock()
+    stock, shown = world.stock(), Image.fromarray(picture()).convert("RGB")
     assert type(stock).__name__ == world.folder.pipeline
     for words in (PROMPT, NEGATIVE_PROMPT):
-        with torch.no_grad():
-            embeds, pooled, _ = stock.encode_prompt(words, words, max_sequence_length=NUM_TEXT_TOKENS)
+        embeds, pooled = stock_text(world.folder.kind, stock, words, shown)
         found = world.text(words)
         assert torch.equal(found["prompt_embeds"], embeds)
         assert torch.equal(found["pooled_prompt_embeds"], pooled)
     texts = [world.text(prompt(group, {}))["prompt_embeds"] for group in CLINICAL_GROUPS]
-    assert not torch.equal(texts[0], texts[1]), "the groups' words reach the model"
+    assert texts[0].shape != texts[1].shape or not torch.equal(texts[0], texts[1]), "the groups' words reach the model"
 
 
 def test_images_are_drawn_as_stock_diffusers_draws_them(world, monkeypatch):
-    stock, backbone = world.stock(), world.backbone
-    source = torch.Generator().manual_seed(2)
-    noise = torch.randn(1, 16, 64, generator=source)
-    guided = world.folder.kind in OWN_ARGUMENTS
+    stock, backbone, shown = world.stock(), world.backbone, Image.fromarray(picture()).convert("RGB")
+    noise = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(2))
+    conditions = flow.pack_latents(world.codec.encode_structure(picture()[None]))
     # Where the stock pipeline samples the condition's posterior, ours takes its mode.
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda posterior, generator=None: posterior.mode())
-    shown = Image.fromarray(picture()).convert("RGB")
-    with torch.no_grad():
-        expected = stock(
-            prompt=PROMPT,
-            **(OWN_ARGUMENTS.get(world.folder.kind) or {}),
-            **({"image": shown} if guided else {"control_image": shown}),
-            height=SIZE_PX,
-            width=SIZE_PX,
-            guidance_scale=EMBEDDED_GUIDANCE,
-            num_inference_steps=STEPS,
-            latents=noise,
-            output_type="latent",
-            max_sequence_length=NUM_TEXT_TOKENS,
-        ).images
-    model = backbone.build(torch.float32, None)
-    conditions = flow.pack_latents(world.codec.encode_structure(picture()[None]))
-    texts = [world.text(PROMPT), world.text(NEGATIVE_PROMPT)][: 1 + guided]
+    expected = stock_latents(world.folder.kind, stock, noise, conditions, shown)
+
+    guidance_scale = 1.0 if world.folder.kind == "flux_control" else GUIDANCE
+    texts = [world.text(PROMPT), world.text(NEGATIVE_PROMPT)][: 1 if guidance_scale == 1 else 2]
     schedule = world.folder.noise_schedule()
     sigmas = flow.sampling_sigmas(STEPS, flow.resolution_shift(16, schedule), schedule)
-    predict = backbone.predictor(model, conditions, texts, TOKENS_HW)
-    found = sample(predict, noise, sigmas, GUIDANCE if guided else 1.0, guidance=backbone.guidance)
+    predict = backbone.predictor(backbone.build(torch.float32, None), conditions, texts, TOKENS_HW)
+    found = sample(predict, noise, sigmas, guidance_scale, guidance=backbone.guidance)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_noise_levels_are_those_of_the_stock_scheduler(world):
+    schedule = world.folder.noise_schedule()
+    stock = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(world.folder.path / "scheduler")
+    shift = flow.resolution_shift(576, schedule)
+    if world.folder.kind == "kandinsky5":
+        stock.set_timesteps(STEPS)
+    else:
+        stock.set_timesteps(sigmas=np.linspace(1, 1 / STEPS, STEPS), mu=shift)
+    torch.testing.assert_close(flow.sampling_sigmas(STEPS, shift, schedule), stock.sigmas, rtol=0, atol=1e-6)
+
+
+def test_tables_and_dtypes_of_a_built_model_are_those_of_the_stock_class(world):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = world.backbone.build(dtype, None)
+        stock = type(model).from_pretrained(world.folder.path / "transformer", torch_dtype=dtype)
+        for (name, ours), (same, theirs) in zip(model.named_buffers(), stock.named_buffers(), strict=True):
+            assert (name, ours.dtype) == (same, theirs.dtype)
+            assert torch.equal(ours, theirs)
+        assert {n: p.dtype for n, p in model.named_parameters()} == {n: p.dtype for n, p in stock.named_parameters()}
 
 
 def test_latents_come_back_from_the_vae_as_grey_frames(world):
@@ -146,10 +189,7 @@ def test_a_new_adapter_changes_nothing_bit_for_bit_and_every_linear_of_it_learns
     model = backbone.build(dtype, None).requires_grad_(False)
     source = torch.Generator().manual_seed(1)
     latents, conditions = torch.randn(2, 2, 16, 64, generator=source).to(dtype)
-    text = {
-        name: torch.cat([world.text(PROMPT)[name], world.text(NEGATIVE_PROMPT)[name]]).to(dtype)
-        for name in backbone.text
-    }
+    text = {name: torch.cat([tensor, tensor.flip(1)]).to(dtype) for name, tensor in world.text(PROMPT).items()}
     sigma = torch.tensor([0.3, 0.8])
     before = backbone.velocity(model, latents, conditions, text, sigma, TOKENS_HW).detach()
     names = backbone.linear_names(model, ("attn", "mlp"))
@@ -179,16 +219,19 @@ def test_a_target_that_matches_nothing_is_refused_by_name(world):
 
 def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(world):
     words = PROMPT + " nerve" * NUM_TEXT_TOKENS
-    with pytest.raises(ConfigError, match=r"has \d+ tokens, T5 takes 64"):
-        world.prompts.encode([words], [None])
+    if world.folder.kind != "kandinsky5":
+        with pytest.raises(ConfigError, match=r"has \d+ tokens, T5 takes 64"):
+            world.prompts.encode([words], [None])
     with pytest.raises(ConfigError, match=r"has \d+ tokens, CLIP takes 77"):
         world.prompts.pooled([words])
 
 
-def test_a_gated_model_that_is_not_there_is_told_how_to_get(world, tmp_path):
+def test_a_model_that_is_not_there_is_told_how_to_get(world, tmp_path):
     (tmp_path / "model_index.json").write_bytes((world.folder.path / "model_index.json").read_bytes())
-    with pytest.raises(ModelError, match=r"scheduler_config.json is missing; .*accept its licence at https://hugg.*"):
+    with pytest.raises(ModelError, match=r"scheduler_config\.json is missing") as told:
         ModelFolder.open(tmp_path)
+    assert ("accept its licence at https://huggingface.co/black" in str(told.value)) == world.folder.layout.is_gated
+    assert f"hf download {world.folder.repository}" in str(told.value)
 
 
 def test_no_model_that_only_encodes_is_taken_for_a_backbone(tmp_path):
