@@ -255,13 +255,18 @@ def test_samples_read_one_by_one_bring_them_too(folder, tmp_path):
 
 
 def test_folds_keep_them(tmp_path):
-    source = [with_hole(with_points(sample(0, "Control", number, 0, 64))) for number in range(4)]
+    source = [with_points(sample(0, "Control", number, 0, 64)) for number in range(4)]
+    source[0] = with_hole(source[0])
     write_set(tmp_path / "set", "phantom", (("train", triple) for triple in source), 4)
-    manifest = write_fold_set(FoldShardsConfig(source=tmp_path / "set", out=tmp_path / "fold", fold=0, num_folds=4))
-    found = {triple.key: triple for shard in manifest.shards for triple in read_shard(tmp_path / "fold", shard)}
-    assert len(found) == 4
-    for triple in source:
-        assert_same(found[triple.key], triple)
+    for fold in range(4):
+        out = tmp_path / f"fold{fold}"
+        manifest = write_fold_set(FoldShardsConfig(source=tmp_path / "set", out=out, fold=fold, num_folds=4))
+        found = {triple.key: triple for shard in manifest.shards for triple in read_shard(out, shard)}
+        is_tested = any(source[0].meta.subject in entry.subjects for entry in manifest.of_split("test"))
+        expected = source if is_tested else source[1:]
+        assert found.keys() == {triple.key for triple in expected}
+        for triple in expected:
+            assert_same(found[triple.key], triple)
 
 
 def test_phantoms_without_points_are_the_set_that_they_were_and_points_add_one_member(tmp_path):
