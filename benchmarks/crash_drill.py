@@ -35,7 +35,7 @@ from drill.summary import add_recoveries, effective_share, rows, table, told
 from drill.world import EVERY_STEPS, SETTINGS, data_overrides, make_world
 
 from ccmdist.cluster.ledger import read_ledger
-from ccmdist.cluster.run_directory import Outcome, RunDirectory
+from ccmdist.cluster.run_directory import MAX_ATTEMPTS_WITHOUT_PROGRESS, RunDirectory
 from ccmdist.config.loading import load, resolved
 from ccmdist.config.train import TrainConfig
 from ccmdist.diagnostics.goodput import goodput
@@ -168,7 +168,7 @@ class Drill:
             record.corrupt.append(f"step {start} was loaded though {damaged} had been damaged ({fault.action})")
         if not damaged and attempt.first_step not in (None, start):
             record.wrong.append(f"went on from step {attempt.first_step} though {start} was committed")
-        record.wrong += _wrong_ends(record, RunDirectory(self.run).outcome())
+        record.wrong += wrong_ends(record, RunDirectory(self.run))
         self.records.append(record)
         return record
 
@@ -258,20 +258,28 @@ class Drill:
         return undisturbed.steps()[steps - 1][0] - undisturbed.start
 
 
-def _wrong_ends(record: Record, outcome: Outcome | None) -> list[str]:
-    """What must not be in how an attempt ended."""
-    fault, attempt = record.fault, record.attempt
+def wrong_ends(record: Record, run: RunDirectory) -> list[str]:
+    """What must not be in how an attempt ended.
+
+    A signal puts the run back; but one that comes when the last attempts, this one among them, have all begun where it
+    ends must say that they bring nothing new.
+    """
+    fault, attempt, outcome = record.fault, record.attempt, run.outcome()
+    begun = [one["first_step"] for one in run.attempts()[-MAX_ATTEMPTS_WITHOUT_PROGRESS:]]
+    is_stuck = begun == [record.committed] * MAX_ATTEMPTS_WITHOUT_PROGRESS
+    expected = "refused" if fault.kind in kinds.SIGNALS and is_stuck else "requeue"
     wrong = []
     if fault.kind in kinds.SIGNALS:
         if record.lost:
             wrong.append(f"{record.lost} steps lost to a signal")
-        if any(attempt.exit_codes) or outcome is None or outcome.state != "requeue":
+        if any(attempt.exit_codes) or outcome is None or outcome.state != expected:
             wrong.append(f"a signal ended with {attempt.exit_codes} and {outcome}")
     if attempt.first_step is None and fault.kind not in (kinds.KILL_ANYTIME, kinds.SIGNAL_ANYTIME, kinds.FULL_DISK):
         wrong.append("the run did not come as far as training")
     if attempt.struck is None:
         wrong.append("the fault did not strike")
-    if fault.kind != kinds.FULL_DISK and outcome is not None and outcome.state == "refused":
+    may_refuse = fault.kind == kinds.FULL_DISK or expected == "refused"
+    if not may_refuse and outcome is not None and outcome.state == "refused":
         wrong.append(f"the run refuses to go on: {outcome.reason}")
     if fault.kind == kinds.HANG and not attempt.said(f"hang: rank {fault.rank} does not answer"):
         wrong.append(f"nobody names the hung rank {fault.rank}")

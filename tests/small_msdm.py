@@ -3,12 +3,13 @@
 import torch
 
 from ccmdist.config.objectives import MsdmSettings, MsdmVaeSettings
-from ccmdist.models import msdm_unet
+from ccmdist.models import msdm, msdm_unet
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.msdm import SCALING_FACTOR, make_vae
 from ccmdist.models.network_state import NetworkState, write_network
 
 VAE = MsdmVaeSettings(channels=(8, 16, 16), latent_channels=4, layers_per_block=1, crop_px=32)
+SETTINGS = MsdmVaeSettings(channels=(16, 32, 32), layers_per_block=1, latent_channels=4, crop_px=32, max_text_tokens=48)
 UNET = MsdmSettings(
     channels=(32, 32),
     layers_per_block=1,
@@ -38,3 +39,11 @@ def network_state(encoders, size_px=64, settings=UNET, facts=None):
             torch.nn.init.normal_(parameter, std=0.02, generator=source)
     known = {"base_digest": msdm_unet.encoders_digest(folder.encoder_identity()), "training_split": "train"}
     return NetworkState.of(settings, size_px, unet.state_dict(), known | (facts or {}), encoders)
+
+
+def make_small_msdm(path, seed=0, scaling_factor=2.0, **changes):
+    """The folder of a first stage with SETTINGS and ``changes`` of them, opened."""
+    settings = SETTINGS.model_copy(update=changes)
+    tensors = make_vae(settings, seed).state_dict()
+    msdm.write_encoders(path, settings, {SCALING_FACTOR: repr(scaling_factor)}, tensors)
+    return ModelFolder.open(path, "msdm")

@@ -11,6 +11,9 @@ from drill import faults as kinds
 from drill.attempt import Attempt
 from drill.world import EVERY_STEPS
 
+VERDICTS = {True: "holds", False: "FAILS", None: "told "}
+"""By whether a row holds; None where there is no limit."""
+
 
 def effective_share(attempts: Sequence[Attempt]) -> float:
     """ETTR: seconds of the steps whose result survived, by the wall time of all attempts."""
@@ -113,6 +116,6 @@ def told(result: dict[str, Any]) -> str:
         *(f"CORRUPT: {text}" for text in result["corrupt"]),
         *(f"WRONG: {text}" for text in result["wrong"]),
         "",
-        *(f"{'holds' if row['holds'] else 'FAILS'}  {row['claim']}: {row['ours']}" for row in result["rows"]),
+        *(f"{VERDICTS[row['holds']]}  {row['claim']}: {row['ours']}" for row in result["rows"]),
     ]
     return "\n".join(lines)

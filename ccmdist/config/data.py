@@ -13,8 +13,6 @@ Flip = Literal["hflip", "vflip", "rot180"]
 Prompts = Literal["given", "next_group"]
 HoleShape = Literal["rectangle", "stroke", "band", "quadrant", "everything"]
 Structure = Literal["mask", "points", "mask_and_points"]
-USUAL: Final = {"prompts": "given", "structure": "mask", "holes": None}
-"""Settings of data that were added later, and what they mean where they are not told."""
 PX_PER_TOKEN: Final = 16
 """Of an edge of an image: the VAE divides edges by 8, and a token is a patch of 2 x 2 latents."""
 
@@ -116,6 +114,10 @@ class DataSettings(Settings):
         """Written as before these settings existed, and so with the same digest, unless they are set."""
         values: dict[str, Any] = handler(self)
         return {name: value for name, value in values.items() if name not in USUAL or value != USUAL[name]}
+
+
+USUAL: Final = {name: DataSettings.model_fields[name].default for name in ("prompts", "structure", "holes")}
+"""Settings of data that were added later, and what they mean where they are not told."""
 
 
 class PrecomputeConfig(Settings):

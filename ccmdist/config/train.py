@@ -248,8 +248,7 @@ class TrainConfig(Settings):
     def _what_applies(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """What applies. Settings of `edit` are written as before there were other objectives: so are their digests."""
         values: dict[str, Any] = handler(self)
-        is_edit = self.objective.kind == "edit"
-        silent = () if self.objective.kind == "dual" else ("objective",) if is_edit else OF_EDIT
+        silent = OF_EDIT if self.objective.trains == "network" else ("objective",) * (self.objective.kind == "edit")
         return {name: value for name, value in values.items() if name not in silent}
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ccmdist.ccm.biomarkers import BIOMARKERS_VERSION, QUANTITIES, biomarkers
-from ccmdist.ccm.overlap import centreline_dice, dice
+from ccmdist.ccm.overlap import centreline_dice, dice, offset_px
 from ccmdist.ccm.segmenter import SEGMENTER_VERSION, segment
 from ccmdist.ccm.skeleton import Bools
 from ccmdist.commit import digest_of
@@ -21,7 +21,6 @@ from ccmdist.evaluation.columns import CHAIN_CODE, FOUND, GIVEN
 from ccmdist.evaluation.fidelity.appearance import appearance
 from ccmdist.evaluation.fidelity.in_hole import measured_in_hole
 from ccmdist.evaluation.fidelity.paired import blurred, similarity, without_similarity
-from ccmdist.evaluation.overlap import offset_px
 from ccmdist.evaluation.sets import ImageSet, SourceFrames
 from ccmdist.evaluation.stored import commit_numbers, read_numbers, stored_path
 

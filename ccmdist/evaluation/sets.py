@@ -219,31 +219,33 @@ class SourceFrames:
 
     def of(self, triple: Triple) -> Triple | None:
         """The frame whose mask a synthetic sample was drawn from, or None if it is not in the split."""
-        source_key = (triple.meta.provenance or {}).get("source_key")
-        return self.find(source_key) if isinstance(source_key, str) else None
+        return self.find(_source_key(triple))
 
     def find(self, source_key: str) -> Triple | None:
         """The frame, or None if it is not in the split."""
-        if source_key in self._shard_of:
-            return self._triples(self._shard_of[source_key])[source_key]
-        key, _, flip = source_key.rpartition("-")
-        if flip not in FLIPS or key not in self._shard_of:
+        key, flip = self._parted(source_key)
+        if key not in self._shard_of:
             return None
-        return flipped(self._triples(self._shard_of[key])[key], flip)
+        frame = self._triples(self._shard_of[key])[key]
+        return flipped(frame, flip) if flip else frame
 
     def of_another(self, triple: Triple) -> Triple | None:
         """The next frame of another subject in the shard of the frame that a synthetic sample was drawn from.
 
         None if that frame is not in the split, or all of its shard are of one subject.
         """
-        source_key = (triple.meta.provenance or {}).get("source_key")
-        key = str(source_key) if source_key in self._shard_of else str(source_key).rpartition("-")[0]
+        key, _ = self._parted(_source_key(triple))
         if key not in self._shard_of:
             return None
         frames = list(self._triples(self._shard_of[key]).values())
         at = next(number for number, frame in enumerate(frames) if frame.key == key)
         others = (frame for frame in [*frames[at:], *frames[:at]] if frame.meta.subject != frames[at].meta.subject)
         return next(others, None)
+
+    def _parted(self, source_key: str) -> tuple[str, str]:
+        """The key of a frame, and the flip of which it is a view; empty if it is the frame itself."""
+        key, _, flip = source_key.rpartition("-")
+        return (key, flip) if flip in FLIPS and source_key not in self._shard_of else (source_key, "")
 
     @cached_property
     def _shard_of(self) -> dict[str, str]:
@@ -252,6 +254,11 @@ class SourceFrames:
 
     def _loaded(self, shard: str) -> dict[str, Triple]:
         return {triple.key: triple for triple in self._real.triples(self._entries[shard], self._shape)}
+
+
+def _source_key(triple: Triple) -> str:
+    """What a synthetic sample names as its source; empty if it names none."""
+    return str((triple.meta.provenance or {}).get("source_key", ""))
 
 
 def _opened(setting: str, folder: Path, split: Split, remedy: str) -> ImageSet:

@@ -17,7 +17,7 @@ from ccmdist.models.network_folder import ABOUT_FILE, REMEDY
 from ccmdist.models.network_kinds import NETWORKS
 from ccmdist.models.network_state import NetworkState, read_network
 from ccmdist.train.checkpoint import Checkpoint
-from ccmdist.train.objectives.latent_samples import spread_over
+from ccmdist.train.objectives.ordered_samples import spread_over
 
 
 def find_network(path: Path) -> NetworkState:

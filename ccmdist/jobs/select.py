@@ -34,7 +34,8 @@ from ccmdist.errors import CheckpointError, EvaluationError, Preempted
 from ccmdist.jobs.candidates import Candidates, open_candidates
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.synthesis.claims import order_of_help, share
-from ccmdist.synthesis.plan import NF4, PLAN, expected_batches, make_plan, read_plan, refuse_other_set
+from ccmdist.synthesis.plan import NF4, PLAN, read_plan, refuse_other_set
+from ccmdist.synthesis.planning import expected_batches, make_plan
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,17 +13,8 @@ from ccmdist.jobs.adapter_names import refuse_what_was_not_trained
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.network_folder import ABOUT_FILE, read_about
 from ccmdist.synthesis.output import SyntheticSet
-from ccmdist.synthesis.plan import (
-    PLAN,
-    UNTUNED,
-    Plan,
-    base_of,
-    expected_batches,
-    make_network_plan,
-    make_plan,
-    read_plan,
-    refuse_other_set,
-)
+from ccmdist.synthesis.plan import PLAN, Plan, read_plan, refuse_other_set
+from ccmdist.synthesis.planning import UNTUNED, base_of, expected_batches, make_network_plan, make_plan
 from ccmdist.synthesis.verify import verify_against_plan
 
 FORCED_EXIT_S = 3600.0

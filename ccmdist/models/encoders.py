@@ -15,18 +15,16 @@ import math
 import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage
-from diffusers.models.modeling_utils import no_init_weights
 from PIL import Image
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 
 from ccmdist.errors import ModelError
-from ccmdist.models.checkpoint_io import load_weights
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.processor import ImageTextProcessor, load_processor
 from ccmdist.models.template import CONDITION_EDGE_PX, EDIT_SYSTEM, NUM_DROPPED_TOKENS, encoder_text
-from ccmdist.models.vae import denormalised, for_single_frames, normalised
+from ccmdist.models.vae import denormalised, for_single_frames, loaded_vae, normalised
 
 
 class PromptEncoder:
@@ -114,11 +112,7 @@ class LatentCodec:
         Raises:
             ModelError: If the weights do not fit the config.
         """
-        with no_init_weights():
-            vae = AutoencoderKLQwenImage.from_config(folder.config("vae"))
-        torch.nn.Module.to(vae, device, dtype)
-        load_weights(vae, folder.weight_files("vae"))
-        return cls(vae.eval())
+        return cls(loaded_vae(AutoencoderKLQwenImage, folder, dtype, device))
 
     @torch.no_grad()
     def encode(self, pictures: np.ndarray) -> Tensor:

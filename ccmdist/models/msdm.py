@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers import __version__ as diffusers_version
-from diffusers.models.modeling_utils import no_init_weights
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
@@ -32,11 +31,11 @@ from transformers.utils import logging
 from ccmdist.commit import commit_bytes, commit_json, committed_file
 from ccmdist.config.objectives import MsdmSettings, MsdmVaeSettings
 from ccmdist.errors import ConfigError
-from ccmdist.models.checkpoint_io import load_weights
 from ccmdist.models.encoders import grey_of_rgb, rgb_of_grey, scaled_rgb
 from ccmdist.models.model_folder import MSDM_WEIGHT_FILES, ModelFolder
 from ccmdist.models.msdm_unet import scheduler_config
 from ccmdist.models.text_encoders import TextEncoder, chosen_text_encoder
+from ccmdist.models.vae import loaded_vae
 
 VAE_WEIGHTS: Final = f"vae/{MSDM_WEIGHT_FILES['vae']}.safetensors"
 SCALING_FACTOR: Final = "scaling_factor"
@@ -76,11 +75,7 @@ class MsdmCodec:
         Raises:
             ModelError: If the weights do not fit the config.
         """
-        with no_init_weights():
-            vae = AutoencoderKL.from_config(folder.config("vae"))
-        torch.nn.Module.to(vae, device, dtype)
-        load_weights(vae, folder.weight_files("vae"))
-        return cls(vae.eval())
+        return cls(loaded_vae(AutoencoderKL, folder, dtype, device))
 
     @property
     def factor(self) -> int:

@@ -185,11 +185,6 @@ def _copy(source: Path, folder: Path) -> None:
             shutil.copyfile(file, temporary)
 
 
-def unconditional(text_LD: Tensor, count: int) -> Tensor:
-    """The negative prompt's states, once for each of ``count`` samples."""
-    return text_LD.unsqueeze(0).expand(count, *text_LD.shape)
-
-
 def dropped(text_BLD: Tensor, null_LD: Tensor, is_dropped: Sequence[bool]) -> Tensor:
     """States of prompts, of those that are dropped the negative prompt's."""
     at_B = torch.tensor(is_dropped, device=text_BLD.device).view(-1, 1, 1)

@@ -7,11 +7,17 @@ the cost, in the forward and in the backward pass.
 Shape suffixes: B samples, C channels, H W rows and columns, T = 1 frame.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor
+
+from ccmdist.models.checkpoint_io import load_weights
+from ccmdist.models.model_folder import ModelFolder
 
 
 class SingleFrameConvolution(QwenImageCausalConv3d):
@@ -53,3 +59,22 @@ def _statistics(latents: Tensor, vae: AutoencoderKLQwenImage) -> tuple[Tensor, T
     shape = (1, -1, *[1] * (latents.dim() - 2))
     mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
     return mean.view(shape).to(latents), std.view(shape).to(latents)
+
+
+def loaded_vae(kind: Any, folder: ModelFolder, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """The VAE of a model folder, of whatever class it is; nothing is fetched.
+
+    Args:
+        kind: The class, of diffusers.
+        folder: The model.
+        dtype: Of its weights.
+        device: Where they lie.
+
+    Raises:
+        ModelError: If the weights do not fit the config.
+    """
+    with no_init_weights():
+        vae = kind.from_config(folder.config("vae"))
+    torch.nn.Module.to(vae, device, dtype)
+    load_weights(vae, folder.weight_files("vae"))
+    return vae.eval()

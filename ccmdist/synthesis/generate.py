@@ -44,7 +44,8 @@ from ccmdist.precompute.fill import DTYPES
 from ccmdist.synthesis import base
 from ccmdist.synthesis.networks import NetworkDrawing
 from ccmdist.synthesis.output import SyntheticSet
-from ccmdist.synthesis.plan import NF4, UNTUNED, Plan, base_of, make_plan
+from ccmdist.synthesis.plan import NF4, Plan
+from ccmdist.synthesis.planning import UNTUNED, base_of, make_plan
 from ccmdist.synthesis.requests import Request
 from ccmdist.synthesis.sampler import Sampler, noise_of, refuse_non_finite
 from ccmdist.synthesis.sources import Sources

@@ -35,7 +35,8 @@ from ccmdist.models.network_kinds import NETWORKS
 from ccmdist.models.network_state import NetworkState
 from ccmdist.precompute.fill import DTYPES
 from ccmdist.synthesis.output import SyntheticSet
-from ccmdist.synthesis.plan import Plan, make_network_plan
+from ccmdist.synthesis.plan import Plan
+from ccmdist.synthesis.planning import make_network_plan
 from ccmdist.synthesis.requests import Request
 from ccmdist.synthesis.sampler import Sampler, noise_of, refuse_non_finite
 from ccmdist.synthesis.trained_for import refuse_another_structure

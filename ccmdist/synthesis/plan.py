@@ -1,4 +1,4 @@
-"""What is to be drawn: one request per image, in fixed batches; imports no torch.
+"""What is to be drawn, one request per image in fixed batches, and its file; imports no torch.
 
 The batch is the unit of work, and its members never change: worker i of n draws ``batches[i::n]``, whatever n is.
 The plan's digest covers all that decides the bytes of an image, and every image carries it.
@@ -6,8 +6,7 @@ The plan's digest covers all that decides the bytes of an image, and every image
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -17,25 +16,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ccmdist.commit import commit_json, digest_of
 from ccmdist.config.data import Dtype, HoleSettings, Prompts, Split, Structure
 from ccmdist.config.objectives import NetworkKind
-from ccmdist.config.synthesize import SynthesizeConfig
-from ccmdist.console import log
-from ccmdist.data.cache_index import CacheEntry, find_cache, flips, indexes
 from ccmdist.data.given_prompts import prompted_group
-from ccmdist.data.manifest import MANIFEST, ShardEntry, read_manifest
-from ccmdist.data.shard_samples import ShardSamples
+from ccmdist.data.manifest import MANIFEST
 from ccmdist.data.writer import shards_in
-from ccmdist.errors import OF_THE_MACHINE, ConfigError, ModelError, RunError, ShardError
-from ccmdist.models.model_folder import ModelFolder
-from ccmdist.models.network_folder import NetworkAbout
-from ccmdist.synthesis.requests import Batch, Request, batches_of
+from ccmdist.errors import OF_THE_MACHINE, RunError, ShardError
+from ccmdist.synthesis.requests import Batch, Request
 
 CONTENT_VERSION: Final = 2
 """Raised when the same plan gives other images: another sampler, another place of the noise, other members."""
 PLAN: Final = "plan.json"
-UNTUNED: Final = "untuned"
-"""Stands for the digest of an adapter where there is none."""
-NONE: Final = "none"
-"""Stands for the digest of what a network from scratch does not have."""
 Base = Literal["bf16", "fp32", "nf4"]
 """How the base model is held: in the dtype of the run, or its blocks in 4 bits."""
 NF4: Final = "nf4"
@@ -82,13 +71,9 @@ class PlanSettings:
 
 
 LATER: Final = {
-    "prompts": "given",
-    "network_kind": None,
-    "network_digest": None,
-    "structure": "mask",
-    "holes": None,
-    "completion_digest": None,
-    "eta": 0.0,
+    field.name: field.default
+    for field in fields(PlanSettings)
+    if field.default is not MISSING and field.name != "content_version"
 }
 """Settings that were added without another CONTENT_VERSION, and what they mean where they are not told."""
 
@@ -181,157 +166,6 @@ class Plan(BaseModel):
         return told
 
 
-def base_of(config: SynthesizeConfig) -> Base | None:
-    """How the base is held, if the settings or the plan of a begun set say so; None if the card is to decide.
-
-    Raises:
-        ShardError: If the plan there cannot be read.
-    """
-    if config.base != "auto":
-        return config.base
-    return read_plan(config.out).settings.base if (config.out / PLAN).exists() else None
-
-
-def make_plan(
-    config: SynthesizeConfig,
-    model: ModelFolder,
-    encoders: dict[str, Any],
-    adapter_digest: str,
-    base: Base,
-    completion_digest: str | None = None,
-) -> Plan:
-    """The plan of a config; writes nothing and draws nothing.
-
-    Args:
-        config: Masks, number of images, settings of the sampler.
-        model: The folder that ``config`` names.
-        encoders: Its ``encoder_identity()``, which reads weights.
-        adapter_digest: Of the adapter that will draw, or "untuned".
-        base: How the base model will be held.
-        completion_digest: Of the adapter that will fill holes, if that is another one.
-
-    Raises:
-        CacheError: If no cache fits, or shards are missing in it.
-        ConfigError: If the split is empty, a key would become too long, or there are too many batches.
-    """
-    manifest = read_manifest(config.data.shards)
-    folder, cache_digest = find_cache(config.data, manifest.digest, encoders)
-    settings = _settings(
-        config,
-        source_set_digest=manifest.digest,
-        cache_digest=cache_digest,
-        base_digest=model.transformer_digest(),
-        adapter_digest=adapter_digest,
-        noise_schedule_digest=digest_of(model.noise_schedule()),
-        base=base,
-        completion_digest=completion_digest,
-    )
-    shards = manifest.of_split(config.split)
-    return Plan(settings=settings, batches=batches_of(config, _entries(config, folder, shards)))
-
-
-def make_network_plan(config: SynthesizeConfig, network: NetworkAbout) -> Plan:
-    """The plan of a config for a network that was trained from scratch; writes nothing and draws nothing.
-
-    A network that sees pixels needs no cache and no model folder.
-
-    Raises:
-        CacheError: If the network sees latents, and no cache fits, or shards are missing in it.
-        ConfigError: If the split is empty, a key would become too long, there are too many batches, or noise is to be
-            added anew by a network that has no place for it.
-        ShardError: If the network sees pixels, and a tar is not the one that the manifest names.
-        ModelError: If the network draws no images, or the model folder is of another kind than it needs.
-    """
-    _refuse_network(config, network)
-    manifest, data = read_manifest(config.data.shards), config.data
-    cache_digest = schedule_digest = NONE
-    if network.settings.sees == "latents":
-        model = ModelFolder.open(data.model, *network.settings.model_kinds)
-        folder, cache_digest = find_cache(data, manifest.digest, model.encoder_identity())
-        schedule_digest = digest_of(model.noise_schedule())
-        entries = _entries(config, folder, manifest.of_split(config.split))
-    else:
-        entries = _refuse_none(config, list(ShardSamples(data, (config.split,)).entries(config.split)))
-    settings = _settings(
-        config,
-        source_set_digest=manifest.digest,
-        cache_digest=cache_digest,
-        base_digest=network.facts.get("base_digest", NONE),
-        adapter_digest=NONE,
-        noise_schedule_digest=schedule_digest,
-        base="fp32",
-        network=network,
-    )
-    return Plan(settings=settings, batches=batches_of(config, entries))
-
-
-def _refuse_network(config: SynthesizeConfig, network: NetworkAbout) -> None:
-    if not network.settings.draws:
-        raise ModelError(
-            f"{config.network}: is a network of {network.kind}, which draws no images of masks",
-            network.settings.serves,
-        )
-    if network.settings.adds_noise:
-        return
-    if config.eta:
-        raise ConfigError(
-            f"eta: {config.eta:g}, but a network of {network.kind} draws without noise of its own", "leave eta out"
-        )
-    if config.denoise_steps < 2 and network.settings.has_noise_levels:
-        raise ConfigError("denoise_steps: 1 is too few for a flow", "use at least 2")
-
-
-def _settings(
-    config: SynthesizeConfig,
-    *,
-    source_set_digest: str,
-    cache_digest: str,
-    base_digest: str,
-    adapter_digest: str,
-    noise_schedule_digest: str,
-    base: Base,
-    completion_digest: str | None = None,
-    network: NetworkAbout | None = None,
-) -> PlanSettings:
-    data, is_one_pass = config.data, network is not None and not network.settings.has_noise_levels
-    return PlanSettings(
-        source_set_digest=source_set_digest,
-        cache_digest=cache_digest,
-        base_digest=base_digest,
-        adapter_digest=adapter_digest,
-        noise_schedule_digest=noise_schedule_digest,
-        base=base,
-        split=config.split,
-        image_size_px=data.image_size_px,
-        dtype=data.dtype,
-        prompts=data.prompts,
-        images_per_mask=config.images_per_mask,
-        batch_size=config.batch_size,
-        batches_per_shard=config.batches_per_shard,
-        denoise_steps=1 if is_one_pass else config.denoise_steps,
-        guidance_scale=1.0 if is_one_pass else config.guidance_scale,
-        compile_blocks=config.compile_blocks,
-        seed=config.seed,
-        network_kind=network.kind if network else None,
-        network_digest=network.digest if network else None,
-        structure=data.structure,
-        holes=data.holes if config.completes else None,
-        completion_digest=completion_digest,
-        eta=config.eta,
-    )
-
-
-def expected_batches(config: SynthesizeConfig) -> int:
-    """How many batches the plan will have if all prompts have one length in tokens; needs the shard manifest alone.
-
-    Raises:
-        ShardError: If there is no shard set.
-    """
-    num_views = 1 + len(flips(config.data)) if config.split == "train" else 1
-    num_samples = sum(shard.num_samples for shard in read_manifest(config.data.shards).of_split(config.split))
-    return -(-num_samples * num_views * config.images_per_mask // config.batch_size) * len(config.objectives)
-
-
 def accept_plan(folder: Path, plan: Plan) -> None:
     """Write the plan of a new set, or check that the set in ``folder`` has this very plan.
 
@@ -397,15 +231,3 @@ def _refuse_differences(path: Path, before: dict[str, Any], now: dict[str, Any])
 def _shown(value: Any) -> str:
     text = str(value)
     return text[:12] if len(text) == hashlib.sha256().digest_size * 2 else text
-
-
-def _entries(config: SynthesizeConfig, folder: Path, shards: Sequence[ShardEntry]) -> list[CacheEntry]:
-    return _refuse_none(config, [entry for index in indexes(folder, shards, config.data) for entry in index.entries])
-
-
-def _refuse_none(config: SynthesizeConfig, entries: list[CacheEntry]) -> list[CacheEntry]:
-    if not entries:
-        raise ConfigError(f"split: {config.data.shards} has no samples in {config.split}", "choose another split")
-    if config.split == "train":
-        log.warning("split=train: images of training subjects' masks; `ccmdist release` refuses them by default")
-    return entries

@@ -80,7 +80,7 @@ def _in_the_hole(objective, engine):
     from ccmdist.data.holes import unpacked
     from ccmdist.data.stream import collated
     from ccmdist.models.encoders import LatentCodec
-    from ccmdist.train.objectives.latent_samples import spread_over
+    from ccmdist.train.objectives.ordered_samples import spread_over
 
     codec, errors = LatentCodec.load(objective.folder, torch.float32, "cpu"), []
     with torch.no_grad():

@@ -7,7 +7,7 @@ Shape suffixes: B samples, N tokens of a level, H W rows and columns.
 """
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,12 +29,10 @@ from ccmdist.models.mllm import Prompts
 from ccmdist.train.mdf_network import base_digest, make_mdf_mllm
 from ccmdist.train.objectives.edit import movement_of
 from ccmdist.train.objectives.group_scores import group_scores
-from ccmdist.train.objectives.latent_samples import shared_by_ranks, spread_over
 from ccmdist.train.objectives.objective import Batch
+from ccmdist.train.objectives.ordered_samples import shared_by_ranks, spread_over
 from ccmdist.train.objectives.pixel_samples import PixelSamples, shown_frame, shown_mask
 from ccmdist.train.objectives.segment import mask_loss
-
-PARTS: Final = ("group", "mask")
 
 
 class DiagnosisSource:
@@ -60,6 +58,8 @@ class DiagnosisSource:
 class DiagnoseObjective(PixelSamples):
     """Learns groups by cross-entropy and, beside, nerve masks."""
 
+    figures = ("parts/group", "parts/mask")
+
     def __init__(self, config: TrainConfig, group: ProcessGroup) -> None:
         """Look through the shards and plan the order; the language model is read later.
 
@@ -70,12 +70,14 @@ class DiagnoseObjective(PixelSamples):
         """
         assert isinstance(config.objective, DiagnoseSettings), config.objective
         self.settings = config.objective
+        levels = [f"level{level}" for level in sorted(self.settings.fusion_levels)]
+        found = ["found"] if levels and self.settings.mask_weight else []
+        self.columns = "_".join(["mask", "frame", *found, *levels])
         super().__init__(config, group)
         _check_groups(self.entries)
         texts, size_px = all_diagnosis_prompts(), config.data.image_size_px
         self.source = DiagnosisSource(self.samples, Prompts(self.settings.mllm, texts, size_px))
         self.base_digest = base_digest(self.settings)
-        self._parts: dict[str, list[Tensor]] = {name: [] for name in PARTS}
         self._num_updates = -1  # the first call of after_step only says that the state was loaded
 
     def build(self, zero_config: dict[str, Any]) -> torch.nn.Module:
@@ -99,7 +101,7 @@ class DiagnoseObjective(PixelSamples):
         if masks_B1HW is not None:
             parts["mask"] = mask_loss(masks_B1HW, batch["nerve_masks"])
         for name, part in parts.items():
-            self._parts[name].append(part.detach())  # looked at when it is told: the host never waits for it here
+            self._note(f"parts/{name}", part)
         weights = {"group": 1.0, "mask": self.settings.mask_weight}
         return torch.stack([weights[name] * part for name, part in parts.items()]).sum()
 
@@ -115,14 +117,10 @@ class DiagnoseObjective(PixelSamples):
         Raises:
             RunError: If no magnitude of the adapter has moved at all.
         """
-        noted, self._parts = self._parts, {name: [] for name in PARTS}
-        sums = self.group.total([float(sum(values)) for values in noted.values()])
-        counts = self.group.total([float(len(values)) for values in noted.values()])
-        parts = {f"parts/{name}": total / n for name, total, n in zip(PARTS, sums, counts, strict=True) if n}
         gates = {f"gate/level_{name}": value for name, value in self.model.gates().items()}
         adapter = self.model.adapter
         moved = movement_of(adapter, self._num_updates, LLM) if isinstance(adapter, AdaptedLinears) else {}
-        return parts | gates | moved
+        return super().describe() | gates | moved
 
     def validate(self, model: torch.nn.Module) -> dict[str, float]:
         """Mean cross-entropy of held-out frames, and how well their groups are told apart. Collective."""
@@ -141,8 +139,7 @@ class DiagnoseObjective(PixelSamples):
         mean = float(-np.log(probabilities[np.arange(len(labels)), labels].clip(1e-12)).mean())
         return {"mean": mean} | group_scores(labels, probabilities)
 
-    def _row(self, model: torch.nn.Module, batch: Batch) -> Tensor:
-        """See :class:`PixelSamples`."""
+    def _shown(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         _, masks_B1HW, attended = self._diagnosed(model, batch)
         frame = shown_frame(batch)
         columns = [shown_mask(batch), frame]
@@ -150,11 +147,6 @@ class DiagnoseObjective(PixelSamples):
             columns.append((masks_B1HW[0, 0].sigmoid() * 255).round().to(torch.uint8).cpu())
         columns += [overlay(frame, attended[name][0].cpu()) for name in sorted(attended)]
         return torch.cat(columns, dim=1)
-
-    def _name_of_rows(self) -> str:
-        """See :class:`PixelSamples`."""
-        levels = "".join(f"_level{level}" for level in sorted(self.settings.fusion_levels))
-        return f"mask_frame{'_found' if levels and self.settings.mask_weight else ''}{levels}"
 
     def _diagnosed(self, model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """What the model says of a batch: it is given images and prompts, and nothing else."""

@@ -40,11 +40,12 @@ PICTURES: Final[dict[str, str]] = {
     "synthesis": "samples/synthesis_structure_real_sampled",
     "completion": "samples/completion_structure_holed_real_filled",
 }
+"""Names of the grids, which tell their columns."""
 FIRST_BATCH: Final[dict[str, str]] = {
     "synthesis": "first_batch/synthesis_structure_target_input",
     "completion": "first_batch/completion_structure_holed_target_input",
 }
-"""Names of the grids, which tell their columns."""
+"""The same of the first samples of a run."""
 
 
 def adapter_of_step(seed: int, step: int, settings: DualSettings) -> AdapterName:

@@ -6,22 +6,18 @@ Shape suffixes: B samples, C channels, h w latent rows and columns, Q noise leve
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from ccmdist.adapters.growth import RankGrowth
-from ccmdist.cluster.preemption import ignore_stop_signals
 from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.cache_index import CacheEntry
 from ccmdist.data.latent_cache import LatentCache
-from ccmdist.data.order import Order
-from ccmdist.data.stream import SampleStream, batches
 from ccmdist.models.model_folder import ModelFolder
-from ccmdist.train.objectives.objective import Batch
+from ccmdist.train.objectives.ordered_samples import OrderedSamples, shared_by_ranks, spread_over
 
 Latents = tuple[torch.Tensor, ...]
 """Of one sample, (1, C, h, w) each: what is shown of it, and what a model draws."""
@@ -35,11 +31,8 @@ class Codec(Protocol):
         ...
 
 
-class LatentSamples(ABC):
+class LatentSamples(OrderedSamples, ABC):
     """The samples of a cache, in the order of the run."""
-
-    growth: RankGrowth | None = None
-    """Of ranks that grow; see :class:`Objective`."""
 
     def __init__(self, config: TrainConfig, group: ProcessGroup) -> None:
         """Open the cache and plan the order; no weights are read yet.
@@ -49,13 +42,10 @@ class LatentSamples(ABC):
             ConfigError: If there are too few samples, or the batch does not divide over the ranks.
             ModelError: If the model folder is not complete, or of another kind.
         """
-        self.config, self.group = config, group
         self.folder = ModelFolder.open(config.data.model, *config.objective.model_kinds)
         self.cache = LatentCache.open(config.data, self.folder.encoder_identity())
-        self.entries = self.cache.entries("train")
-        self.order = Order(self.entries, config.seed, config.micro_batch_size, config.balance, config.shuffle_window)
-        self.order.cells_of_step(0, config.global_batch_size, group.ranks.global_rank, group.ranks.world_size)
         self.data_digest = self.cache.digest
+        super().__init__(config, group, self.cache, self.cache.entries("train"))
         self._drawn: list[float] = []
 
     @abstractmethod
@@ -74,20 +64,6 @@ class LatentSamples(ABC):
     def _codec(self) -> Codec:
         """The VAE, loaded when pictures are wanted."""
 
-    def batches(self, first_step: int) -> Iterable[Batch]:
-        """This rank's micro-batches from ``first_step`` on."""
-        ranks = self.group.ranks
-        stream = SampleStream(
-            self.cache,
-            self.entries,
-            self.order,
-            self.config.global_batch_size,
-            ranks.global_rank,
-            ranks.world_size,
-            first_step,
-        )
-        return batches(stream, self.config.num_loader_workers, ignore_stop_signals)
-
     def validate(self, model: torch.nn.Module) -> dict[str, float]:
         """Held-out loss at each fixed noise level and their mean; noise is fixed per sample. Collective."""
         entries = spread_over(self.cache.entries("val"), self.config.validation.num_samples)
@@ -100,6 +76,10 @@ class LatentSamples(ABC):
         losses = [total / len(entries) for total in self.group.total(sums)]
         named = {f"sigma_{s:g}": loss for s, loss in zip(self.config.validation.sigmas, losses, strict=True)}
         return {"mean": sum(losses) / len(losses)} | named
+
+    def describe(self) -> dict[str, float]:
+        """No figures beside the losses."""
+        return {}
 
     def images(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Rows of mask, real and sampled image for some held-out samples, on rank 0. Collective."""
@@ -130,18 +110,3 @@ class LatentSamples(ABC):
         codec = self._codec()
         pictures = [[codec.decode(latents.float().to(self.group.device))[0] for latents in row] for row in rows]
         return torch.from_numpy(np.vstack([np.hstack(row) for row in pictures]))
-
-
-def spread_over(entries: Sequence[CacheEntry], count: int) -> Sequence[CacheEntry]:
-    """Up to ``count`` of the samples, evenly spread."""
-    return tuple(entries[i * len(entries) // count] for i in range(count)) if len(entries) > count else entries
-
-
-def shared_by_ranks(entries: Sequence[CacheEntry], group: ProcessGroup) -> Iterable[tuple[CacheEntry, int]]:
-    """The samples of this rank, each with its weight in a sum.
-
-    Every rank runs equally many forwards, for each of them is a collective; what is one too many weighs nothing.
-    """
-    ranks, num = group.ranks, len(entries)
-    for index in range(ranks.global_rank, -(-num // ranks.world_size) * ranks.world_size, ranks.world_size):
-        yield entries[index % num], int(index < num)

@@ -3,7 +3,7 @@
 Shape suffixes: B samples, S packed latent tokens, C channels.
 """
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -16,11 +16,10 @@ from ccmdist.diffusion.seeding import generator
 from ccmdist.models import maisi
 from ccmdist.train.objectives.latent_flow import LatentFlow
 from ccmdist.train.objectives.objective import Batch
+from ccmdist.train.objectives.one_network import OneNetwork
 
-NETWORK_SET: Final = "network"
 
-
-class MaisiObjective(LatentFlow):
+class MaisiObjective(OneNetwork, LatentFlow):
     """Learns ``noise - x`` given the mask's latents, the clinical group and the size of a pixel; all in fp32."""
 
     dtype = torch.float32
@@ -44,14 +43,6 @@ class MaisiObjective(LatentFlow):
         self.network = maisi.make_maisi(self.settings, self.config.seed).to(self.group.device).train()
         return self.network
 
-    def parameter_sets(self) -> dict[str, dict[str, torch.nn.Parameter]]:
-        """One set: the network."""
-        return {NETWORK_SET: dict(self.network.named_parameters())}
-
-    def sets_of_step(self, step: int) -> frozenset[str]:
-        """Every step trains the network."""
-        return frozenset({NETWORK_SET})
-
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """As of every flow; from some samples, chosen by their position in the run, the group is withheld."""
         groups = [
@@ -59,13 +50,6 @@ class MaisiObjective(LatentFlow):
             for position, group in zip(batch["positions"], batch["clinical_groups"], strict=True)
         ]
         return super().loss(model, batch | {"clinical_groups": groups})
-
-    def after_step(self) -> None:
-        """Nothing depends on the weights but what is computed with them."""
-
-    def describe(self) -> dict[str, float]:
-        """No figures beside the losses."""
-        return {}
 
     def _is_withheld(self, position: int) -> bool:
         source = generator(self.config.seed, "withheld group", position)

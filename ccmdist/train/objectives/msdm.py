@@ -4,7 +4,7 @@ Shape suffixes: B samples, L text tokens, D text width, C channels, h w latent r
 """
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -21,11 +21,10 @@ from ccmdist.models import msdm_unet
 from ccmdist.models.msdm import MsdmCodec
 from ccmdist.train.objectives.latent_samples import Latents, LatentSamples
 from ccmdist.train.objectives.objective import Batch
+from ccmdist.train.objectives.one_network import OneNetwork
 
-NETWORK_SET: Final = "network"
 
-
-class MsdmObjective(LatentSamples):
+class MsdmObjective(OneNetwork, LatentSamples):
     """Learns noise, or velocity, of noisy latents given those of the mask and the states of the prompt; all in fp32."""
 
     def __init__(self, config: TrainConfig, group: ProcessGroup) -> None:
@@ -53,14 +52,6 @@ class MsdmObjective(LatentSamples):
         self.network = msdm_unet.make_unet(self.settings, ends, self.config.seed).to(self.group.device).train()
         return self.network
 
-    def parameter_sets(self) -> dict[str, dict[str, torch.nn.Parameter]]:
-        """One set: the network."""
-        return {NETWORK_SET: dict(self.network.named_parameters())}
-
-    def sets_of_step(self, step: int) -> frozenset[str]:
-        """Every step trains the network."""
-        return frozenset({NETWORK_SET})
-
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Mean error of what is predicted; of some samples, by their position in the run, the prompt is dropped."""
         places, x_BChw = batch["positions"], batch["image_latents"].float()
@@ -74,13 +65,6 @@ class MsdmObjective(LatentSamples):
         with torch.random.fork_rng(devices):
             torch.manual_seed(self._bits("dropout", places[0]))  # of a cell, which every world size sees whole
             return self._errors_B(model, batch | {"prompt_embeds": text_BLD}, torch.stack(noise), level_B).mean()
-
-    def after_step(self) -> None:
-        """Nothing depends on the weights but what is computed with them."""
-
-    def describe(self) -> dict[str, float]:
-        """No figures beside the losses."""
-        return {}
 
     def _held_out_losses(self, model: torch.nn.Module, entry: CacheEntry) -> torch.Tensor:
         """At the levels 1000 sigma: a share of the way to pure noise, not the share of noise."""

@@ -3,7 +3,7 @@
 Shape suffixes: B samples, C latent channels, H W rows and columns, h w latent rows and columns.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,28 +11,24 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from ccmdist.adapters.growth import RankGrowth
 from ccmdist.ccm.overlap import centreline_dice
 from ccmdist.ccm.segmenter import segment
-from ccmdist.cluster.preemption import ignore_stop_signals
 from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.commit import digest_of, sha256_of_file
 from ccmdist.config.objectives import MsdmVaeSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import log
-from ccmdist.data.order import Order
-from ccmdist.data.shard_samples import ShardSamples
-from ccmdist.data.stream import SampleStream, batches, collated
+from ccmdist.data.stream import collated
 from ccmdist.diffusion.seeding import generator
 from ccmdist.errors import ModelError
 from ccmdist.models.msdm import make_vae
 from ccmdist.models.perceptual import REMEDY, SMALLEST_PX, Perceptual
 from ccmdist.models.text_encoders import chosen_text_encoder
-from ccmdist.train.objectives.latent_samples import shared_by_ranks, spread_over
 from ccmdist.train.objectives.objective import Batch
-from ccmdist.train.objectives.spade import NO_BASE, PixelSource
+from ccmdist.train.objectives.one_network import OneNetwork
+from ccmdist.train.objectives.ordered_samples import shared_by_ranks, spread_over
+from ccmdist.train.objectives.pixel_samples import NO_BASE, PixelSamples, as_grey
 
-VAE_SET: Final = "vae"
 PARTS: Final = ("mse", "l1", "ssim", "kl", "perceptual")
 HELD_OUT: Final = ("mask_l1", "mask_ssim", "l1", "ssim", "cl_dice")
 RANGE: Final = 2.0
@@ -56,10 +52,12 @@ class _Autoencoding(torch.nn.Module):
         return self.vae.decode(latents_BChw).sample, posterior.kl()
 
 
-class MsdmVaeObjective:
+class MsdmVaeObjective(OneNetwork, PixelSamples):
     """Learns to give pictures back through few latents: MSE, SSIM, LPIPS where weights are given, and a little KL."""
 
-    growth: RankGrowth | None = None
+    figures = tuple(f"vae/{part}" for part in PARTS)
+    set_name = "vae"
+    columns = "mask_returned_real_returned"
 
     def __init__(self, config: TrainConfig, group: ProcessGroup) -> None:
         """Look through the shards, plan the order, and read what is frozen. Neither cache nor model folder is needed.
@@ -70,38 +68,16 @@ class MsdmVaeObjective:
             ModelError: If the text encoder or the perceptual weights cannot be used.
         """
         assert isinstance(config.objective, MsdmVaeSettings), config.objective
-        self.config, self.group, self.settings = config, group, config.objective
-        self.samples = ShardSamples(config.data, ("train", "val"))
-        self.source = PixelSource(self.samples)
-        self.entries = self.samples.entries("train")
-        self.order = Order(self.entries, config.seed, config.micro_batch_size, config.balance, config.shuffle_window)
-        self.order.cells_of_step(0, config.global_batch_size, group.ranks.global_rank, group.ranks.world_size)
+        super().__init__(config, group)
+        self.settings = config.objective
         # Not part of the model: the engine would cut it over the ranks.
         self.perceptual = _perceptual(self.settings, group)
         self.base_digest = _digest_of_frozen(self.settings)
-        self.data_digest = self.samples.digest
-        self._parts: dict[str, list[Tensor]] = {name: [] for name in PARTS}
 
     def build(self, zero_config: dict[str, Any]) -> torch.nn.Module:
         """The VAE, every weight of it trained; the engine cuts it over the ranks."""
-        vae = make_vae(self.settings, self.config.seed)
-        self.model = _Autoencoding(vae).to(self.group.device).train()
-        return self.model
-
-    def parameter_sets(self) -> dict[str, dict[str, torch.nn.Parameter]]:
-        """One set: the VAE."""
-        return {VAE_SET: dict(self.model.vae.named_parameters())}
-
-    def sets_of_step(self, step: int) -> frozenset[str]:
-        """Every step trains the VAE."""
-        return frozenset({VAE_SET})
-
-    def batches(self, first_step: int) -> Iterable[Batch]:
-        """This rank's micro-batches from ``first_step`` on."""
-        ranks = self.group.ranks
-        share = (self.config.global_batch_size, ranks.global_rank, ranks.world_size)
-        stream = SampleStream(self.source, self.entries, self.order, *share, first_step)
-        return batches(stream, self.config.num_loader_workers, ignore_stop_signals)
+        self.network = make_vae(self.settings, self.config.seed)
+        return _Autoencoding(self.network).to(self.group.device).train()
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         """The weighted sum of the parts, on one crop of each sample."""
@@ -109,11 +85,8 @@ class MsdmVaeObjective:
         returned_B3HW, kl_B = model(crops_B3HW, self._noise(batch["positions"]))
         parts = self._losses(crops_B3HW, returned_B3HW, kl_B)
         for name, part in parts.items():
-            self._parts[name].append(part.detach())  # looked at when it is told: the host never waits for it here
+            self._note(f"vae/{name}", part)
         return torch.stack([part * getattr(self.settings, name) for name, part in parts.items()]).sum()
-
-    def after_step(self) -> None:
-        """Nothing depends on the weights but what is computed with them."""
 
     def validate(self, model: torch.nn.Module) -> dict[str, float]:
         """How held-out frames and masks come back whole. Collective.
@@ -130,36 +103,20 @@ class MsdmVaeObjective:
             return {}
         return {name: total / len(entries) for name, total in zip(HELD_OUT, self.group.total(sums), strict=True)}
 
-    def describe(self) -> dict[str, float]:
-        """Means of the parts of the loss since the last call, without their weights."""
-        noted, self._parts = self._parts, {name: [] for name in PARTS}
-        sums = self.group.total([float(sum(values)) for values in noted.values()])
-        counts = self.group.total([float(len(values)) for values in noted.values()])
-        return {f"vae/{name}": total / count for name, total, count in zip(PARTS, sums, counts, strict=True) if count}
-
-    def images(self, model: torch.nn.Module) -> dict[str, Tensor]:
-        """Rows of mask and frame, each beside what comes back, for some held-out samples, on rank 0. Collective."""
-        num_images = self.config.monitor.num_images
-        entries = spread_over(self.samples.entries("val"), num_images) or self.entries[:num_images]
-        rows = []
-        for entry in entries:
-            batch, row = collated(self.source, [entry]), []
-            for pictures_B1HW in (_as_pictures(batch["nerve_masks"]), batch["images"]):
-                returned, _ = model(_coloured(pictures_B1HW).to(self.group.device), None)
-                row += [pictures_B1HW[0, 0], returned[0].mean(dim=0).cpu()]
-            rows.append(torch.cat([_shown(picture) for picture in row], dim=1))
-        return {"samples/mask_returned_real_returned": torch.cat(rows)} if self.group.ranks.is_first else {}
+    def _shown(self, model: torch.nn.Module, batch: Batch) -> Tensor:
+        """Mask and frame, each beside what comes back."""
+        row = []
+        for pictures_B1HW in (_as_pictures(batch["nerve_masks"]), batch["images"]):
+            returned, _ = model(_coloured(pictures_B1HW).to(self.group.device), None)
+            row += [pictures_B1HW[0, 0], returned[0].mean(dim=0).cpu()]
+        return torch.cat([as_grey(picture) for picture in row], dim=1)
 
     def first_batch_images(self) -> dict[str, Tensor]:
         """The first crops of the run, side by side; local."""
         chosen = self.order.cell(0)[: self.config.monitor.num_images]
         batch = collated(self.source, [self.entries[index] for index in chosen])
-        crops = [_shown(crop[0]) for crop in self._crops(batch, range(len(chosen)))]
+        crops = [as_grey(crop[0]) for crop in self._crops(batch, range(len(chosen)))]
         return {"first_batch/crops": torch.cat(crops, dim=1)}
-
-    def drawn_sigmas(self) -> Tensor:
-        """No noise levels."""
-        return torch.empty(0)
 
     def _held_out(self, model: torch.nn.Module, batch: Batch) -> list[float]:
         """Figures of one sample, as HELD_OUT names them."""
@@ -168,7 +125,7 @@ class MsdmVaeObjective:
             wanted = _coloured(pictures_B1HW).to(self.group.device)
             returned, _ = model(wanted, None)
             found += [float((returned - wanted).abs().mean()), float(_similarity(returned, wanted))]
-        nerves = segment(_shown(returned[0].mean(dim=0)).cpu().numpy())
+        nerves = segment(as_grey(returned[0].mean(dim=0)).cpu().numpy())
         return [*found, centreline_dice(nerves, batch["nerve_masks"][0].numpy())]
 
     def _crops(self, batch: Batch, positions: Sequence[int]) -> Tensor:
@@ -247,7 +204,3 @@ def _similarity(first_B3HW: Tensor, second_B3HW: Tensor) -> Tensor:
     found = structural_similarity_index_measure(first_B3HW, second_B3HW, data_range=RANGE)
     assert isinstance(found, Tensor), "no more than the mean was asked for"
     return found
-
-
-def _shown(picture_HW: Tensor) -> Tensor:
-    return ((picture_HW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

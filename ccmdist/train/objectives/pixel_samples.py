@@ -1,28 +1,51 @@
-"""What objectives on the pixels of labelled or segmented frames have in common: samples and their order."""
+"""What objectives that learn on the pixels of frames and masks have in common: samples, pictures, figures of a loss.
+
+Shape suffixes: H W rows and columns.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Any
+from typing import ClassVar, Final
 
+import numpy as np
 import torch
 
-from ccmdist.adapters.growth import RankGrowth
-from ccmdist.cluster.preemption import ignore_stop_signals
 from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.config.train import TrainConfig
-from ccmdist.data.order import Order
+from ccmdist.data.cache_index import CacheEntry
 from ccmdist.data.shard_samples import ShardSamples
-from ccmdist.data.stream import SampleSource, SampleStream, batches, collated
-from ccmdist.train.objectives.latent_samples import spread_over
+from ccmdist.data.stream import collated
 from ccmdist.train.objectives.objective import Batch
+from ccmdist.train.objectives.ordered_samples import OrderedSamples, spread_over
+
+NO_BASE: Final = "none"
+"""Identity of frozen weights where there are none."""
 
 
-class PixelSamples(ABC):
-    """The samples of shards, in the order of the run."""
+class PixelSource:
+    """Images and masks of shards as tensors."""
 
-    growth: RankGrowth | None = None
-    source: SampleSource
-    """Where samples are read."""
+    def __init__(self, samples: ShardSamples) -> None:
+        """Read ``samples`` when they are asked for."""
+        self._samples = samples
+
+    def read(self, entry: CacheEntry) -> dict[str, torch.Tensor]:
+        """``images`` (1, H, W), float32 in [-1, 1], and ``nerve_masks`` (H, W), bool.
+
+        Raises:
+            ShardError: If the sample has changed since the run began.
+        """
+        triple = self._samples.triple(entry)
+        image = torch.from_numpy(triple.image.astype(np.float32) / 127.5 - 1)
+        return {"images": image[None], "nerve_masks": torch.from_numpy(triple.nerve_mask.copy())}
+
+
+class PixelSamples(OrderedSamples, ABC):
+    """The samples of a shard set, in the order of the run. Neither the cache nor the model folder is needed."""
+
+    figures: ClassVar[tuple[str, ...]]
+    """Names of what is noted in each step, to be told as means."""
+    columns: str
+    """What a row of a picture shows."""
 
     def __init__(self, config: TrainConfig, group: ProcessGroup) -> None:
         """Look through the shards and plan the order.
@@ -31,60 +54,55 @@ class PixelSamples(ABC):
             ShardError: If a tar of the shard set is not the one that its manifest names.
             ConfigError: If there are too few samples, or the batch does not divide over the ranks.
         """
-        self.config, self.group = config, group
         self.samples = ShardSamples(config.data, ("train", "val"))
-        self.entries = self.samples.entries("train")
-        self.order = Order(self.entries, config.seed, config.micro_batch_size, config.balance, config.shuffle_window)
-        self.order.cells_of_step(0, config.global_batch_size, group.ranks.global_rank, group.ranks.world_size)
         self.data_digest = self.samples.digest
+        super().__init__(config, group, PixelSource(self.samples), self.samples.entries("train"))
+        self._noted: dict[str, list[torch.Tensor]] = {name: [] for name in self.figures}
 
     @abstractmethod
-    def _row(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """What is shown of one sample, uint8 (H, W) or (H, W, 3). Collective."""
+    def _shown(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """A row of a picture, of one sample, uint8 (H, W). Collective."""
 
-    @abstractmethod
-    def _name_of_rows(self) -> str:
-        """What the columns of a picture show."""
-
-    def batches(self, first_step: int) -> Iterable[Batch]:
-        """This rank's micro-batches from ``first_step`` on."""
-        ranks = self.group.ranks
-        share = (self.config.global_batch_size, ranks.global_rank, ranks.world_size)
-        stream = SampleStream(self.source, self.entries, self.order, *share, first_step)
-        return batches(stream, self.config.num_loader_workers, ignore_stop_signals)
+    def describe(self) -> dict[str, float]:
+        """Means since the last call of what was noted."""
+        noted, self._noted = self._noted, {name: [] for name in self.figures}
+        sums = self.group.total([float(sum(values)) for values in noted.values()])
+        counts = self.group.total([float(len(values)) for values in noted.values()])
+        return {name: total / count for name, total, count in zip(noted, sums, counts, strict=True) if count}
 
     def images(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Rows of some held-out samples, on rank 0. Collective."""
         num_images = self.config.monitor.num_images
         entries = spread_over(self.samples.entries("val"), num_images) or self.entries[:num_images]
-        rows = [self._row(model, collated(self.source, [entry])) for entry in entries]
-        return {f"samples/{self._name_of_rows()}": torch.cat(rows)} if self.group.ranks.is_first else {}
+        rows = [self._shown(model, collated(self.source, [entry])) for entry in entries]
+        return {f"samples/{self.columns}": torch.cat(rows)} if self.group.ranks.is_first else {}
 
     def first_batch_images(self) -> dict[str, torch.Tensor]:
         """Rows of mask and frame of the first samples of the run; local."""
         chosen = self.order.cell(0)[: self.config.monitor.num_images]
-        rows = []
-        for index in chosen:
-            batch = collated(self.source, [self.entries[index]])
-            rows.append(torch.cat([shown_mask(batch), shown_frame(batch)], dim=1))
-        return {"first_batch/mask_frame": torch.cat(rows)}
-
-    def describe(self) -> dict[str, float]:
-        """Nothing to tell."""
-        return {}
+        batches = [collated(self.source, [self.entries[index]]) for index in chosen]
+        rows = [torch.cat([shown_mask(batch), shown_frame(batch)], dim=1) for batch in batches]
+        return {"first_batch/mask_target": torch.cat(rows)}
 
     def drawn_sigmas(self) -> torch.Tensor:
         """No noise levels."""
         return torch.empty(0)
 
+    def _note(self, name: str, value: torch.Tensor) -> None:
+        self._noted[name].append(value.detach())  # looked at when it is told: the host never waits for it here
 
-def shown_mask(batch: dict[str, Any]) -> torch.Tensor:
+
+def shown_mask(batch: Batch) -> torch.Tensor:
     """The nerve mask of the first sample, uint8 (H, W)."""
     mask: torch.Tensor = batch["nerve_masks"][0].to(torch.uint8) * 255
     return mask
 
 
-def shown_frame(batch: dict[str, Any]) -> torch.Tensor:
+def shown_frame(batch: Batch) -> torch.Tensor:
     """The frame of the first sample, uint8 (H, W)."""
-    frame: torch.Tensor = ((batch["images"][0, 0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return frame
+    return as_grey(batch["images"][0, 0])
+
+
+def as_grey(image_HW: torch.Tensor) -> torch.Tensor:
+    """An image in [-1, 1] as it is shown, uint8 (H, W)."""
+    return ((image_HW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

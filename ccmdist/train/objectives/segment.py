@@ -15,47 +15,38 @@ from ccmdist.config.objectives import SegmentSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.stream import collated
 from ccmdist.models.unet import make_unet
-from ccmdist.train.objectives.latent_samples import shared_by_ranks, spread_over
 from ccmdist.train.objectives.objective import Batch
-from ccmdist.train.objectives.pixel_samples import PixelSamples, shown_frame, shown_mask
-from ccmdist.train.objectives.spade import NO_BASE, PixelSource
+from ccmdist.train.objectives.one_network import OneNetwork
+from ccmdist.train.objectives.ordered_samples import shared_by_ranks, spread_over
+from ccmdist.train.objectives.pixel_samples import NO_BASE, PixelSamples, shown_frame, shown_mask
 
-UNET_SET: Final = "unet"
 HELD_OUT: Final = ("mean", "dice", "cl_dice")
 SMOOTH: Final = 1e-5
 """Of Dice's fraction: a crop without nerves counts as found when nothing is found."""
 
 
-class SegmentObjective(PixelSamples):
+class SegmentObjective(OneNetwork, PixelSamples):
     """Learns masks by Dice and cross-entropy."""
+
+    figures = ()
+    set_name = "unet"
+    columns = "mask_frame_found"
 
     def __init__(self, config: TrainConfig, group: ProcessGroup) -> None:
         """Look through the shards and plan the order; see :class:`PixelSamples`."""
         assert isinstance(config.objective, SegmentSettings), config.objective
         self.settings = config.objective
         super().__init__(config, group)
-        self.source = PixelSource(self.samples)
         self.base_digest = NO_BASE
 
     def build(self, zero_config: dict[str, Any]) -> torch.nn.Module:
         """The U-Net, every weight of it trained; the engine cuts it over the ranks."""
-        self.model = make_unet(self.settings, self.config.seed).to(self.group.device).train()
-        return self.model
-
-    def parameter_sets(self) -> dict[str, dict[str, torch.nn.Parameter]]:
-        """One set: the U-Net."""
-        return {UNET_SET: dict(self.model.named_parameters())}
-
-    def sets_of_step(self, step: int) -> frozenset[str]:
-        """Every step trains the U-Net."""
-        return frozenset({UNET_SET})
+        self.network = make_unet(self.settings, self.config.seed).to(self.group.device).train()
+        return self.network
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         """Dice plus cross-entropy of the masks."""
         return mask_loss(model(batch["images"].to(self.group.device)), batch["nerve_masks"])
-
-    def after_step(self) -> None:
-        """Nothing depends on the weights but what is computed with them."""
 
     def validate(self, model: torch.nn.Module) -> dict[str, float]:
         """Loss of held-out masks, Dice and clDice of those that are found. Collective."""
@@ -72,15 +63,10 @@ class SegmentObjective(PixelSamples):
             return {}
         return {name: total / len(entries) for name, total in zip(HELD_OUT, self.group.total(sums), strict=True)}
 
-    def _row(self, model: torch.nn.Module, batch: Batch) -> Tensor:
-        """See :class:`PixelSamples`."""
+    def _shown(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         probability_HW = model(batch["images"].to(self.group.device))[0, 0].sigmoid().cpu()
         found = (probability_HW * 255).round().to(torch.uint8)
         return torch.cat([shown_mask(batch), shown_frame(batch), found], dim=1)
-
-    def _name_of_rows(self) -> str:
-        """See :class:`PixelSamples`."""
-        return "mask_frame_found"
 
 
 def mask_loss(logits_B1HW: Tensor, nerve_masks_BHW: Tensor) -> Tensor:

@@ -3,49 +3,23 @@
 Shape suffixes: B samples, K channels of the label map, H W rows and columns, Z length of the noise.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
-import numpy as np
 import torch
 
-from ccmdist.adapters.growth import RankGrowth
-from ccmdist.cluster.preemption import ignore_stop_signals
 from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.config.objectives import SpadeSettings
 from ccmdist.config.train import TrainConfig
-from ccmdist.data.cache_index import CacheEntry
-from ccmdist.data.order import Order
-from ccmdist.data.shard_samples import ShardSamples
-from ccmdist.data.stream import SampleStream, batches, collated
+from ccmdist.data.stream import collated
 from ccmdist.diffusion.seeding import generator
 from ccmdist.models import spade
-from ccmdist.train.objectives.latent_samples import shared_by_ranks, spread_over
 from ccmdist.train.objectives.objective import Batch
+from ccmdist.train.objectives.ordered_samples import shared_by_ranks, spread_over
+from ccmdist.train.objectives.pixel_samples import NO_BASE, PixelSamples, as_grey, shown_frame, shown_mask
 
 GENERATOR_SET: Final = spade.GENERATOR
 DISCRIMINATOR_SET: Final = "discriminator"
-NO_BASE: Final = "none"
-"""Identity of frozen weights where there are none."""
-FIGURES: Final = ("generator/adversarial", "generator/features", "discriminator/real", "discriminator/drawn")
-
-
-class PixelSource:
-    """Images and masks of shards as tensors."""
-
-    def __init__(self, samples: ShardSamples) -> None:
-        """Read ``samples`` when they are asked for."""
-        self._samples = samples
-
-    def read(self, entry: CacheEntry) -> dict[str, torch.Tensor]:
-        """``images`` (1, H, W), float32 in [-1, 1], and ``nerve_masks`` (H, W), bool.
-
-        Raises:
-            ShardError: If the sample has changed since the run began.
-        """
-        triple = self._samples.triple(entry)
-        image = torch.from_numpy(triple.image.astype(np.float32) / 127.5 - 1)
-        return {"images": image[None], "nerve_masks": torch.from_numpy(triple.nerve_mask.copy())}
 
 
 class _Pair(torch.nn.Module):
@@ -67,10 +41,11 @@ class _Pair(torch.nn.Module):
         return spade.halves(*spade.judged(self.discriminator, *both))
 
 
-class SpadeObjective:
+class SpadeObjective(PixelSamples):
     """Even steps train the discriminators, odd ones the generator; all in fp32. A step sees samples of its own."""
 
-    growth: RankGrowth | None = None
+    figures = ("generator/adversarial", "generator/features", "discriminator/real", "discriminator/drawn")
+    columns = "mask_real_sampled"
 
     def __init__(self, config: TrainConfig, group: ProcessGroup) -> None:
         """Look through the shards and plan the order. Neither the cache nor the model folder is needed.
@@ -80,15 +55,9 @@ class SpadeObjective:
             ConfigError: If there are too few samples, or the batch does not divide over the ranks.
         """
         assert isinstance(config.objective, SpadeSettings), config.objective
-        self.config, self.group, self.settings = config, group, config.objective
-        self.samples = ShardSamples(config.data, ("train", "val"))
-        self.source = PixelSource(self.samples)
-        self.entries = self.samples.entries("train")
-        self.order = Order(self.entries, config.seed, config.micro_batch_size, config.balance, config.shuffle_window)
-        self.order.cells_of_step(0, config.global_batch_size, group.ranks.global_rank, group.ranks.world_size)
+        super().__init__(config, group)
+        self.settings = config.objective
         self.base_digest = NO_BASE
-        self.data_digest = self.samples.digest
-        self._figures: dict[str, list[torch.Tensor]] = {name: [] for name in FIGURES}
 
     def build(self, zero_config: dict[str, Any]) -> torch.nn.Module:
         """Both networks, every weight of them trained; the engine cuts them over the ranks."""
@@ -109,13 +78,6 @@ class SpadeObjective:
     def sets_of_step(self, step: int) -> frozenset[str]:
         """The discriminators first, for an untrained judge teaches nothing."""
         return frozenset({GENERATOR_SET if step % 2 else DISCRIMINATOR_SET})
-
-    def batches(self, first_step: int) -> Iterable[Batch]:
-        """This rank's micro-batches from ``first_step`` on."""
-        ranks = self.group.ranks
-        share = (self.config.global_batch_size, ranks.global_rank, ranks.world_size)
-        stream = SampleStream(self.source, self.entries, self.order, *share, first_step)
-        return batches(stream, self.config.num_loader_workers, ignore_stop_signals)
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """The loss of the networks that the step of the batch trains."""
@@ -147,32 +109,9 @@ class SpadeObjective:
             total += weight * float((drawn - batch["images"].to(drawn)).abs().mean())
         return {"l1": self.group.total([total])[0] / len(entries)} if entries else {}
 
-    def describe(self) -> dict[str, float]:
-        """Means since the last call: the parts of the generator's loss, and the scores of real and drawn images."""
-        noted, self._figures = self._figures, {name: [] for name in FIGURES}
-        sums = self.group.total([float(sum(values)) for values in noted.values()])
-        counts = self.group.total([float(len(values)) for values in noted.values()])
-        return {name: total / count for name, total, count in zip(FIGURES, sums, counts, strict=True) if count}
-
-    def images(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """Rows of mask, real and drawn image for some held-out samples, on rank 0. Collective."""
-        num_images = self.config.monitor.num_images
-        entries = spread_over(self.samples.entries("val"), num_images) or self.entries[:num_images]
-        rows = []
-        for entry in entries:
-            batch = collated(self.source, [entry])
-            rows.append(_row(batch, self._drawn(model, batch).cpu()))
-        return {"samples/mask_real_sampled": torch.cat(rows)} if self.group.ranks.is_first else {}
-
-    def first_batch_images(self) -> dict[str, torch.Tensor]:
-        """Rows of mask and image of the first samples of the run; local."""
-        chosen = self.order.cell(0)[: self.config.monitor.num_images]
-        rows = [_row(collated(self.source, [self.entries[index]])) for index in chosen]
-        return {"first_batch/mask_target": torch.cat(rows)}
-
-    def drawn_sigmas(self) -> torch.Tensor:
-        """No noise levels."""
-        return torch.empty(0)
+    def _shown(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        drawn = as_grey(self._drawn(model, batch)[0, 0].cpu())
+        return torch.cat([shown_mask(batch), shown_frame(batch), drawn], dim=1)
 
     def _drawn(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         drawn: torch.Tensor = model(self._labels(batch), self._noise("images", batch["keys"]), None)
@@ -186,15 +125,3 @@ class SpadeObjective:
         sources = [generator(self.config.seed, purpose, place) for place in places]
         drawn = [torch.randn(self.settings.noise_dim, generator=source) for source in sources]
         return torch.stack(drawn).to(self.group.device)
-
-    def _note(self, name: str, value: torch.Tensor) -> None:
-        self._figures[name].append(value.detach())  # looked at when it is told: the host never waits for it here
-
-
-def _row(batch: Batch, *drawn_B1HW: torch.Tensor) -> torch.Tensor:
-    """Mask, image and whatever was drawn of one sample side by side, uint8 (H, W)."""
-    mask = batch["nerve_masks"][0].to(torch.uint8) * 255
-    pictures = [
-        ((image[0, 0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8) for image in (batch["images"], *drawn_B1HW)
-    ]
-    return torch.cat([mask, *pictures], dim=1)

@@ -73,3 +73,28 @@ def test_digests_do_not_depend_on_how_ranks_cut_a_tensor(tmp_path):
     assert written("a", 4, values) == written("b", 7, values)
     values[5] += 1e-6
     assert written("c", 4, values) != written("d", 4, torch.arange(10.0))
+
+
+@pytest.mark.parametrize("begun", [[27, 27, 27], [24, 27, 27], [27, 27]])
+@pytest.mark.parametrize("state", ["requeue", "refused"])
+def test_a_signal_puts_a_run_back_unless_its_last_attempts_brought_nothing_new(begun, state, tmp_path):
+    from crash_drill import Record, wrong_ends
+    from drill import faults as kinds
+    from drill.attempt import Attempt
+
+    from ccmdist.cluster.run_directory import RunDirectory
+
+    (tmp_path / "attempts.json").write_text(json.dumps([{"first_step": step} for step in begun]))
+    (tmp_path / "outcome.json").write_text(json.dumps({"state": state, "reason": "stopped", "step": 27}))
+    fault = kinds.Fault(kinds.SIGNAL_ANYTIME, None, "sigterm", "any moment", fraction=0.1)
+    record = Record(fault, Attempt(0.0, exit_codes=[0, 0], struck=0.1), 27, 0)
+    is_stuck = begun == [27, 27, 27]
+    assert (wrong_ends(record, RunDirectory(tmp_path)) == []) == ((state == "refused") == is_stuck)
+
+
+def test_a_row_without_a_limit_is_told_and_does_not_fail():
+    from drill.summary import VERDICTS
+    from measure.rows import Row
+
+    assert VERDICTS[Row("seconds", 3.3).holds] == "told "
+    assert [VERDICTS[Row("lost", lost, limit=0).holds] for lost in (0, 1)] == ["holds", "FAILS"]

@@ -12,7 +12,7 @@ from ccmdist.errors import ConfigError, ModelError
 from ccmdist.models.encoder_choice import load_encoders
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.msdm import MsdmCodec, make_vae, measured_scaling
-from tests.unit.models.small_msdm import SETTINGS, make_small_msdm
+from tests.small_msdm import SETTINGS, make_small_msdm
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from ccmdist.errors import CacheError
 from ccmdist.jobs.precompute import describe
 from ccmdist.models.encoder_choice import load_encoders
 from ccmdist.precompute.fill import fill_cache
-from tests.unit.models.small_msdm import make_small_msdm
+from tests.small_msdm import make_small_msdm
 
 SIZE_PX = 64
 

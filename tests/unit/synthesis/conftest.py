@@ -14,7 +14,7 @@ from ccmdist.models.encoders import LatentCodec
 from ccmdist.models.make import make_model
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.synthesis import generate
-from ccmdist.synthesis.plan import UNTUNED, make_plan
+from ccmdist.synthesis.planning import UNTUNED, make_plan
 
 
 @pytest.fixture(scope="session")

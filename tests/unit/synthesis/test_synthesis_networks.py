@@ -14,7 +14,8 @@ from ccmdist.models.maisi import latents_digest
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.network_state import NetworkState, make_network, write_network
 from ccmdist.synthesis.generate import synthesize
-from ccmdist.synthesis.plan import make_network_plan, read_plan
+from ccmdist.synthesis.plan import read_plan
+from ccmdist.synthesis.planning import make_network_plan
 from ccmdist.synthesis.verify import verify_against_plan
 
 SETTINGS = {

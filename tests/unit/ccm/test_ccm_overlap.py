@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from ccmdist.ccm.overlap import centreline_dice, dice
+from ccmdist.ccm.overlap import centreline_dice, dice, offset_px
 from ccmdist.ccm.phantom import make_nerves
-from ccmdist.evaluation.overlap import offset_px
 
 NOTHING = np.zeros((64, 64), bool)
 
