@@ -5,7 +5,7 @@ import torch
 
 from ccmdist.diffusion import flow
 from ccmdist.errors import ConfigError, ModelError
-from ccmdist.models import mmdit
+from ccmdist.models import building, mmdit
 from ccmdist.models.make import make_transformer
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.modulation_table import ModulationTable, is_tabled, levels, row_length
@@ -105,13 +105,10 @@ def test_a_tabled_model_has_the_other_weights_under_their_names(folders):
 def test_modulation_layers_are_neither_allocated_nor_read(folders, monkeypatch):
     table = table_of(folders["2509"], torch.float32, 1, GRID[:1])
     read, made = [], []
-    original = mmdit.load_weights
-    monkeypatch.setattr(mmdit, "load_weights", lambda model, files, on_rows: read.append(original(model, files)))
-    to_empty = torch.nn.Module.to_empty
+    load, allocate = building.load_weights, building.allocate
+    monkeypatch.setattr(building, "load_weights", lambda model, files, on_rows: read.append(load(model, files)))
     monkeypatch.setattr(
-        torch.nn.Module,
-        "to_empty",
-        lambda self, **place: made.append(dict(self.named_parameters())) or to_empty(self, **place),
+        building, "allocate", lambda model, dtype_of, device: made.append(dtype_of) or allocate(model, dtype_of, device)
     )
     model = mmdit.build(folders["2509"], torch.float32, None, table=table)
     assert not any(map(is_tabled, made[0]))

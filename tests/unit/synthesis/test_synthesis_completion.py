@@ -30,6 +30,7 @@ from ccmdist.diffusion.seeding import generator
 from ccmdist.errors import AdapterError, ConfigError, Preempted, RunError, ShardError
 from ccmdist.jobs.synthesize import describe
 from ccmdist.models import mmdit
+from ccmdist.models.backbones import qwen
 from ccmdist.models.make import make_model
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.synthesis import base, generate
@@ -144,7 +145,7 @@ def test_holes_change_what_is_drawn_in_them_and_more_images_than_holes_come_roun
 
 def test_the_model_sees_structure_and_holed_image_and_keeps_what_is_known(filling, one_model, monkeypatch):
     seen, draw = [], generate.sample
-    conditions, predict = [], generate.GuidedVelocity
+    conditions, predict = [], qwen.GuidedVelocity
 
     def watched(velocity, noise_BSC, sigmas, guidance_scale, known):
         seen.append(known)
@@ -155,7 +156,7 @@ def test_the_model_sees_structure_and_holed_image_and_keeps_what_is_known(fillin
         return predict(model, condition_BSC, *others)
 
     monkeypatch.setattr(generate, "sample", watched)
-    monkeypatch.setattr(generate, "GuidedVelocity", shown)
+    monkeypatch.setattr(qwen, "GuidedVelocity", shown)
     config = filling()
     synthesize(config, None)
     model = ModelFolder.open(config.data.model)

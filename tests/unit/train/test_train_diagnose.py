@@ -19,7 +19,7 @@ from ccmdist.errors import ConfigError, ModelError
 from ccmdist.evaluation.downstream.scores import balanced_accuracy, macro_auc
 from ccmdist.jobs.train import describe
 from ccmdist.models.network_folder import NetworkAbout
-from ccmdist.synthesis.plan import _refuse_network
+from ccmdist.synthesis.planning import _refuse_network
 from ccmdist.train.objectives.choice import objective_of
 from ccmdist.train.objectives.diagnose import DiagnosisSource, _check_groups, labels_of, overlay
 from ccmdist.train.objectives.group_scores import group_scores
@@ -94,7 +94,7 @@ def test_segment_looks_at_neither_cache_nor_model_folder_and_learns_masks(world)
     num_rows = min(len(objective.samples.entries("val")), 4)
     assert picture.dtype == torch.uint8
     assert picture.shape == (num_rows * SIZE_PX, 3 * SIZE_PX)
-    assert objective.first_batch_images()["first_batch/mask_frame"].shape == (4 * SIZE_PX, 2 * SIZE_PX)
+    assert objective.first_batch_images()["first_batch/mask_target"].shape == (4 * SIZE_PX, 2 * SIZE_PX)
 
 
 @pytest.mark.parametrize("kind", KINDS)
