@@ -7,6 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DRILLS := benchmarks/crash_drill.py benchmarks/synthesis_array.py
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+TEST := $(RUN) TORCH_EXTENSIONS_DIR="$${TMPDIR:-/tmp}/ccmdist-test-extensions-$$$$" pytest
 
 .PHONY: demo slurm-demo slurm-drill test check drill bench bench-gpu clean install
 
@@ -18,8 +19,10 @@ demo: install
 slurm-demo: install
 	$(RUN) ccmdist demo --slurm --out runs/slurm-demo
 
+# Tests of one process share the cores; those that start ranks or a cluster have them to themselves, one after the other.
 test: install
-	$(RUN) TORCH_EXTENSIONS_DIR="$${TMPDIR:-/tmp}/ccmdist-test-extensions-$$$$" pytest
+	$(TEST) --numprocesses auto --maxprocesses 8 tests/unit tests/property
+	$(TEST) tests/distributed tests/slurm
 
 check: install
 	$(RUN) ruff check .
