@@ -160,6 +160,12 @@ class DownstreamSettings(Settings):
             raise ValueError(f"folds.{other[0]}.synthetic: has {names[other[0]]}, folds.0 has {names[0]}")
         return self
 
+    @property
+    def pretrained_unet(self) -> Path | None:
+        """Folder of the U-Net that diagnosis begins with, if it does not begin with random weights."""
+        mdf = self.networks.mdf if "diagnosis" in self.tasks else None
+        return mdf.unet if mdf else None
+
     def arms_with(self, compared: Iterable[str]) -> tuple[Arm, ...]:
         """The arms, NAME replaced by each synthetic set.
 

@@ -1,7 +1,7 @@
-"""Who is trained on, validated on and tested in each fold, and that no generator has seen whom a fold tests.
+"""Who is trained on, validated on and tested in each fold, and that nothing has seen before whom a fold tests.
 
 Every subject is in one split of a fold. Synthetic images count as their mask's subject, and a set says in its manifest
-on whom its generator was trained; a set that does not say is refused.
+on whom its generator was trained; a set that does not say is refused. So is a U-Net with which a network begins.
 """
 
 from collections import Counter
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from ccmdist.ccm.groups import ClinicalGroup
 from ccmdist.commit import digest_of
@@ -21,6 +21,7 @@ from ccmdist.data.splits import Subject, fold_splits
 from ccmdist.data.trained_on import subjects_trained_on, why_unknown
 from ccmdist.errors import EvaluationError
 from ccmdist.evaluation.sets import OpenedSets, refuse_undrawn
+from ccmdist.models.network_folder import read_about
 
 NUM_REMEMBERED: Final = 64
 """Sets whose samples are listed once per process."""
@@ -79,14 +80,23 @@ def folds_of(sets: OpenedSets, settings: DownstreamSettings) -> list[Fold]:
     """The folds that the settings name, or such over the subjects that no generator was trained on.
 
     Raises:
-        EvaluationError: If a set is missing, does not say whom its generator has seen, or a generator has seen a
-            subject that a fold tests.
+        EvaluationError: If a set is missing, does not say whom its generator has seen, or a generator or a pretrained
+            U-Net has seen a subject that a fold tests.
+        ModelError: If the folder of the U-Net cannot be read.
     """
     folds = _given(settings) if settings.folds else _made(sets, settings)
     known = [sets.real.manifest, *(fold.real.manifest for fold in folds)]
     for fold in folds:
         for source in fold.synthetic.values():
-            _refuse_seen(fold, source, _seen(source, known))
+            _refuse_seen(
+                fold,
+                _seen(source, known),
+                f"the generator of {source.name} ({source.folder})",
+                "train a generator on the train split of each fold (`ccmdist shards fold`), and draw with that",
+            )
+        if unet := settings.pretrained_unet:
+            remedy = "leave networks.mdf.unet out: the U-Net then begins anew in each fold"
+            _refuse_seen(fold, _seen_by_unet(unet, known), f"the U-Net of {unet}", remedy)
     return folds
 
 
@@ -106,6 +116,22 @@ def _seen(source: Source, known: Sequence[Manifest]) -> frozenset[str]:
     return seen
 
 
+def _seen_by_unet(unet: Path, known: Sequence[Manifest]) -> frozenset[str]:
+    """The subjects on whom a U-Net was trained that diagnosis begins with.
+
+    Raises:
+        EvaluationError: If it was trained on none of the known sets.
+    """
+    facts = read_about(unet).facts
+    source = next((one for one in known if one.digest == facts.get("training_set_digest")), None)
+    if source is None:
+        raise EvaluationError(
+            f"downstream.networks.mdf.unet: {unet} was trained on another set, so it may have seen whom a fold tests",
+            "train it on the real set that is given here, or leave it out: the U-Net then begins anew in each fold",
+        )
+    return source.subjects_of(cast(Split, facts["training_split"]))
+
+
 def _made(sets: OpenedSets, settings: DownstreamSettings) -> list[Fold]:
     """Folds of the real set; whoever was trained on is trained on in all of them."""
     real = _source("real", sets.real.folder)
@@ -113,6 +139,8 @@ def _made(sets: OpenedSets, settings: DownstreamSettings) -> list[Fold]:
     wanted = {arm.name for arm in settings.arms_with(folders)}
     synthetic = {name: _synthetic(name, folder) for name, folder in folders.items() if name in wanted}
     seen = frozenset[str]().union(*(_seen(source, [real.manifest]) for source in synthetic.values()))
+    if unet := settings.pretrained_unet:
+        seen |= _seen_by_unet(unet, [real.manifest])
     groups = {sample.subject: sample.clinical_group for sample in real.samples}
     counts = Counter(sample.subject for sample in real.samples)
     subjects = {name: Subject(group, counts[name]) for name, group in groups.items()}
@@ -145,12 +173,10 @@ def _given_fold(number: int, sets: FoldSets) -> Fold:
     return Fold(number, real, split_of, {name: _synthetic(name, folder) for name, folder in sets.synthetic.items()})
 
 
-def _refuse_seen(fold: Fold, source: Source, seen: frozenset[str]) -> None:
+def _refuse_seen(fold: Fold, seen: frozenset[str], what: str, remedy: str) -> None:
     if both := sorted(fold.subjects("test") & seen):
         raise EvaluationError(
-            f"downstream, fold {fold.number}: subject {both[0]} is tested, and the generator of {source.name} "
-            f"({source.folder}) was trained on it",
-            "train a generator on the train split of each fold (`ccmdist shards fold`), and draw with that",
+            f"downstream, fold {fold.number}: subject {both[0]} is tested, and {what} was trained on it", remedy
         )
 
 

@@ -9,6 +9,7 @@ from small_sets import config_of, draw, phantoms, samples, trained_on
 
 from ccmdist.config.arms import Arm
 from ccmdist.config.data import FoldShardsConfig
+from ccmdist.config.objectives import SegmentSettings
 from ccmdist.data.fold_shards import write_fold_set
 from ccmdist.data.manifest import read_manifest
 from ccmdist.data.triple import prompt_for
@@ -18,6 +19,7 @@ from ccmdist.evaluation.downstream.choice import chosen
 from ccmdist.evaluation.downstream.folds import folds_of
 from ccmdist.evaluation.downstream.grid import planned
 from ccmdist.evaluation.sets import open_sets
+from ccmdist.models.network_folder import NetworkAbout, write_about
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,36 @@ def test_a_generator_that_has_seen_whom_a_fold_tests_is_refused_by_set_fold_and_
     )
     with pytest.raises(EvaluationError, match=re.escape(message)):
         grid_of(given, ["untuned"], fold_words(given, "drawn0", "drawn0"))
+
+
+def unet_of(folder, set_digest, split="train"):
+    """Words that let diagnosis begin with a U-Net that was trained on a split of a set."""
+    facts = {"training_set_digest": set_digest, "training_split": split}
+    write_about(folder, NetworkAbout(settings=SegmentSettings(), image_size_px=64, facts=facts, digest="0" * 64))
+    mdf = f"{{kind: diagnose, mllm: llm, unet: {folder}, token_grid: 4}}"
+    return f"downstream.networks={{diagnosis: mdf_mllm, size_px: 64, mdf: {mdf}}}"
+
+
+def test_subjects_that_a_unet_was_pretrained_on_are_trained_on_in_all_folds(world, tmp_path):
+    manifest = read_manifest(world / "real")
+    words = unet_of(tmp_path, manifest.digest)
+    for fold in folds(world, ["untuned"], "downstream.num_folds=3", words):
+        assert manifest.subjects_of("train") <= fold.subjects("train")
+    # Of segmentation it is no part.
+    tested = [fold.subjects("test") for fold in folds(world, ["untuned"], words, "downstream.tasks=[segmentation]")]
+    assert manifest.subjects_of("train") & frozenset().union(*tested)
+
+
+def test_a_unet_that_may_have_seen_whom_a_fold_tests_is_refused(given, tmp_path):
+    words = unet_of(tmp_path, read_manifest(given / "fold0").digest)
+    message = rf"fold 1: subject \S+ is tested, and the U-Net of {tmp_path} was trained on it; leave networks.mdf.unet"
+    with pytest.raises(EvaluationError, match=message):
+        grid_of(given, ["untuned"], fold_words(given, "drawn0", "drawn1"), words)
+    words = unet_of(tmp_path, "e" * 64)
+    with pytest.raises(
+        EvaluationError, match=r"networks.mdf.unet: \S+ was trained on another set, so it may have seen"
+    ):
+        folds(given, ["untuned"], words)
 
 
 def test_folds_that_test_a_subject_twice_are_refused(given):
