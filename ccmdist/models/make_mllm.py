@@ -1,5 +1,6 @@
 """Write a tiny multimodal language model with random weights, in the layout of a download: for trials and tests."""
 
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -7,12 +8,15 @@ from typing import Any, Final
 import torch
 from torch import nn
 from transformers import MllamaConfig, MllamaForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
+from transformers.utils import logging
 
+from ccmdist.commit import commit_bytes
 from ccmdist.errors import ModelError
-from ccmdist.models.make import random_tensor, text_config
+from ccmdist.models.make import commit_saved, random_tensor, text_config
 from ccmdist.models.sizes import SIZES
 from ccmdist.models.tokenizer import make_tokenizer
 
+CONFIG: Final = "config.json"
 MLLAMA_TEXT: Final = {
     "hidden_size": 64,
     "num_hidden_layers": 4,
@@ -39,7 +43,7 @@ MLLAMA_VISION: Final = {
 
 
 def make_mllm(kind: str, out: Path, seed: int = 0) -> None:
-    """Write config, weights and tokenizer.
+    """Write config, weights and tokenizer; when interrupted, the same call writes them anew.
 
     Args:
         kind: "mllama" or "qwen2_5_vl".
@@ -49,7 +53,7 @@ def make_mllm(kind: str, out: Path, seed: int = 0) -> None:
     Raises:
         ModelError: If ``out`` already holds a model.
     """
-    if (out / "config.json").exists():
+    if (out / CONFIG).exists():
         raise ModelError(f"{out}: already holds a model", "choose another folder")
     tokenizer = make_tokenizer()
     model = TINY[kind](tokenizer).float()
@@ -57,8 +61,13 @@ def make_mllm(kind: str, out: Path, seed: int = 0) -> None:
         for name, parameter in model.named_parameters():
             # Gains and gates are 1: a gate of 0, as transformers has it at first, would hide the image.
             parameter.copy_(random_tensor(name, parameter.shape, seed).float())
-    tokenizer.save_pretrained(out)
-    model.save_pretrained(out)
+    commit_saved(out, tokenizer.save_pretrained)
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(prefix="ccmdist-") as temporary:
+        model.save_pretrained(temporary)
+        # The config last, for it makes the folder a model.
+        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == CONFIG):
+            commit_bytes(out / file.name, file.read_bytes())
 
 
 def _mllama(tokenizer: Any) -> nn.Module:
