@@ -14,8 +14,9 @@ from ccmdist.config.train import AdapterSettings, WDLoRASettings
 
 ROWS_OF_SQUARES = 64
 OF_TEXT = r"^text_|\.(add_[qkv]_proj|to_add_out|txt_mlp|ff_context)"
-OF_MLP = r"\.feed_forward\.|_mlp\.|\.ff\.|\.ff_context\.|\.proj_mlp$|single_\w+\.\d+\.proj_out$"
+OF_MLP = r"\.feed_forward\.|_mlp\.|\.ff\.|\.ff_context\.|\.proj_mlp$|single_\w+\.\d+\.proj_out$|\.mlp\."
 """Names of linears in the blocks of all models; blocks of a single stream count as the image's."""
+OF_LLM = "language_model."
 KINDS = ("lora_A", "lora_B", "magnitude")
 
 
@@ -176,6 +177,6 @@ def adapted_linear(
 
 
 def layer_group(name: str) -> str:
-    """To which group of layers a linear belongs when movement is told: "img_attn", "txt_mlp" and so on."""
-    stream = "txt" if re.search(OF_TEXT, name) else "img"
+    """To which group of layers a linear belongs when movement is told: "img_attn", "txt_mlp", "llm_mlp" and so on."""
+    stream = "llm" if name.startswith(OF_LLM) else "txt" if re.search(OF_TEXT, name) else "img"
     return f"{stream}_{'mlp' if re.search(OF_MLP, name) else 'attn'}"

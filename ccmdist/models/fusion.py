@@ -9,9 +9,14 @@ et al. 2022 (arXiv:2204.14198); FiLM after Perez et al. 2018 (arXiv:1709.07871).
 """
 
 import math
+from typing import Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+LIGHT: Final = 110.0
+"""Grey levels that are added to a frame where it is looked at most."""
 
 
 class LevelTokens(nn.Module):
@@ -83,3 +88,11 @@ def sine_positions(grid: int, width: int) -> Tensor:
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)
     rows, columns = waves.repeat_interleave(grid, dim=0), waves.repeat(grid, 1)
     return torch.cat([rows, columns], dim=1)
+
+
+def overlay(frame_HW: Tensor, weight_N: Tensor) -> Tensor:
+    """A frame, lit up where weights of square patches, given row by row, are large; uint8 (H, W)."""
+    grid = math.isqrt(len(weight_N))
+    relative = (weight_N / weight_N.max().clamp_min(1e-12)).view(1, 1, grid, grid)
+    weight_HW = F.interpolate(relative, frame_HW.shape, mode="bilinear")[0, 0]
+    return (0.75 * frame_HW + LIGHT * weight_HW).round().clamp(0, 255).to(torch.uint8)

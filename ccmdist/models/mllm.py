@@ -19,15 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
-from ccmdist.commit import digest_of
 from ccmdist.errors import ModelError
-from ccmdist.models.model_folder import content_digest
+from ccmdist.models.mdf_base import REMEDY, mllm_kind
 
-REMEDY: Final = "name a local folder of Mllama or Qwen2.5-VL as `hf download` leaves it, tokenizer included"
-GATED: Final = (
-    "accept the licence on the model's page, then `hf download REPOSITORY --local-dir FOLDER` on a machine with "
-    "internet, and copy the folder"
-)
 MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 SD: Final = (0.26862954, 0.26130258, 0.27577711)
 """Of the channels, as the image processors of both have them (CLIP's)."""
@@ -151,34 +145,12 @@ def load_mllm(folder: Path, dtype: torch.dtype) -> Mllm:
     return Mllm(model, config, _tokenizer(folder), spec)
 
 
-def mllm_digest(folder: Path) -> str:
-    """Identity of a folder's contents.
-
-    Raises:
-        ModelError: If it is missing, gated or of another kind.
-    """
-    _config(folder)
-    files = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".txt", ".safetensors", ".model")]
-    return digest_of({file.name: content_digest(file) for file in files})
-
-
 def _config(folder: Path) -> tuple[Any, MllmSpec]:
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: there is no such folder", REMEDY)
+    kind = mllm_kind(folder)
     try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True), MLLMS[kind]
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: cannot be read ({str(error).splitlines()[0]})", REMEDY) from None
-    if config.model_type not in MLLMS:
-        raise ModelError(f"{folder}: is a model of type {config.model_type}, expected {' or '.join(MLLMS)}", REMEDY)
-    weights = list(folder.glob("*.safetensors"))
-    if not weights or any(file.stat().st_size < LARGEST_POINTER for file in weights):
-        raise ModelError(f"{folder}: holds no weights", GATED)
-    return config, MLLMS[config.model_type]
-
-
-LARGEST_POINTER: Final = 1024
-"""Bytes; a smaller weight file is what git-lfs leaves in the place of one."""
 
 
 def _tokenizer(folder: Path) -> Any:

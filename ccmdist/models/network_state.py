@@ -38,7 +38,7 @@ class NetworkState:
         parts: Path | None = None,
     ) -> "NetworkState":
         """The state of these weights, its digest computed."""
-        digest = _digest(settings, image_size_px, tensors)
+        digest = _digest(settings, image_size_px, tensors, facts)
         about = NetworkAbout(settings=settings, image_size_px=image_size_px, facts=dict(facts), digest=digest)
         return cls(about, tensors, parts)
 
@@ -75,13 +75,18 @@ def read_network(folder: Path) -> NetworkState:
     """
     about = read_about(folder)
     tensors = read_file(file := folder / NETWORKS[about.kind].weights)
-    if (found := _digest(about.settings, about.image_size_px, tensors)) != about.digest:
+    if (found := _digest(about.settings, about.image_size_px, tensors, about.facts)) != about.digest:
         raise ModelError(f"{file}: is {found[:12]}, its description names {about.digest[:12]}", REMEDY)
     return NetworkState(about, tensors, folder)
 
 
-def _digest(settings: NetworkSettings, image_size_px: int, tensors: Mapping[str, Tensor]) -> str:
-    said = {"settings": settings.model_dump(mode="json"), "image_size_px": image_size_px}
+def _digest(
+    settings: NetworkSettings, image_size_px: int, tensors: Mapping[str, Tensor], facts: Mapping[str, str]
+) -> str:
+    """Identity of a network; what it was trained beside counts by its content, wherever it lies."""
+    said = {"settings": settings.model_dump(mode="json", exclude=set(settings.files)), "image_size_px": image_size_px}
+    if settings.files:
+        said["base_digest"] = facts.get("base_digest", "")
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}/{tuple(tensor.shape)}/{tensor.dtype}".encode())

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from ccmdist.adapters.injection import inject, row_squares_of
-from ccmdist.commit import digest_of
 from ccmdist.config.objectives import DiagnoseSettings
 from ccmdist.config.train import AdapterSettings, LoRASettings, WDLoRASettings
 from ccmdist.errors import ModelError
+from ccmdist.models.mdf_base import base_digest
 from ccmdist.models.mdf_mllm import Fusion, MdfMllm
-from ccmdist.models.mllm import Mllm, load_mllm, mllm_digest
-from ccmdist.models.network_folder import read_about
+from ccmdist.models.mllm import Mllm, load_mllm
 from ccmdist.models.network_state import NetworkState, read_network
 from ccmdist.models.unet import LevelUnet, make_unet
 
@@ -76,16 +75,6 @@ def starting_unet(settings: DiagnoseSettings, seed: int) -> LevelUnet:
         )
     unet.load_state_dict(dict(state.tensors))
     return unet
-
-
-def base_digest(settings: DiagnoseSettings) -> str:
-    """Identity of what training starts from, wherever the folders lie.
-
-    Raises:
-        ModelError: If a folder cannot be used.
-    """
-    unet = None if settings.unet is None else read_about(settings.unet).digest
-    return digest_of({"mllm": mllm_digest(settings.mllm), "unet": unet})
 
 
 def network_of(state: NetworkState, device: torch.device) -> MdfMllm:

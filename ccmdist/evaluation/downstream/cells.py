@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +18,7 @@ from ccmdist.errors import EvaluationError
 from ccmdist.evaluation.downstream.choice import Chosen, chosen, usable
 from ccmdist.evaluation.downstream.folds import Fold, Sample
 from ccmdist.evaluation.stored import read_json, stored_path
+from ccmdist.models.mdf_base import base_digest
 
 CELLS_VERSION: Final = 1
 """Raised whenever the same cell gives other numbers; older files are then made anew."""
@@ -40,6 +41,8 @@ class CellResult:
     """Of every learning rate."""
     table: pd.DataFrame
     """A row per test image: key, subject, clinical_group, and probabilities or overlaps."""
+    looks: list[dict[str, Any]] = field(default_factory=list)
+    """Key of a test image, and pictures of where the network looked; none in files of before there were any."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,26 @@ class Cell:
 
     @cached_property
     def digest(self) -> str:
-        """Identity of all that decides what it finds."""
+        """Identity of all that decides what it finds.
+
+        Raises:
+            ModelError: If a folder of the networks' settings cannot be used.
+        """
         source = self.fold.synthetic.get(self.arm.name or "")
         arm = asdict(self.arm) | {"text": "", "name": source.manifest.digest if source else self.arm.name}
+        return digest_of(
+            [CELLS_VERSION, self.task, self.fold.digest, arm, self.seed_number, self.seed, self._networks_values]
+        )
+
+    @property
+    def _networks_values(self) -> dict[str, Any]:
+        """What of the networks' settings counts for the task; folders by what is in them, wherever they lie."""
         unused = {"segmentation": {"diagnosis", "mdf"}, "diagnosis": {"unet_channels"}}[self.task]
-        networks = self.networks.model_dump(mode="json", exclude=unused)
-        return digest_of([CELLS_VERSION, self.task, self.fold.digest, arm, self.seed_number, self.seed, networks])
+        values = self.networks.model_dump(mode="json", exclude=unused)
+        if (mdf := self.networks.mdf) is not None and self.task == "diagnosis":
+            known = mdf.model_dump(mode="json", exclude=set(mdf.files))
+            values["mdf"] = known | {"base_digest": base_digest(mdf)}
+        return values
 
     def is_done(self) -> bool:
         """Whether its file is there, and can be read."""
@@ -130,6 +147,7 @@ class Cell:
             "lr": found.lr,
             "step": found.step,
             "curves": [asdict(curve) for curve in found.curves],
+            "looks": [{"key": held_out["test"][one.index].key, "pictures": one.pictures} for one in found.looks],
             "images": [_described(one) | row for one, row in zip(held_out["test"], scores, strict=True)],
         }
         commit_json(self.path, values)

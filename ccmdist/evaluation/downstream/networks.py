@@ -86,6 +86,7 @@ class _Mdf(nn.Module):
         chosen, text = settings.mdf.model_copy(update={"mask_weight": 0.0}), diagnosis_prompt({})
         self.mdf = make_mdf_mllm(chosen, settings.size_px, torch.initial_seed())
         self._asked = Prompts(chosen.mllm, [text], settings.size_px).of(text)
+        self.attended: dict[str, Tensor] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, 3)."""
@@ -93,8 +94,14 @@ class _Mdf(nn.Module):
             self.mdf.adapter.advance()  # weights may have changed, by a step or by loading
         ids, last = (self._asked[name].to(images.device) for name in ("prompt_ids", "prompt_last"))
         pixels = (images / SD_SHOWN).clamp(-1, 1)
-        logits: Tensor = self.mdf(pixels, ids.expand(len(images), -1), last.expand(len(images)))[0]
+        logits: Tensor
+        logits, _, self.attended = self.mdf(pixels, ids.expand(len(images), -1), last.expand(len(images)))
         return logits
+
+
+def attended_by(network: nn.Module) -> dict[str, Tensor]:
+    """By level, how much MDF-MLLM attended to its tokens, (N, tokens), in its last forward; of others nothing."""
+    return network.attended if isinstance(network, _Mdf) else {}
 
 
 def as_input(images: Tensor) -> Tensor:

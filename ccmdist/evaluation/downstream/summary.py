@@ -17,7 +17,7 @@ from ccmdist.ccm.groups import CLINICAL_GROUPS
 from ccmdist.ccm.skeleton import Floats
 from ccmdist.config.arms import REAL, Arm
 from ccmdist.config.evaluate import EvaluateConfig, Task
-from ccmdist.evaluation.downstream.cells import CellResult
+from ccmdist.evaluation.downstream.cells import PROBABILITIES, CellResult
 from ccmdist.evaluation.downstream.grid import TaskGrid, planned
 from ccmdist.evaluation.downstream.inference import delong, mcnemar, resampled, resampled_p
 from ccmdist.evaluation.downstream.pooled import Pooled, pooled
@@ -102,6 +102,18 @@ class ArmResult:
 
 
 @dataclass(frozen=True)
+class ShownLook:
+    """One test image of a cell, and where its network looked."""
+
+    key: str
+    clinical_group: str
+    p_group: float
+    """What the network gives for the group that it is of."""
+    pictures: dict[str, str]
+    """Grey PNGs in base64, see :class:`~ccmdist.evaluation.downstream.looks.Look`."""
+
+
+@dataclass(frozen=True)
 class TaskSummary:
     """One task over all arms."""
 
@@ -117,6 +129,8 @@ class TaskSummary:
     num_subjects: int
     subjects_by_group: dict[str, int]
     arms: list[ArmResult]
+    looks: dict[str, list[ShownLook]]
+    """By arm, where the network of the first fold and seed looked: the same test images in every arm."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +202,7 @@ def _task_summary(config: EvaluateConfig, grid: TaskGrid) -> TaskSummary:
         num_subjects=len(pool.subjects),
         subjects_by_group=pool.subjects_by_group,
         arms=_corrected(arms),
+        looks={text: looks for text, found in results.items() if (looks := _shown_looks(found[0]))},
     )
 
 
@@ -294,6 +309,18 @@ def _curve(results: Sequence[CellResult]) -> LearningCurve:
         validation=[float(x) for x in np.mean([curve["validation"] for curve in curves], axis=0)],
         chosen_steps=[one.step for one in results],
     )
+
+
+def _shown_looks(result: CellResult) -> list[ShownLook]:
+    """Nothing of files that an earlier version has left, and of segmentation."""
+    of_key = result.table.set_index("key")
+    found = []
+    for look in result.looks:
+        row = of_key.loc[look["key"]]
+        group = str(row["clinical_group"])
+        column = PROBABILITIES[CLINICAL_GROUPS.index(group)]
+        found.append(ShownLook(look["key"], group, float(row[column]), look["pictures"]))
+    return found
 
 
 def _corrected(arms: list[ArmResult]) -> list[ArmResult]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ccmdist.config.evaluate import NetworkSettings, Task
 from ccmdist.evaluation.downstream.augmentation import augmented, transforms
 from ccmdist.evaluation.downstream.examples import Examples
+from ccmdist.evaluation.downstream.looks import Look, looks_of
 from ccmdist.evaluation.downstream.networks import as_input, built, losses, probabilities, target_of, trained_state
 
 WEIGHT_DECAY: Final = 1e-4
@@ -48,6 +49,8 @@ class Tested:
     step: int
     """With these it was best on the validation images."""
     curves: tuple[Curve, ...]
+    looks: tuple[Look, ...] = ()
+    """Where the network looked, of a diagnosis."""
 
 
 def train_and_test(
@@ -88,7 +91,8 @@ def train_and_test(
         network = built(task, settings).to(device)
         network.load_state_dict(best[3], strict=False)  # what is frozen is as it was built
         found = _predicted(task, network, test, device)
-    return Tested(found.numpy(), best[1], best[2], tuple(curves))
+        looks = looks_of(network, test, device) if task == "diagnosis" else ()
+    return Tested(found.numpy(), best[1], best[2], tuple(curves), looks)
 
 
 class _Run:

@@ -16,6 +16,7 @@ from ccmdist.config.loading import digest, resolved
 from ccmdist.evaluation.biomarkers.equivalence import ALL_SUBJECTS
 from ccmdist.evaluation.columns import CHAIN_CODE, FOUND
 from ccmdist.evaluation.comparison import Comparison, SetReport
+from ccmdist.evaluation.downstream.summary import DownstreamSummary
 from ccmdist.evaluation.fidelity.appearance import APPEARANCE
 from ccmdist.evaluation.fidelity.fills import FILLS
 from ccmdist.evaluation.fidelity.in_hole import IN_HOLE
@@ -71,7 +72,7 @@ def report_values(comparison: Comparison) -> dict[str, Any]:
             for name, table in [("real", comparison.table), *((one.name, one.table) for one in comparison.sets)]
         },
         "synthetic": {one.name: _set_values(one) for one in comparison.sets},
-        "downstream": asdict(comparison.downstream) if comparison.downstream else None,
+        "downstream": _downstream_values(comparison.downstream) if comparison.downstream else None,
         "may_be_concluded": may_be_concluded(comparison),
         "may_not_be_concluded": may_not_be_concluded(comparison),
     }
@@ -94,6 +95,14 @@ def _set_values(one: SetReport) -> dict[str, Any]:
         "gate": asdict(one.gate) if one.gate else None,
         "left_out": [asdict(one) for one in one.left_out],
     }
+
+
+def _downstream_values(summary: DownstreamSummary) -> dict[str, Any]:
+    """Without pictures, which are no numbers."""
+    values = asdict(summary)
+    for task in values["tasks"]:
+        del task["looks"]
+    return values
 
 
 def _plain(value: Any) -> Any:
@@ -133,6 +142,7 @@ def html(values: dict[str, Any], comparison: Comparison) -> str:
         quantities=QUANTITIES,
         appearance_labels=APPEARANCE,
         downstream_labels=DOWNSTREAM_LABELS,
+        looks=[task.looks for task in comparison.downstream.tasks if task.looks] if comparison.downstream else [],
         paired_lines=paired_lines(values["synthetic"]),
         distance_groups=distance_groups(values["synthetic"]),
         all_subjects=ALL_SUBJECTS,

@@ -24,9 +24,11 @@ from ccmdist.data.cache_index import CacheEntry
 from ccmdist.data.shard_samples import ShardSamples
 from ccmdist.data.stream import collated
 from ccmdist.errors import ConfigError
+from ccmdist.models.fusion import overlay
+from ccmdist.models.mdf_base import base_digest
 from ccmdist.models.mdf_mllm import LLM, MdfMllm
 from ccmdist.models.mllm import Prompts
-from ccmdist.train.mdf_network import base_digest, make_mdf_mllm
+from ccmdist.train.mdf_network import make_mdf_mllm
 from ccmdist.train.objectives.edit import movement_of
 from ccmdist.train.objectives.group_scores import group_scores
 from ccmdist.train.objectives.objective import Batch
@@ -158,14 +160,6 @@ class DiagnoseObjective(PixelSamples):
 def labels_of(groups: Sequence[ClinicalGroup | None]) -> Tensor:
     """Number of each group, (B,)."""
     return torch.tensor([CLINICAL_GROUPS.index(group) for group in groups if group is not None])
-
-
-def overlay(frame_HW: Tensor, attended_N: Tensor) -> Tensor:
-    """A frame, darkened where the model does not look, uint8 (H, W)."""
-    grid = round(len(attended_N) ** 0.5)
-    size = frame_HW.shape
-    weight_HW = F.interpolate((attended_N / attended_N.max()).view(1, 1, grid, grid), size, mode="bilinear")[0, 0]
-    return (frame_HW * (0.25 + 0.75 * weight_HW)).round().to(torch.uint8)
 
 
 def _check_groups(entries: Sequence[CacheEntry]) -> None:

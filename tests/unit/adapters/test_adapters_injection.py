@@ -91,6 +91,8 @@ def test_plain_lora_has_no_movement(tiny, velocity_of):
         ("transformer_blocks.0.attn.to_add_out", "txt_attn"),
         ("transformer_blocks.10.img_mlp.net.0.proj", "img_mlp"),
         ("transformer_blocks.10.txt_mlp.net.2", "txt_mlp"),
+        ("language_model.layers.3.cross_attn.q_proj", "llm_attn"),
+        ("language_model.layers.3.mlp.gate_proj", "llm_mlp"),
     ],
 )
 def test_linears_are_grouped_by_stream_and_kind(name, group):

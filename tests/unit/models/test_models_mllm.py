@@ -14,7 +14,9 @@ from ccmdist.config.objectives import SegmentSettings
 from ccmdist.errors import ConfigError, ModelError
 from ccmdist.jobs.model import make
 from ccmdist.models.make_mllm import make_mllm
-from ccmdist.models.mllm import MLLMS, Prompts, load_mllm, mllm_digest
+from ccmdist.models.mdf_base import KINDS as KNOWN
+from ccmdist.models.mdf_base import mllm_digest
+from ccmdist.models.mllm import MLLMS, Prompts, load_mllm
 from ccmdist.models.processor import make_processor
 from ccmdist.models.unet import make_unet
 from tests.small_mdf import CHANNELS, KINDS, make_mllms
@@ -88,6 +90,10 @@ def test_an_image_of_mllama_is_the_first_of_its_tiles(mllms):
     assert found["cross_attention_mask"].sum() == 14
 
 
+def test_the_folder_knows_the_kinds_that_there_are():
+    assert set(KNOWN) == set(MLLMS)
+
+
 def test_levels_are_read_evenly_over_the_depth_of_the_published_models():
     assert MLLMS["mllama"].depths(MllamaTextConfig()) == (3, 13, 23, 33)
     published = Qwen2_5_VLConfig(text_config={"num_hidden_layers": 28}).text_config
@@ -121,8 +127,12 @@ def test_folders_that_cannot_be_used_are_refused_with_what_to_do(mllms, copied, 
     refused("mismatched weights, such as")
     (copied / "config.json").write_text(json.dumps({"model_type": "bert"}))
     refused("is a model of type bert, expected mllama or qwen2_5_vl")
-    (copied / "config.json").unlink()
-    refused("cannot be read")
+    (copied / "config.json").write_text("<html>")
+    refused("config.json: cannot be read .*; accept the licence on the model's page")
+    for file in copied.iterdir():
+        file.unlink()
+    (copied / "README.md").write_text("Access to this model is restricted.")
+    refused("holds no config.json; accept the licence on the model's page")
 
 
 def test_a_prompt_that_is_longer_than_the_model_takes_is_refused_with_both_numbers(mllms):

@@ -1,15 +1,19 @@
 """MDF-MLLM begins as the bare language model bit for bit, its gates move first, and what is exported comes back."""
 
+import shutil
+
 import pytest
 import torch
 
 from ccmdist.ccm.diagnosis_prompts import all_diagnosis_prompts
 from ccmdist.config.objectives import SegmentSettings
 from ccmdist.errors import ModelError
+from ccmdist.models.make_mllm import make_mllm
+from ccmdist.models.mdf_base import base_digest
 from ccmdist.models.mllm import Prompts, load_mllm
 from ccmdist.models.network_state import NetworkState, make_network, read_network, write_network
 from ccmdist.train import mdf_network
-from ccmdist.train.mdf_network import base_digest, load_trained, make_mdf_mllm, network_of
+from ccmdist.train.mdf_network import load_trained, make_mdf_mllm, network_of
 from tests.small_mdf import CHANNELS, KINDS, make_mllms, small
 
 SIZE_PX = 64
@@ -147,6 +151,22 @@ def test_what_is_exported_comes_back_with_the_same_logits(mllms, segmenting, tmp
     found = network_of(read_network(tmp_path), CPU)
     assert torch.equal(found(*inputs)[0], expected)
     assert not torch.equal(make_mdf_mllm(settings, SIZE_PX, 3)(*inputs)[0], expected)
+
+
+def test_a_network_is_the_same_wherever_its_folders_lie_and_another_beside_other_weights(mllms, segmenting, tmp_path):
+    """Weights are equal throughout, so that nothing but what they stand beside can make the difference."""
+
+    def digest(mllm, unet):
+        settings = small(mllm, unet=unet)
+        facts = {"base_digest": base_digest(settings)}
+        return NetworkState.of(settings, SIZE_PX, {"fusion.head.bias": torch.zeros(3)}, facts).about.digest
+
+    expected = digest(mllms / "mllama", segmenting)
+    moved = shutil.copytree(mllms / "mllama", tmp_path / "elsewhere"), shutil.copytree(segmenting, tmp_path / "unet")
+    assert digest(*moved) == expected
+    make_mllm("mllama", tmp_path / "other", seed=1)
+    assert digest(tmp_path / "other", segmenting) != expected
+    assert digest(mllms / "mllama", None) != expected
 
 
 def test_the_unet_begins_as_segment_left_it(mllms, segmenting):

@@ -1,14 +1,25 @@
 """MDF-MLLM is one of the networks that diagnose: only what is trained of it is counted, kept, and loaded again."""
 
+import base64
+import io
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from small_sets import phantoms
 
+from ccmdist.config.arms import Arm
 from ccmdist.config.evaluate import NetworkSettings
 from ccmdist.config.loading import digest
+from ccmdist.evaluation.downstream.cells import Cell
 from ccmdist.evaluation.downstream.examples import Examples
+from ccmdist.evaluation.downstream.folds import Fold, Source
+from ccmdist.evaluation.downstream.looks import looks_of
 from ccmdist.evaluation.downstream.networks import as_input, built, parameter_count, trained_state
 from ccmdist.evaluation.downstream.training import train_and_test
+from ccmdist.models.make_mllm import make_mllm
 from tests.small_mdf import make_mllms, small
 
 SIZE_PX = 64
@@ -71,3 +82,45 @@ def test_settings_without_it_are_written_as_before_and_those_that_do_not_fit_are
         NetworkSettings(diagnosis="mdf_mllm", size_px=96, mdf=small(mllms / "mllama"))
     with pytest.raises(ValueError, match="size_px: 72 is no multiple of 16, as mdf_mllm needs it"):
         NetworkSettings(diagnosis="mdf_mllm", size_px=72, mdf=small(mllms / "mllama"))
+
+
+def test_a_cell_is_the_same_wherever_the_language_model_lies_and_another_with_other_weights(mllms, tmp_path):
+    real = Source("real", tmp_path, phantoms(tmp_path / "real", 2))
+
+    def digest(mllm, task="diagnosis"):
+        cell = Cell(tmp_path, task, Fold(0, real, {}, {}), Arm("real"), 0, 0, settings(mllm))
+        return cell.digest
+
+    expected = digest(mllms / "mllama")
+    assert digest(shutil.copytree(mllms / "mllama", tmp_path / "moved")) == expected
+    make_mllm("mllama", tmp_path / "other", seed=1)
+    assert digest(tmp_path / "other") != expected
+    assert digest(tmp_path / "other", "segmentation") == digest(mllms / "mllama", "segmentation")
+
+
+def decoded(png):
+    return np.array(Image.open(io.BytesIO(base64.b64decode(png))))
+
+
+def test_where_it_looked_is_shown_for_one_image_of_each_group(mllms):
+    network, test = built("diagnosis", settings(mllms / "qwen2_5_vl", fusion_levels=(2, 4))), examples(7, 0)
+    looks = looks_of(network, test, torch.device("cpu"))
+    assert [look.index for look in looks] == [0, 1, 2]
+    for look in looks:
+        assert list(look.pictures) == ["frame", "saliency", "level 2", "level 4"]
+        pictures = [decoded(png) for png in look.pictures.values()]
+        assert np.array_equal(pictures[0], test.images[look.index])
+        assert all(picture.shape == (SIZE_PX, SIZE_PX) and picture.dtype == np.uint8 for picture in pictures)
+        assert not np.array_equal(pictures[1], pictures[2])
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_saliency_lies_where_the_output_depends_on_the_image():
+    class Corner(torch.nn.Module):
+        def forward(self, x):
+            return torch.stack([x[:, 0, :16, :16].sum((1, 2)), *x.new_zeros(2, len(x)) - 1e6], dim=1)
+
+    (look, *_) = looks_of(Corner(), examples(3, 0), torch.device("cpu"))
+    lit = decoded(look.pictures["saliency"]).astype(float) - 0.75 * examples(3, 0).images[0]
+    assert lit[:12, :12].mean() > 50
+    assert abs(lit[20:, 20:]).max() < 1
