@@ -10,6 +10,8 @@ from ccmdist.config.settings import Settings, free
 Split = Literal["train", "val", "test"]
 Dtype = Literal["bf16", "fp32"]
 Flip = Literal["hflip", "vflip", "rot180"]
+MIRRORS: Final[frozenset[Flip]] = frozenset({"hflip", "vflip"})
+"""Flips that show the other eye."""
 Prompts = Literal["given", "next_group"]
 HoleShape = Literal["rectangle", "stroke", "band", "quadrant", "everything"]
 Structure = Literal["mask", "points", "mask_and_points"]
@@ -97,7 +99,8 @@ class DataSettings(Settings):
     dtype: Dtype = "bf16"
     """Of the encoders and of what is cached."""
     flips: tuple[Flip, ...] = ()
-    """Views of each training sample that are cached beside the sample itself."""
+    """Views of each training sample that are cached beside the sample itself. hflip and vflip mirror it: their prompts
+    name the other eye. rot180 turns it and keeps the eye."""
     prompts: Prompts = "given"
     """What a mask is encoded with: its own prompt or, as a control of synthesis, that of the next clinical group
     (Control, T1NoDPN, T1DPN, Control). What such images lack beside others is what the prompt contributes."""

@@ -9,6 +9,7 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ccmdist.ccm.groups import ClinicalGroup
 from ccmdist.ccm.prompts import NEGATIVE_PROMPT, TEMPLATE_VERSION
 from ccmdist.commit import commit_json, digest_of
-from ccmdist.config.data import USUAL, DataSettings, Flip, PrecomputeConfig
+from ccmdist.config.data import MIRRORS, USUAL, DataSettings, Flip, PrecomputeConfig
 from ccmdist.config.loading import flat, resolved
 from ccmdist.data.manifest import ShardEntry, read_manifest
 from ccmdist.errors import CacheError, ShardError
@@ -74,8 +75,13 @@ def fingerprint(data: DataSettings, manifest_digest: str, encoders: dict[str, An
         data: The settings that name a cache.
         manifest_digest: Of the shard set.
         encoders: Identity of the encoders, as the model folder gives it.
+
+    Raises:
+        ShardError: If views are mirrored, and whether frames to train on name an eye cannot be read.
     """
     later = {name: value for name, value in resolved(data).items() if name in USUAL}
+    if not MIRRORS.isdisjoint(data.flips) and _knows_eyes(data.shards, manifest_digest):
+        later |= {"eye_follows_flip": True}  # prompts of mirrored views have not always named the other eye
     return later | {
         "content_version": CONTENT_VERSION,
         "shards": manifest_digest,
@@ -86,6 +92,15 @@ def fingerprint(data: DataSettings, manifest_digest: str, encoders: dict[str, An
         "prompt_template": TEMPLATE_VERSION,
         "negative_prompt": NEGATIVE_PROMPT,
     }
+
+
+@lru_cache(maxsize=8)
+def _knows_eyes(shards: Path, _manifest_digest: str) -> bool:
+    """Whether a sample to train on names its eye; reads fields up to the first that does, once for each set."""
+    from ccmdist.data.reader import read_metas  # which takes scipy
+
+    train = read_manifest(shards).of_split("train")
+    return any(meta.eye is not None for shard in train for _, meta in read_metas(shards, shard))
 
 
 def flips(data: DataSettings) -> list[Flip]:

@@ -15,7 +15,7 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Final, Literal, get_args
 
 import numpy as np
@@ -25,7 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ccmdist.ccm.groups import CLINICAL_GROUPS, ClinicalGroup
-from ccmdist.ccm.prompts import prompt
+from ccmdist.ccm.prompts import FIELD_WORDS, prompt
 from ccmdist.ccm.structure import POINT_CODES
 from ccmdist.errors import ShardError
 
@@ -33,6 +33,7 @@ Eye = Literal["OD", "OS"]
 Source = Literal["phantom", "folders", "synthetic"]
 
 EYES: Final[tuple[Eye, ...]] = get_args(Eye)
+OTHER_EYE: Final[Mapping[Eye, Eye]] = {"OD": "OS", "OS": "OD"}
 IMAGE, MASK, INPAINT_MASK, POINTS, META = "image.png", "mask.png", "inpaint_mask.png", "points.png", "json"
 MEMBERS: Final = (IMAGE, MASK, INPAINT_MASK, POINTS, META)
 """Endings of a sample's members, in the order in which they stand in a tar: META is the last of each sample."""
@@ -107,6 +108,18 @@ def prompt_for(clinical_group: ClinicalGroup | None, eye: Eye | None, fields: Ma
         ShardError: If one of them is outside the closed vocabularies.
     """
     return prompt(clinical_group, {"eye": eye, **fields} if eye else fields)
+
+
+def mirrored(meta: TripleMeta) -> TripleMeta:
+    """The fields of a frame's mirror image, which shows the other eye and whose prompt says so; twice, ``meta`` itself.
+
+    That a mirrored right eye passes for a left one is our choice: the nerves' course beside nose and temple is
+    mirrored between the eyes of a person. Of a whorl's sense of rotation that is not known.
+    """
+    if meta.eye is None:
+        return meta
+    other, words = OTHER_EYE[meta.eye], FIELD_WORDS["eye"]
+    return replace(meta, eye=other, prompt=meta.prompt.replace(words[meta.eye], words[other]))
 
 
 def members_of(triple: Triple) -> dict[str, bytes]:

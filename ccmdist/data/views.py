@@ -9,7 +9,8 @@ At the wanted size nothing is touched. Else:
 * A hole, shrunk, has every pixel that it has a part in, so none vanishes; enlarged, it is copied likewise.
 * A point stays one pixel: the one that its middle lies in. Of points that meet, the higher code is kept.
 
-A flipped view keeps its prompt. Mind that hflip and vflip turn a right eye's whorl into a left eye's; rot180 does not.
+hflip and vflip mirror a frame: what they make of a right eye is shown as a left one, in the prompt too. rot180 turns
+it, as head or microscope may be turned, and keeps the eye. No flip changes the region: the inferior whorl stays one.
 A change of any of this raises CONTENT_VERSION in data/cache_index.py.
 """
 
@@ -21,8 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage.morphology import skeletonize
 
-from ccmdist.config.data import Flip
-from ccmdist.data.triple import Triple
+from ccmdist.config.data import MIRRORS, Flip
+from ccmdist.data.triple import Triple, mirrored
 from ccmdist.errors import ShardError
 
 Frame = NDArray[np.uint8]
@@ -71,13 +72,14 @@ def resized(triple: Triple, size_px: int) -> Triple:
 
 
 def flipped(triple: Triple, flip: str) -> Triple:
-    """All pictures of a sample flipped alike, under the same key."""
+    """All pictures of a sample flipped alike, under the same key; of the other eye where that mirrors them."""
 
     def turned(frame: NDArray) -> NDArray:
         return np.ascontiguousarray(FLIPS[flip](frame))
 
     return replace(
         triple,
+        meta=mirrored(triple.meta) if flip in MIRRORS else triple.meta,
         image=turned(triple.image),
         nerve_mask=turned(triple.nerve_mask),
         inpaint_mask=None if triple.inpaint_mask is None else turned(triple.inpaint_mask),

@@ -23,6 +23,8 @@ from ccmdist.data.cache_index import (
 from ccmdist.data.latent_cache import EncodedSample, LatentCache, write_cache_shard
 from ccmdist.data.manifest import commit_manifest, read_manifest
 from ccmdist.data.reader import read_shard
+from ccmdist.data.triple import prompt_for
+from ccmdist.data.writer import write_shard
 from ccmdist.errors import CacheError
 
 ENCODERS = {"version": "2509", "vae_weights": "a" * 64}
@@ -134,7 +136,8 @@ def test_another_setting_model_or_shard_set_is_another_cache_and_says_what_diffe
     for changes, expected in (
         ({"image_size_px": 128}, "image_size_px (64, expected 128)"),
         ({"dtype": "fp32"}, "dtype (bf16, expected fp32)"),
-        ({"flips": ("hflip",)}, "flips ([], expected ['hflip'])"),
+        ({"flips": ("rot180",)}, "flips ([], expected ['rot180'])"),
+        ({"flips": ("hflip",)}, "eye_follows_flip (none, expected True), flips ([], expected ['hflip'])"),
     ):
         with pytest.raises(CacheError) as error:
             LatentCache.open(data.model_copy(update=changes), ENCODERS)
@@ -163,9 +166,11 @@ def test_where_a_set_lies_and_the_order_of_flips_do_not_count(data, phantoms):
     assert of(flips=("vflip", "hflip", "vflip")) == of(flips=("hflip", "vflip"))
 
 
-def test_usual_settings_have_the_fingerprint_that_they_had_before_structures_and_holes_existed(tmp_path):
+def test_usual_settings_have_the_fingerprint_that_they_had_before_structures_and_holes_existed(phantoms, tmp_path):
+    set_of(phantoms, tmp_path, lambda eye: None)
+
     def of(**changes):
-        data = DataSettings(shards="s", model="m", image_size_px=384, flips=("hflip",), **changes)
+        data = DataSettings(shards=tmp_path, model="m", image_size_px=384, flips=("hflip",), **changes)
         return digest_of(fingerprint(data, "b" * 64, ENCODERS))
 
     usual = "fb32b64a8bfbb8cbcf063f62ba1b45e5c053f28800771740218eb18d989969cb"
@@ -177,6 +182,39 @@ def test_usual_settings_have_the_fingerprint_that_they_had_before_structures_and
         *(of(holes=HoleSettings(**changes)) for changes in ({}, {"seed": 1}, {"per_sample": 1}, {"shapes": ("band",)})),
     ]
     assert len({usual, *others}) == 8
+
+
+def set_of(phantoms, folder, eye_of):
+    """The samples of a set under the eyes that ``eye_of`` makes of theirs; its manifest."""
+    entries = []
+    for shard in read_manifest(phantoms).shards:
+        changed = []
+        for triple in read_shard(phantoms, shard):
+            meta, eye = triple.meta, eye_of(triple.meta.eye)
+            prompt = prompt_for(meta.clinical_group, eye, meta.fields)
+            changed.append(replace(triple, meta=replace(meta, eye=eye, prompt=prompt)))
+        entries.append(write_shard(folder, shard.name, shard.split, changed))
+    return commit_manifest(folder, "phantom", entries)
+
+
+def test_prompts_of_mirrored_views_are_other_contents_only_where_a_frame_to_train_on_names_its_eye(phantoms, tmp_path):
+    seen = {"of_both": phantoms}
+    for name, eye_of in (("unknown", lambda eye: None), ("some", lambda eye: "OS" if eye == "OS" else None)):
+        seen[name] = tmp_path / name
+        set_of(phantoms, seen[name], eye_of)
+
+    def follows(name, *flips):
+        data = DataSettings(shards=seen[name], model="m", image_size_px=64, flips=flips)
+        return fingerprint(data, read_manifest(seen[name]).digest, ENCODERS).get("eye_follows_flip")
+
+    for name in ("of_both", "some"):
+        assert [follows(name, *flips) for flips in ((), ("rot180",), ("vflip",), ("rot180", "hflip"))] == [
+            None,
+            None,
+            True,
+            True,
+        ]
+    assert follows("unknown", "hflip", "vflip", "rot180") is None
 
 
 def test_tensors_of_holes_are_there_only_where_they_were_given(tmp_path):

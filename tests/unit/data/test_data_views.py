@@ -1,5 +1,7 @@
 """Views: the sample itself at the size of the run, and flips of it; thin nerves survive being shrunk."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,9 +9,11 @@ from hypothesis import strategies as st
 from skimage.measure import label
 from skimage.morphology import skeletonize
 
+from ccmdist.ccm.groups import CLINICAL_GROUPS
 from ccmdist.ccm.phantom import make_phantom
-from ccmdist.data.triple import Triple, TripleMeta, prompt_for
-from ccmdist.data.views import FLIPS, resized_image, resized_mask, views
+from ccmdist.ccm.prompts import FIELD_WORDS
+from ccmdist.data.triple import EYES, OTHER_EYE, Triple, TripleMeta, prompt_for
+from ccmdist.data.views import FLIPS, flipped, resized_image, resized_mask, views
 from ccmdist.errors import ShardError
 
 
@@ -31,14 +35,46 @@ def test_at_the_wanted_size_nothing_is_touched(phantom):
     assert (view.key, view.meta) == (phantom.key, phantom.meta)
 
 
-def test_flips_follow_the_sample_under_their_own_keys_and_keep_its_prompt(phantom):
+def test_flips_follow_the_sample_under_their_own_keys(phantom):
     plain, *flipped = views(phantom, 64, ("hflip", "vflip", "rot180"), "here")
     assert [view.key for view in (plain, *flipped)] == ["k1", "k1-hflip", "k1-vflip", "k1-rot180"]
-    assert all(view.meta == phantom.meta for view in flipped)
     np.testing.assert_array_equal(flipped[0].image, np.fliplr(plain.image))
     np.testing.assert_array_equal(flipped[1].nerve_mask, np.flipud(plain.nerve_mask))
     np.testing.assert_array_equal(flipped[2].image, np.rot90(plain.image, 2))
     assert all(view.image.flags.c_contiguous and view.nerve_mask.flags.c_contiguous for view in flipped)
+
+
+def test_a_mirrored_view_is_of_the_other_eye_and_says_so_where_a_turned_one_is_not(phantom):
+    found = {view.key: view.meta for view in views(phantom, 64, ("hflip", "vflip", "rot180"), "here")}
+    other = replace(phantom.meta, eye="OS", prompt=prompt_for("Control", "OS", {}))
+    assert found == {"k1": phantom.meta, "k1-hflip": other, "k1-vflip": other, "k1-rot180": phantom.meta}
+
+
+codes = st.tuples(
+    st.sampled_from([*CLINICAL_GROUPS, None]),
+    st.sampled_from([*EYES, None]),
+    st.fixed_dictionaries(
+        {}, optional={name: st.sampled_from(list(FIELD_WORDS[name])) for name in FIELD_WORDS if name != "eye"}
+    ),
+)
+
+
+@given(codes, st.sampled_from([*CLINICAL_GROUPS, None]), st.lists(st.sampled_from(list(FLIPS)), max_size=6))
+def test_flips_undo_themselves_in_the_prompt_too_and_an_even_number_of_mirrors_is_none(known, prompted, flips):
+    group, eye, fields = known
+    # The prompt of a synthetic sample may be that of another group than its own.
+    meta = TripleMeta(prompt_for(prompted, eye, fields), group, "s1", eye, 1.0, "synthetic", fields, provenance={})
+    frame = Triple("k1", np.arange(9, dtype=np.uint8).reshape(3, 3), np.zeros((3, 3), bool), meta)
+    seen = frame
+    for flip in flips:
+        seen = flipped(seen, flip)
+    num_mirrors = sum(flip != "rot180" for flip in flips)
+    expected = OTHER_EYE[eye] if eye and num_mirrors % 2 else eye
+    assert seen.meta == replace(meta, eye=expected, prompt=prompt_for(prompted, expected, fields))
+    for flip in FLIPS:
+        twice = flipped(flipped(seen, flip), flip)
+        assert twice.meta == seen.meta
+        np.testing.assert_array_equal(twice.image, seen.image)
 
 
 def test_every_flip_undoes_itself():

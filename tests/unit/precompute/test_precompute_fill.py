@@ -13,6 +13,7 @@ from ccmdist.data.cache_index import CONTENT_VERSION, index_path
 from ccmdist.data.latent_cache import LatentCache
 from ccmdist.data.phantom_shards import write_phantom_set
 from ccmdist.data.reader import read_split
+from ccmdist.data.triple import OTHER_EYE, prompt_for
 from ccmdist.errors import CacheError, Preempted, ShardError
 from ccmdist.models.encoders import LatentCodec, PromptEncoder
 from ccmdist.models.make import make_model
@@ -81,11 +82,16 @@ def test_the_cache_holds_what_the_encoders_give_one_by_one(filled):
     cache = opened(settings)
     entries = {entry.key: entry for entry in cache.entries("train")}
     for triple in list(read_split(settings.data.shards, "train"))[:2]:
-        for key, flip in ((triple.key, slice(None)), (f"{triple.key}-hflip", slice(None, None, -1))):
+        eye = triple.meta.eye
+        for key, flip, seen in (
+            (triple.key, slice(None), eye),
+            (f"{triple.key}-hflip", slice(None, None, -1), OTHER_EYE[eye]),
+        ):
+            prompt = prompt_for(triple.meta.clinical_group, seen, {})
             image, mask = triple.image[:, flip].copy(), triple.nerve_mask[:, flip].astype(np.uint8) * 255
             found = cache.read(entries[key])
             expected = {
-                "prompt_embeds": prompts.encode([triple.meta.prompt], [mask])[0],
+                "prompt_embeds": prompts.encode([prompt], [mask])[0],
                 "image_latents": codec.encode(image[None])[0],
                 "mask_latents": codec.encode(mask[None])[0],
             }

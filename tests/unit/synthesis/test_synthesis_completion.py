@@ -147,9 +147,9 @@ def test_the_model_sees_structure_and_holed_image_and_keeps_what_is_known(fillin
     seen, draw = [], generate.sample
     conditions, predict = [], qwen.GuidedVelocity
 
-    def watched(velocity, noise_BSC, sigmas, guidance_scale, known):
+    def watched(velocity, noise_BSC, sigmas, guidance_scale, known, guidance):
         seen.append(known)
-        return draw(velocity, noise_BSC, sigmas, guidance_scale, known)
+        return draw(velocity, noise_BSC, sigmas, guidance_scale, known, guidance)
 
     def shown(model, condition_BSC, *others):
         conditions.append(condition_BSC)

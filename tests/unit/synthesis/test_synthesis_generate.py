@@ -228,12 +228,14 @@ def test_flipped_views_of_train_are_drawn_with_flipped_masks(sources, config, on
     synthesize(config("split=train", "images_per_mask=1", "data.flips=[hflip]"), None)
     triples = {triple.key: triple for triple in read_split(tmp_path / "out", "train")}
     assert sorted(triples) == ["k5-0000", "k5-hflip-0000", "k6-0000", "k6-hflip-0000"]
+    assert [triples[key].meta.eye for key in sorted(triples)] == ["OD", "OS"] * 2
+    assert all(f"eye {triple.meta.eye}" in triple.meta.prompt for triple in triples.values())
     for key in ("k5", "k6"):
         plain, flipped = triples[f"{key}-0000"], triples[f"{key}-hflip-0000"]
         assert np.array_equal(flipped.nerve_mask, plain.nerve_mask[:, ::-1])
         assert flipped.meta.subject == plain.meta.subject
         assert flipped.meta.um_per_px == plain.meta.um_per_px
-    assert "4 images" in verify_against_plan(tmp_path / "out")
+    assert "4 images" in verify_against_plan(tmp_path / "out", sources / "shards")
 
 
 def adapter(sources, kind, size, base_digest=None):
