@@ -35,6 +35,8 @@ class SelectConfig(Settings):
     batches_per_shard: int = Field(4, ge=1)
     denoise_steps: int = Field(40, ge=2)
     guidance_scale: float = Field(4.0, ge=1)
+    eta: float = Field(0.0, ge=0, le=1)
+    """Of a run of MSDM, as of `ccmdist synthesize`: noise that is added anew at each denoise step."""
     compile_blocks: bool = False
     seed: int = Field(0, ge=0)
     """The same noise for every checkpoint: they are compared in pairs."""

@@ -28,6 +28,7 @@ AS_DRAWN: Final = (
     "batches_per_shard",
     "denoise_steps",
     "guidance_scale",
+    "eta",
     "compile_blocks",
     "seed",
 )
@@ -117,13 +118,14 @@ def open_candidates(config: SelectConfig) -> Candidates:
     """The candidates of a run; reads settings and manifests alone.
 
     Raises:
-        EvaluationError: If there is no training run or no checkpoint, the run has trained no adapter for whole images,
-            or the split has too few images or subjects.
+        EvaluationError: If there is no training run or no checkpoint, the run has trained nothing that draws whole
+            images, or nothing that adds noise where `eta` wants some, or the split has too few images or subjects.
         ShardError: If the masks are not there.
     """
     run = RunDirectory(config.run)
     trained = _trained(run)
     _refuse_fillers(trained)
+    _refuse_misfit(config, trained)
     checkpoints = tuple(committed_paths(run.checkpoints))
     if not checkpoints:
         raise EvaluationError(
@@ -155,6 +157,22 @@ def _refuse_fillers(trained: TrainConfig) -> None:
             f"run: {trained.run} has trained completion alone, and a checkpoint is chosen by the whole images it draws",
             "draw with some of its checkpoints (`ccmdist synthesize ... objective=completion adapter=CHECKPOINT`) and "
             "compare the sets with `ccmdist evaluate`",
+        )
+
+
+def _refuse_misfit(config: SelectConfig, trained: TrainConfig) -> None:
+    """Refuse a run that draws nothing, or not in the way that is wanted."""
+    objective = trained.objective
+    if not objective.draws:
+        raise EvaluationError(
+            f"run: {trained.run} has trained {objective.kind}, which draws no images of masks; a checkpoint is chosen "
+            "by what it draws",
+            objective.serves,
+        )
+    if config.eta and not objective.adds_noise:
+        raise EvaluationError(
+            f"eta: {config.eta:g}, but {objective.kind}, which {trained.run} has trained, draws without noise of its own",
+            "leave eta out",
         )
 
 

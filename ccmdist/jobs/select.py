@@ -200,7 +200,10 @@ def _values(
 
 
 def _compared(config: SelectConfig) -> dict[str, Any]:
-    return {name: value for name, value in resolved(config).items() if name not in OF_THE_PLACE}
+    values = {name: value for name, value in resolved(config).items() if name not in OF_THE_PLACE}
+    if not config.eta:
+        del values["eta"]  # a choice made before there was one stays made
+    return values
 
 
 def _print(config: SelectConfig, real: "Figures", found: "dict[int, Figures]", best: int | None) -> None:

@@ -70,11 +70,12 @@ def add_checkpoint(folder, sources, settings, step, damage, keep=9, names=("",),
     assert store.save(step, parameters, facts | {"base_digest": model.transformer_digest()}) == ""
 
 
-def make_network_run(folder, sources, steps):
-    """A run that trains a SPADE network, with a checkpoint of random weights for each step."""
+def make_network_run(folder, sources, steps, objective=None):
+    """A run that trains a SPADE network or another one, with a checkpoint of random weights for each step."""
     spade = {"kind": "spade", "channels": [16, 16], "norm_channels": 8, "noise_dim": 8}
     spade |= {"discriminator_channels": 8, "discriminator_layers": 1}
-    config = load(TrainConfig, [], [f"run={folder}", *data_overrides(sources), f"objective={json.dumps(spade)}"])
+    wanted = f"objective={json.dumps(objective or spade)}"
+    config = load(TrainConfig, [], [f"run={folder}", *data_overrides(sources), wanted])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"digest": digest(config), "settings": resolved(config)}))
     for step in steps:

@@ -11,14 +11,15 @@ import pytest
 
 from ccmdist.cli import exit_code
 from ccmdist.cluster.best_checkpoint import BEST, read_best
-from ccmdist.config.loading import load, resolved
+from ccmdist.config.loading import load, resolved, validate
 from ccmdist.config.select import SelectConfig
-from ccmdist.config.train import LoRASettings
+from ccmdist.config.train import LoRASettings, TrainConfig
+from ccmdist.data.manifest import read_manifest
 from ccmdist.data.reader import read_split
 from ccmdist.errors import CheckpointError, EvaluationError, Preempted, RunError, ShardError
 from ccmdist.jobs import adapter, select
 from ccmdist.jobs.adapter_check import linear_shapes
-from ccmdist.jobs.candidates import open_candidates
+from ccmdist.jobs.candidates import Candidates, open_candidates
 from ccmdist.jobs.network import find_network
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.synthesis import generate
@@ -322,7 +323,13 @@ def test_what_cannot_be_chosen_from_is_refused_before_anything_is_drawn(run, sou
         (config_of(run, "split=test"), "split: .*shards has no samples in test; set split to one of: train, val"),
         (config_of(run, "min_images=7"), "val of .*shards makes 6 images, at least 7 are needed to choose by; pack"),
         (config_of(run, "min_subjects=4"), "val of .*shards makes 3 subjects, at least 4 are needed to choose by"),
+        (config_of(run, "eta=0.5"), "eta: 0.5, but edit, which .*run has trained, draws without noise of its own; leave"),
+            config_of(run, "eta=0.5"),
+            r"eta: 0.5, but what .*run has trained \(edit\) draws without noise of its own; le",
+        ),
+        (config_of(tmp_path / "vae"), "vae has trained msdm_vae, which draws no images of masks; .* draws; give it as"),
     ]
+    make_network_run(tmp_path / "vae", sources, (), {"kind": "msdm_vae", "crop_px": 32})
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "config.json").write_text('{"settings": {"out": "x"}}')
     cases.append((config_of(tmp_path / "set"), "set is not the folder of a training run .*run: is required"))
@@ -354,6 +361,16 @@ def test_a_baseline_is_chosen_from_as_an_adapter_is(sources, tmp_path, monkeypat
     weights = [one["weights"] for one in json.loads((run / "selection" / "selection.json").read_text())["checkpoints"]]
     assert len(set(weights)) == 2
     assert find_network(run / BEST).about.digest == weights[step - 1]
+
+
+def test_checkpoints_of_msdm_draw_with_noise_of_their_own_where_that_is_wanted(sources, tmp_path):
+    run = make_network_run(tmp_path / "msdm", sources, (), {"kind": "msdm"})
+    trained = validate(TrainConfig, json.loads((run / "config.json").read_text())["settings"], "here")
+    for overrides, eta in (((), 0), (("eta=0.5",), 0.5)):
+        config, step = config_of(run, *overrides), run / "checkpoints" / "step-00000010"
+        candidates = Candidates(config, trained, trained.data, read_manifest(sources / "shards"), (step,))
+        assert (candidates.drawing(step).eta, candidates.drawing(step).network) == (eta, step)
+        assert ("eta" in select._compared(config)) == bool(eta)
 
 
 def test_the_test_split_can_be_chosen_on_and_is_warned_of(run, sampler, caplog, capsys):
