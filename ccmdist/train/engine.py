@@ -8,7 +8,7 @@
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -86,6 +86,7 @@ class Engine:
         config: TrainConfig,
         group: ProcessGroup,
         growth: RankGrowth | None = None,
+        cut_sets: frozenset[str] = frozenset(),
     ) -> None:
         """Partition ``model`` over the ranks. Collective.
 
@@ -95,17 +96,19 @@ class Engine:
             config: Settings of the run.
             group: The ranks.
             growth: What decides of the lora_ranks of the one set there is, if they grow.
+            cut_sets: Sets that are gathered module by module in each pass, for whole they would not fit. The others
+                are whole on every rank, gathered once per optimizer step. One set at least is among these.
         """
         import deepspeed
 
-        self.parameter_sets, self._group, self._growth = parameter_sets, group, growth
+        self.parameter_sets, self._group, self._growth, self._cut_sets = parameter_sets, group, growth, cut_sets
         sets = {name: list(parameters.values()) for name, parameters in parameter_sets.items()}
         self.optimizer = optimizer(sets, config.optim, grows=growth is not None)
         self.module, self._zero, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.optimizer,
             config=_gathering_one_block_ahead(
-                zero_config(config, group.ranks.world_size, group.ranks_per_node), model, parameter_sets
+                zero_config(config, group.ranks.world_size, group.ranks_per_node), model, self._persistent()
             ),
         )
         for flat in self._flat_by_set().values():
@@ -209,7 +212,7 @@ class Engine:
 
     def _let_adapter_persist(self) -> None:
         """Gather what is trained once per optimizer step, instead of twice per block and micro-step. Collective."""
-        for _, parameter in self._named_parameters():
+        for parameter in self._persistent():
             parameter.ds_persist = True
             self._zero.persistent_parameters.append(parameter)
         for block in _blocks(self.module):
@@ -223,6 +226,11 @@ class Engine:
 
     def _named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [item for parameters in self.parameter_sets.values() for item in parameters.items()]
+
+    def _persistent(self) -> list[torch.nn.Parameter]:
+        """What is trained, and whole on every rank."""
+        sets = self.parameter_sets.items()
+        return [p for name, parameters in sets if name not in self._cut_sets for p in parameters.values()]
 
     def _flat_by_set(self) -> dict[str, torch.Tensor]:
         flats = self._zero.fp32_partitioned_groups_flat
@@ -279,16 +287,17 @@ class _Place:
 
 
 def _gathering_one_block_ahead(
-    zero_config: dict[str, Any], model: torch.nn.Module, parameter_sets: dict[str, dict[str, torch.nn.Parameter]]
+    zero_config: dict[str, Any], model: torch.nn.Module, persistent: Iterable[torch.nn.Parameter]
 ) -> dict[str, Any]:
     """The configuration with which a block is gathered while the one before computes, and freed when it has computed.
 
     DeepSpeed's default prefetches the seventh part of a block of the 20 B model, and waits for the rest.
     """
-    trained = {id(parameter) for parameters in parameter_sets.values() for parameter in parameters.values()}
+    always_there = set(map(id, persistent))
     blocks = _blocks(model) or [model]
     largest = max(
-        sum(getattr(p, "ds_numel", p.numel()) for p in block.parameters() if id(p) not in trained) for block in blocks
+        sum(getattr(p, "ds_numel", p.numel()) for p in block.parameters() if id(p) not in always_there)
+        for block in blocks
     )
     ahead = {
         "stage3_prefetch_bucket_size": max(largest, 1),

@@ -41,7 +41,7 @@ def train(
     with ledger.sections("startup"):
         quiet_libraries()
         model = objective.build(zero_config(config, group.ranks.world_size, group.ranks_per_node))
-        engine = Engine(model, objective.parameter_sets(), config, group, objective.growth)
+        engine = Engine(model, objective.parameter_sets(), config, group, objective.growth, objective.cut_sets)
     with ledger.sections("restore"):
         store = CheckpointStore(run.checkpoints, group, config.checkpoint.keep, group.from_first(len(run.attempts())))
         start = resume(engine, objective, store)

@@ -1,5 +1,6 @@
 """MDF-MLLM put together: language model and U-Net of their folders, fusion, adapter; made anew, and read back."""
 
+import math
 from collections.abc import Mapping
 from typing import Final
 
@@ -9,16 +10,18 @@ from torch import Tensor
 from ccmdist.adapters.injection import inject, row_squares_of
 from ccmdist.config.objectives import DiagnoseSettings
 from ccmdist.config.train import AdapterSettings, LoRASettings, WDLoRASettings
-from ccmdist.errors import ModelError
-from ccmdist.models.mdf_base import base_digest
+from ccmdist.errors import ConfigError, ModelError
+from ccmdist.models.mdf_base import base_digest, check_base
 from ccmdist.models.mdf_mllm import Fusion, MdfMllm
 from ccmdist.models.mllm import Mllm, load_mllm
 from ccmdist.models.network_state import NetworkState, read_network
 from ccmdist.models.unet import LevelUnet, make_unet
 
 DTYPES: Final = {"bf16": torch.bfloat16, "fp32": torch.float32}
-MOST_TRAINED: Final = 1_000_000_000
-"""Parameters of a language model that is trained as a whole: every rank holds all that is trained, in fp32."""
+BYTES_TRAINED: Final = 20
+"""Of a parameter that is trained and cut over the ranks: its weight twice, its gradient, two moments, all fp32."""
+MOST_TRAINED: Final = 3_000_000_000
+"""Parameters of a rank's share of a language model that is trained as a whole: 60 GB."""
 
 
 def make_mdf_mllm(settings: DiagnoseSettings, image_size_px: int, seed: int) -> MdfMllm:
@@ -29,6 +32,7 @@ def make_mdf_mllm(settings: DiagnoseSettings, image_size_px: int, seed: int) -> 
     Raises:
         ModelError: If a folder cannot be used, or the parts do not fit.
     """
+    check_base(settings)
     mllm = load_mllm(settings.mllm, DTYPES[settings.llm_dtype])
     mllm.model.requires_grad_(settings.llm == "full")
     _check_fit(settings, mllm)
@@ -57,23 +61,11 @@ def starting_unet(settings: DiagnoseSettings, seed: int) -> LevelUnet:
     """The U-Net that `segment` has left, or one with random weights.
 
     Raises:
-        ModelError: If the folder holds another network, or a U-Net of other channels.
+        ModelError: If its weights cannot be read.
     """
     unet = make_unet(settings, seed)
-    if settings.unet is None:
-        return unet
-    state = read_network(settings.unet)
-    channels = getattr(state.about.settings, "channels", None)
-    if state.about.kind != "segment" or channels != settings.channels:
-        what = (
-            f"channels {list(channels)}" if state.about.kind == "segment" and channels else f"kind {state.about.kind}"
-        )
-        raise ModelError(
-            f"{settings.unet}: is a network of {what}, expected a U-Net of segment with channels "
-            f"{list(settings.channels)}",
-            "name the folder `network` of a run of objective.kind segment, and set objective.channels to its own",
-        )
-    unet.load_state_dict(dict(state.tensors))
+    if settings.unet is not None:
+        unet.load_state_dict(dict(read_network(settings.unet).tensors))
     return unet
 
 
@@ -127,9 +119,18 @@ def _check_fit(settings: DiagnoseSettings, mllm: Mllm) -> None:
             f"{settings.mllm}",
             "use a number of heads that does",
         )
-    num = sum(parameter.numel() for parameter in mllm.model.parameters())
-    if settings.llm == "full" and num > MOST_TRAINED:
-        raise ModelError(
-            f"objective.llm: full would train {num / 1e9:.1f} billion parameters, of which every rank would hold all",
-            "set objective.llm=wdlora or lora",
+
+
+def refuse_too_large(settings: DiagnoseSettings, model: MdfMllm, num_ranks: int) -> None:
+    """Refuse to train a language model as a whole whose share no rank can hold.
+
+    Raises:
+        ConfigError: If it is too large.
+    """
+    num = sum(parameter.numel() for parameter in model.llm.parameters())
+    if settings.llm == "full" and num > MOST_TRAINED * num_ranks:
+        raise ConfigError(
+            f"objective.llm: full would train {num / 1e9:.1f} billion parameters on {num_ranks} rank(s), "
+            f"{BYTES_TRAINED * num / num_ranks / 1e9:.0f} GB on each for weights, gradients and moments",
+            f"use at least {math.ceil(num / MOST_TRAINED)} ranks, or set objective.llm=wdlora or lora",
         )

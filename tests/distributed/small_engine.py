@@ -16,7 +16,11 @@ def built(group, world, *overrides):
     config = load(TrainConfig, [], ["run=unused", *data_overrides(Path(world)), *SETTINGS, *overrides])
     objective = objective_of(config, group)
     model = objective.build(zero_config(config, group.ranks.world_size, group.ranks_per_node))
-    return config, objective, Engine(model, objective.parameter_sets(), config, group, objective.growth)
+    return (
+        config,
+        objective,
+        Engine(model, objective.parameter_sets(), config, group, objective.growth, objective.cut_sets),
+    )
 
 
 def steps(config, objective, engine, first, stop, lr=1e-2):

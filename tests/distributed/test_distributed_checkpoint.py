@@ -11,6 +11,7 @@ import torch
 from ccmdist.config.loading import load
 from ccmdist.config.train import TrainConfig
 from ccmdist.errors import CheckpointError
+from tests.distributed.small_engine import reading, slices
 
 BATCH = 8
 
@@ -20,7 +21,7 @@ def small_model():
     return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
 
 
-def make_engine(group, *overrides):
+def make_engine(group, *overrides, cut_sets=frozenset()):
     from ccmdist.train.engine import Engine
 
     config = load(
@@ -34,7 +35,7 @@ def make_engine(group, *overrides):
         "first": {"0.bias": model[0].bias},
         "second": {"2.weight": model[2].weight, "2.bias": model[2].bias},
     }
-    return Engine(model, sets, config, group)
+    return Engine(model, sets, config, group, cut_sets=cut_sets)
 
 
 def one_step(engine, group, step, active=("first", "second")):
@@ -103,6 +104,29 @@ def only_the_named_set_moves(group):
 @pytest.mark.distributed
 def test_a_set_that_a_step_does_not_name_stays_bit_for_bit(run_ranks):
     assert run_ranks(only_the_named_set_moves, 2) == [True, True]
+
+
+def a_cut_set_beside_whole_ones(group):
+    """Losses with a set whole, and with it cut, before and after each takes over a state of its own."""
+    whole, cut = make_engine(group), make_engine(group, cut_sets=frozenset({"second"}))
+    losses = []
+    for engine in (whole, cut):
+        told = [one_step(engine, group, step) for step in range(2)]
+        kept, adam_steps = slices(engine), engine.adam_steps()
+        told += [one_step(engine, group, step) for step in range(2, 4)]
+        engine.load(reading(kept), adam_steps)
+        told.append(one_step(engine, group, 2))
+        losses.append(told)
+    is_there = {name: parameter.numel() > 0 for of in cut.parameter_sets.values() for name, parameter in of.items()}
+    assert is_there == {"0.bias": True, "2.weight": False, "2.bias": False}
+    assert losses[0][4] == losses[0][2] != losses[0][3]
+    return losses
+
+
+@pytest.mark.distributed
+def test_a_set_that_stays_cut_learns_what_a_whole_one_does_bit_for_bit(run_ranks):
+    for whole, cut in run_ranks(a_cut_set_beside_whole_ones, 2):
+        assert whole == cut
 
 
 def nonfinite_on_one_rank(group):

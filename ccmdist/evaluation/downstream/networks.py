@@ -81,10 +81,11 @@ class _Mdf(nn.Module):
         super().__init__()
         assert settings.mdf is not None, "the settings were checked"
         from ccmdist.models.mllm import Prompts
-        from ccmdist.train.mdf_network import make_mdf_mllm
+        from ccmdist.train.mdf_network import make_mdf_mllm, refuse_too_large
 
         chosen, text = settings.mdf.model_copy(update={"mask_weight": 0.0}), diagnosis_prompt({})
         self.mdf = make_mdf_mllm(chosen, settings.size_px, torch.initial_seed())
+        refuse_too_large(chosen, self.mdf, num_ranks=1)
         self._asked = Prompts(chosen.mllm, [text], settings.size_px).of(text)
         self.attended: dict[str, Tensor] = {}
 

@@ -23,12 +23,12 @@ from ccmdist.config.train import TrainConfig
 from ccmdist.data.cache_index import CacheEntry
 from ccmdist.data.shard_samples import ShardSamples
 from ccmdist.data.stream import collated
-from ccmdist.errors import ConfigError
 from ccmdist.models.fusion import overlay
 from ccmdist.models.mdf_base import base_digest
 from ccmdist.models.mdf_mllm import LLM, MdfMllm
 from ccmdist.models.mllm import Prompts
-from ccmdist.train.mdf_network import make_mdf_mllm
+from ccmdist.train.capabilities import refuse_missing_groups
+from ccmdist.train.mdf_network import make_mdf_mllm, refuse_too_large
 from ccmdist.train.objectives.edit import movement_of
 from ccmdist.train.objectives.group_scores import group_scores
 from ccmdist.train.objectives.objective import Batch
@@ -75,8 +75,9 @@ class DiagnoseObjective(PixelSamples):
         levels = [f"level{level}" for level in sorted(self.settings.fusion_levels)]
         found = ["found"] if levels and self.settings.mask_weight else []
         self.columns = "_".join(["mask", "frame", *found, *levels])
+        self.cut_sets = frozenset({LLM} if self.settings.llm == "full" else ())
         super().__init__(config, group)
-        _check_groups(self.entries)
+        refuse_missing_groups(self.entries)
         texts, size_px = all_diagnosis_prompts(), config.data.image_size_px
         self.source = DiagnosisSource(self.samples, Prompts(self.settings.mllm, texts, size_px))
         self.base_digest = base_digest(self.settings)
@@ -85,6 +86,7 @@ class DiagnoseObjective(PixelSamples):
     def build(self, zero_config: dict[str, Any]) -> torch.nn.Module:
         """The model, of which each rank reads all; the engine cuts it over the ranks."""
         model = make_mdf_mllm(self.settings, self.config.data.image_size_px, self.config.seed)
+        refuse_too_large(self.settings, model, self.group.ranks.world_size)
         self.model: MdfMllm = model.to(self.group.device).train()
         return self.model
 
@@ -160,20 +162,3 @@ class DiagnoseObjective(PixelSamples):
 def labels_of(groups: Sequence[ClinicalGroup | None]) -> Tensor:
     """Number of each group, (B,)."""
     return torch.tensor([CLINICAL_GROUPS.index(group) for group in groups if group is not None])
-
-
-def _check_groups(entries: Sequence[CacheEntry]) -> None:
-    """Refuse samples without a group, and groups without samples."""
-    present = set()
-    for entry in entries:
-        if entry.clinical_group is None:
-            raise ConfigError(
-                f"objective.kind diagnose: sample {entry.key} of subject {entry.subject} has no clinical group",
-                "label it in the source table, or leave it out",
-            )
-        present.add(entry.clinical_group)
-    if missing := [group for group in CLINICAL_GROUPS if group not in present]:
-        raise ConfigError(
-            f"objective.kind diagnose: no training sample is of group {', '.join(missing)}",
-            "add frames of that group to the train split: what is never shown cannot be told",
-        )

@@ -22,6 +22,9 @@ class Objective(Protocol):
     growth: RankGrowth | None
     """What decides of lora_ranks that grow, once the model is built; asked by the engine, kept in checkpoints."""
 
+    cut_sets: frozenset[str]
+    """Parameter sets of which no rank can hold the whole; see :class:`ccmdist.train.engine.Engine`."""
+
     def build(self, zero_config: dict[str, Any]) -> torch.nn.Module:
         """The model, partitioned and loaded; afterwards the parameter sets exist."""
         ...

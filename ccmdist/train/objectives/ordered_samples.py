@@ -17,6 +17,8 @@ class OrderedSamples:
 
     growth: RankGrowth | None = None
     """Of ranks that grow; see :class:`Objective`."""
+    cut_sets: frozenset[str] = frozenset()
+    """None; see :class:`Objective`."""
 
     def __init__(
         self, config: TrainConfig, group: ProcessGroup, source: SampleSource, entries: Sequence[CacheEntry]

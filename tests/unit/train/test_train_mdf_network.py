@@ -7,13 +7,13 @@ import torch
 
 from ccmdist.ccm.diagnosis_prompts import all_diagnosis_prompts
 from ccmdist.config.objectives import SegmentSettings
-from ccmdist.errors import ModelError
+from ccmdist.errors import ConfigError, ModelError
 from ccmdist.models.make_mllm import make_mllm
 from ccmdist.models.mdf_base import base_digest
 from ccmdist.models.mllm import Prompts, load_mllm
 from ccmdist.models.network_state import NetworkState, make_network, read_network, write_network
 from ccmdist.train import mdf_network
-from ccmdist.train.mdf_network import load_trained, make_mdf_mllm, network_of
+from ccmdist.train.mdf_network import load_trained, make_mdf_mllm, network_of, refuse_too_large
 from tests.small_mdf import CHANNELS, KINDS, make_mllms, small
 
 SIZE_PX = 64
@@ -175,7 +175,19 @@ def test_the_unet_begins_as_segment_left_it(mllms, segmenting):
         assert torch.equal(found[name], tensor), name
 
 
-def test_parts_that_do_not_fit_are_refused(mllms, segmenting, tmp_path, monkeypatch):
+def test_a_language_model_of_which_no_rank_can_hold_its_share_is_not_trained_as_a_whole(mllms, monkeypatch):
+    settings = small(mllms / "mllama", llm="full")
+    model = make_mdf_mllm(settings, SIZE_PX, 0)
+    num = sum(parameter.numel() for parameter in model.llm.parameters())
+    monkeypatch.setattr(mdf_network, "MOST_TRAINED", num // 2)
+    message = r"full would train 0.0 billion parameters on 1 rank\(s\), 0 GB on each .*; use at least 3 ranks, or set"
+    with pytest.raises(ConfigError, match=message):
+        refuse_too_large(settings, model, 1)
+    refuse_too_large(settings, model, 3)
+    refuse_too_large(small(mllms / "mllama"), model, 1)
+
+
+def test_parts_that_do_not_fit_are_refused(mllms, segmenting, tmp_path):
     mllm = mllms / "mllama"
 
     def refused(problem, settings):
@@ -183,13 +195,13 @@ def test_parts_that_do_not_fit_are_refused(mllms, segmenting, tmp_path, monkeypa
             make_mdf_mllm(settings, SIZE_PX, 0)
 
     refused(
-        r"channels \[4, 4, 8, 8, 16, 4\], expected a U-Net of segment with channels \[8, 4",
+        r"is a U-Net of channels \[4, 4, 8, 8, 16, 4\], objective.channels is \[8, 4",
         small(mllm, unet=segmenting, channels=(8, 4, 8, 8, 16, 4)),
     )
-    refused("network.json: No such file", small(mllm, unet=tmp_path))
+    refused("holds no network.json; name the folder `network` of a finished run", small(mllm, unet=tmp_path))
+    write_network(tmp_path, NetworkState.of(small(mllm), SIZE_PX, {}, {}))
+    refused("is a network of objective.kind diagnose, expected segment", small(mllm, unet=tmp_path))
     refused("fusion_heads: 7 heads do not divide the 64 channels", small(mllm, fusion_heads=7))
-    monkeypatch.setattr(mdf_network, "MOST_TRAINED", 1000)
-    refused("llm: full would train .* of which every rank would hold all", small(mllm, llm="full"))
 
 
 def test_a_network_is_refused_beside_another_language_model_or_with_other_parameters(mllms, segmenting):
