@@ -171,7 +171,7 @@ def _refuse_misfit(config: SelectConfig, trained: TrainConfig) -> None:
         )
     if config.eta and not objective.adds_noise:
         raise EvaluationError(
-            f"eta: {config.eta:g}, but {objective.kind}, which {trained.run} has trained, draws without noise of its own",
+            f"eta: {config.eta:g}, but a run of {objective.kind} draws without noise of its own",
             "leave eta out",
         )
 
