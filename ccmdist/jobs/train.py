@@ -25,13 +25,14 @@ from ccmdist.data.manifest import read_manifest
 from ccmdist.data.order import Order
 from ccmdist.data.shard_samples import ShardSamples
 from ccmdist.errors import ConfigError
+from ccmdist.models.mdf_base import check_base
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.planner.memory import memory, tokens_of
 from ccmdist.planner.mode import mode_as_set, needed
 from ccmdist.planner.plan import check_growth
 from ccmdist.planner.table import needs_line
 from ccmdist.planner.transformer import Transformer
-from ccmdist.train.capabilities import refuse_unable
+from ccmdist.train.capabilities import refuse_missing_groups, refuse_unable
 
 RANK_MODULE: Final = "ccmdist.jobs.train_rank"
 
@@ -77,6 +78,8 @@ def describe(config: TrainConfig) -> str:
         if model.layout.is_planned:
             check_growth(config, Transformer.from_config(model.config("transformer")))
     entries = _entries(config, model)
+    if isinstance(objective, DiagnoseSettings):
+        refuse_missing_groups(entries)
     order = Order(entries, config.seed, config.micro_batch_size, config.balance, config.shuffle_window)
     ranks = ranks_from_environment() or Ranks(0, 0, config.processes)
     cells = order.cells_of_step(0, config.global_batch_size, ranks.global_rank, ranks.world_size)
@@ -116,8 +119,11 @@ def _refuse_missing_files(config: TrainConfig) -> None:
         if not path.exists():
             raise ConfigError(
                 f"objective.{name}: {path} is not there",
-                "copy it there from a machine with internet, for nothing is fetched here; or set it to null",
+                "copy it there from a machine with internet, for nothing is fetched here"
+                + ("" if type(config.objective).model_fields[name].is_required() else "; or set it to null"),
             )
+    if isinstance(config.objective, DiagnoseSettings):
+        check_base(config.objective)
 
 
 def _model(config: TrainConfig, model: ModelFolder | None) -> str:

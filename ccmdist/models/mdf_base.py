@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from ccmdist.commit import digest_of
-from ccmdist.config.objectives import DiagnoseSettings
+from ccmdist.config.objectives import DiagnoseSettings, SegmentSettings
 from ccmdist.errors import OF_THE_MACHINE, ModelError
 from ccmdist.models.model_folder import content_digest
-from ccmdist.models.network_folder import read_about
+from ccmdist.models.network_folder import ABOUT_FILE, read_about
 
 REMEDY: Final = "name a local folder of Mllama or Qwen2.5-VL as `hf download` leaves it, tokenizer included"
 GATED: Final = (
@@ -65,6 +65,29 @@ def mllm_digest(folder: Path) -> str:
     mllm_kind(folder)
     files = [file for file in sorted(folder.iterdir()) if file.suffix in DECIDING]
     return digest_of({file.name: _content(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files})
+
+
+def check_base(settings: DiagnoseSettings) -> None:
+    """Refuse folders that training cannot start from, before anything of them is read that takes long.
+
+    Raises:
+        ModelError: If the language model is missing, gated or of another kind, or the U-Net is another network.
+    """
+    mllm_kind(settings.mllm)
+    if settings.unet is None:
+        return
+    remedy = "name the folder `network` of a finished run of objective.kind segment"
+    if not (settings.unet / ABOUT_FILE).is_file():
+        raise ModelError(f"{settings.unet}: holds no {ABOUT_FILE}", remedy)
+    about = read_about(settings.unet)
+    if not isinstance(about.settings, SegmentSettings):
+        raise ModelError(f"{settings.unet}: is a network of objective.kind {about.kind}, expected segment", remedy)
+    if about.settings.channels != settings.channels:
+        raise ModelError(
+            f"{settings.unet}: is a U-Net of channels {list(about.settings.channels)}, objective.channels is "
+            f"{list(settings.channels)}",
+            "set objective.channels to its own",
+        )
 
 
 def base_digest(settings: DiagnoseSettings) -> str:

@@ -1,7 +1,11 @@
-"""Settings that a frozen model cannot follow are refused before anything is read; imports no torch."""
+"""Settings that a frozen model, or samples, cannot follow are refused before anything is trained; imports no torch."""
 
+from collections.abc import Iterable
+
+from ccmdist.ccm.groups import CLINICAL_GROUPS
 from ccmdist.config.objectives import DualSettings
 from ccmdist.config.train import TrainConfig
+from ccmdist.data.cache_index import CacheEntry
 from ccmdist.errors import ConfigError
 from ccmdist.models.model_folder import ModelFolder
 
@@ -30,4 +34,25 @@ def refuse_unable(config: TrainConfig, folder: ModelFolder) -> None:
         raise ConfigError(
             f"adapter.growth.rank_budget: cannot be checked for {folder.title}, whose size the planner does not know",
             "leave it out",
+        )
+
+
+def refuse_missing_groups(entries: Iterable[CacheEntry]) -> None:
+    """Check that groups can be learnt from samples.
+
+    Raises:
+        ConfigError: If a sample has no group, or a group no sample.
+    """
+    present = set()
+    for entry in entries:
+        if entry.clinical_group is None:
+            raise ConfigError(
+                f"objective.kind diagnose: sample {entry.key} of subject {entry.subject} has no clinical group",
+                "label it in the source table, or leave it out",
+            )
+        present.add(entry.clinical_group)
+    if missing := [group for group in CLINICAL_GROUPS if group not in present]:
+        raise ConfigError(
+            f"objective.kind diagnose: no training sample is of group {', '.join(missing)}",
+            "add frames of that group to the train split: what is never shown cannot be told",
         )

@@ -12,17 +12,21 @@ from ccmdist.config.data import PhantomShardsConfig
 from ccmdist.config.loading import load
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.cached_samples import CachedSamples
+from ccmdist.data.manifest import read_manifest
 from ccmdist.data.phantom_shards import write_phantom_set
+from ccmdist.data.reader import read_shard
 from ccmdist.data.stream import collated
 from ccmdist.data.triple import prompt_for
+from ccmdist.data.writer import write_set
 from ccmdist.errors import ConfigError, ModelError
 from ccmdist.evaluation.downstream.scores import balanced_accuracy, macro_auc
 from ccmdist.jobs.train import describe
 from ccmdist.models.fusion import overlay
 from ccmdist.models.network_folder import NetworkAbout
 from ccmdist.synthesis.planning import _refuse_network
+from ccmdist.train.capabilities import refuse_missing_groups
 from ccmdist.train.objectives.choice import objective_of
-from ccmdist.train.objectives.diagnose import DiagnosisSource, _check_groups, labels_of
+from ccmdist.train.objectives.diagnose import DiagnosisSource, labels_of
 from ccmdist.train.objectives.group_scores import group_scores
 from ccmdist.train.objectives.spade import NO_BASE
 from tests.small_mdf import KINDS, make_mllms
@@ -164,10 +168,10 @@ def test_a_group_without_samples_and_a_sample_without_a_group_are_refused_by_nam
     entries = list(diagnosing(world).entries)
     without = CachedSamples(entry for entry in entries if entry.clinical_group != "T1NoDPN")
     with pytest.raises(ConfigError, match="no training sample is of group T1NoDPN; add frames of that group"):
-        _check_groups(without)
+        refuse_missing_groups(without)
     entries[2] = replace(entries[2], clinical_group=None)
     with pytest.raises(ConfigError, match=f"of subject {entries[2].subject} has no clinical group; label it"):
-        _check_groups(entries)
+        refuse_missing_groups(entries)
 
 
 @pytest.mark.parametrize(
@@ -196,8 +200,19 @@ def test_a_dry_run_tells_what_is_trained_and_refuses_folders_that_are_not_there(
         config(world, f"kind: diagnose, mllm: {world}/mllama, token_grid: 4, fusion_levels: [], llm: frozen")
     )
     assert bare.startswith(f"model: language model at {world}/mllama, frozen, bare\n")
-    with pytest.raises(ConfigError, match=f"objective.mllm: {tmp_path}/none is not there; copy it there"):
+    with pytest.raises(ConfigError, match=f"objective.mllm: {tmp_path}/none is not there; copy it there .* here$"):
         describe(config(world, f"kind: diagnose, mllm: {tmp_path}/none, token_grid: 4"))
+    (tmp_path / "README.md").write_text("Access to this model is restricted.")
+    with pytest.raises(ModelError, match=r"holds no config\.json; accept the licence on the model's page"):
+        describe(config(world, f"kind: diagnose, mllm: {tmp_path}, token_grid: 4"))
+    with pytest.raises(ModelError, match=f"{tmp_path}: holds no network.json; name the folder `network` of a finished"):
+        describe(config(world, f"kind: diagnose, mllm: {world}/mllama, unet: {tmp_path}, token_grid: 4"))
+    shards = read_manifest(world / "shards").of_split("train")
+    triples = (triple for shard in shards for triple in read_shard(world / "shards", shard))
+    kept = [("train", triple) for triple in triples if triple.meta.clinical_group != "T1DPN"]
+    write_set(tmp_path / "two", "phantom", kept, 16, {})
+    with pytest.raises(ConfigError, match="no training sample is of group T1DPN"):
+        describe(config(world, f"kind: diagnose, mllm: {world}/mllama, token_grid: 4", f"data.shards={tmp_path}/two"))
 
 
 def test_networks_that_draw_nothing_are_refused_where_images_are_wanted(world):
