@@ -37,7 +37,10 @@ POOLER: Final = "pooler."
 """Weights that many checkpoints lack and that nothing here reads."""
 TINY_LENGTH: Final = 48
 TINY: Final = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-REMEDY: Final = "use config.json, weights and tokenizer of the same BERT or CLIP text model, in transformers layout"
+REMEDY: Final = (
+    "name a local folder of a BERT or CLIP text model with its tokenizer, as `hf download REPOSITORY --local-dir "
+    "FOLDER` leaves it"
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class TextEncoder:
             if not folder.is_dir():
                 raise ModelError(f"{folder}: there is no such folder", REMEDY)
         logging.disable_progress_bar()
+        _refuse_pickle(encoder)
         try:
             kind = AutoConfig.from_pretrained(str(encoder), local_files_only=True).model_type
             if kind not in CLASSES:
@@ -73,6 +77,7 @@ class TextEncoder:
                 str(encoder),
                 dtype=dtype,
                 local_files_only=True,
+                use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
@@ -136,6 +141,21 @@ class TextEncoder:
             given["input_ids"], attention_mask=given["attention_mask"] if is_told else None
         )[0]
         return self._known.setdefault(text, states_1LD[0])
+
+
+def _refuse_pickle(folder: Path) -> None:
+    """Refuse weights that only code can read, as many published BERTs have them.
+
+    Raises:
+        ModelError: If there are no others.
+    """
+    pickles = sorted(folder.glob("pytorch_model*.bin"))
+    if pickles and not list(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder}: has its weights as {pickles[0].name} alone, a pickle, and pickles are not read",
+            f"""once convert them to safetensors: python -c "from transformers import AutoModel as A; """
+            f"""A.from_pretrained('{folder}').save_pretrained('{folder}')\"""",
+        )
 
 
 def chosen_text_encoder(folder: Path | None, max_tokens: int) -> TextEncoder:

@@ -187,7 +187,7 @@ def _digest_of_frozen(settings: MsdmVaeSettings) -> str:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    wanted = (".json", ".txt", ".safetensors", ".bin")
+    wanted = (".json", ".txt", ".safetensors")
     return {file.name: sha256_of_file(file) for file in sorted(folder.iterdir()) if file.suffix in wanted}
 
 

@@ -1,9 +1,11 @@
 """Prompts go through text encoders as stock pipelines send them; what would go wrong silently is refused."""
 
 import json
+import shlex
 
 import pytest
 import torch
+import transformers
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, CLIPTextConfig, CLIPTextModel
@@ -124,6 +126,71 @@ def test_a_checkpoint_of_masked_language_modelling_will_do_and_is_the_same_every
     assert not first["pooler.dense.weight"].any()
 
 
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 48}
+CLIP_TEXT = BERT | {"max_position_embeddings": 48, "projection_dim": 16}
+CLIP_VISION = BERT | {"image_size": 32, "patch_size": 16, "projection_dim": 16}
+PUBLISHED = {
+    "BertForMaskedLM": ("bert", {**BERT, "max_position_embeddings": 48}),
+    "BertForPreTraining": ("bert", {**BERT, "max_position_embeddings": 48}),
+    "RobertaForMaskedLM": ("roberta", {**BERT, "max_position_embeddings": 50, "pad_token_id": 1}),
+    "DistilBertForMaskedLM": ("distilbert", DISTILBERT),
+    "CLIPTextModelWithProjection": ("text_model", CLIP_TEXT),
+    "CLIPModel": ("text_model", {"text_config": CLIP_TEXT, "vision_config": CLIP_VISION, "projection_dim": 16}),
+}
+"""Class of a published checkpoint -> where the text model lies in it, and a small config."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_of_a_folder_as_it_is_published_every_weight_of_the_text_model_comes_to_its_place(name, tmp_path):
+    """Published are whole models: with heads, with a picture's tower, their names behind a prefix."""
+    (part, settings), cls, tokenizer = PUBLISHED[name], getattr(transformers, name), tiny_tokenizer()
+    if "text_config" in settings:
+        settings = settings | {"text_config": settings["text_config"] | {"vocab_size": len(tokenizer)}}
+    else:
+        settings = settings | {"vocab_size": len(tokenizer)}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = cls(cls.config_class(**settings)).eval()
+    encoder = chosen_text_encoder(saved(tmp_path / "whole", model, tokenizer), 64)
+    expected, found = getattr(model, part), encoder.model
+    assert encoder.num_tokens == 48
+    placed = {name for name, tensor in expected.state_dict().items() if torch.equal(tensor, found.state_dict()[name])}
+    assert found.state_dict().keys() - placed <= {"pooler.dense.weight", "pooler.dense.bias"}
+    given = tokenizer(PROMPTS[0], padding="max_length", max_length=48, return_tensors="pt")
+    mask = given["attention_mask"] if found.config.use_attention_mask else None
+    with torch.no_grad():
+        states = expected(given["input_ids"], attention_mask=mask).last_hidden_state[0]
+    assert torch.equal(encoder.encode(PROMPTS[:1], [])[0], states)
+
+
+def test_a_tokenizer_that_is_a_list_of_words_alone_is_read_as_old_checkpoints_have_it(tmp_path, bert):
+    folder = saved(tmp_path / "old", tiny_text_encoder().model)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    words = sorted(tiny_tokenizer().get_vocab().items(), key=lambda one: one[1])
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word, _ in words))
+    old, new = chosen_text_encoder(folder, 40), chosen_text_encoder(bert, 40)
+    assert old.num_tokens == new.num_tokens == 40
+    assert torch.equal(old.encode(PROMPTS[:1], [])[0], new.encode(PROMPTS[:1], [])[0])
+
+
+def test_a_checkpoint_that_is_a_pickle_alone_is_refused_and_the_remedy_makes_one_that_is_read(tmp_path):
+    folder = saved(tmp_path / "pickle", tiny_text_encoder().model)
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    message = refusal(folder)
+    assert message.startswith(
+        f"{folder}: has its weights as pytorch_model.bin alone, a pickle, and pickles are not read"
+    )
+    command = shlex.split(message.partition("to safetensors: ")[2])
+    assert command[:2] == ["python", "-c"]
+    exec(command[2])
+    found = chosen_text_encoder(folder, 48).model.state_dict()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+
+
 def refusal(folder):
     with pytest.raises(ModelError) as problem:
         TextEncoder.load(folder, folder, torch.float32, "cpu")
@@ -131,7 +198,9 @@ def refusal(folder):
 
 
 def test_folders_that_hold_no_text_encoder_are_refused(tmp_path, bert):
-    assert refusal(tmp_path / "none").startswith(f"{tmp_path / 'none'}: there is no such folder; use config.json")
+    assert refusal(tmp_path / "none").startswith(
+        f"{tmp_path / 'none'}: there is no such folder; name a local folder of a BERT or CLIP"
+    )
     (empty := tmp_path / "empty").mkdir()
     assert refusal(empty).startswith(f"{empty}: cannot be read (")
     pointer = saved(tmp_path / "pointer", tiny_text_encoder().model)
@@ -149,4 +218,6 @@ def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path, bert):
     tensors = load_file(file)
     del tensors["encoder.layer.0.output.dense.weight"]
     save_file(tensors, file, {"format": "pt"})
-    assert f"{folder}: missing weights, such as encoder.layer.0.output.dense.weight; use" in refusal(folder)
+    assert f"{folder}: missing weights, such as encoder.layer.0.output.dense.weight; name a local folder" in refusal(
+        folder
+    )
