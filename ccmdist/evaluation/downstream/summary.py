@@ -110,7 +110,7 @@ class ShownLook:
     p_group: float
     """What the network gives for the group that it is of."""
     pictures: dict[str, str]
-    """Grey PNGs in base64, see :class:`~ccmdist.evaluation.downstream.looks.Look`."""
+    """What they show, the frame itself first -> grey PNGs in base64."""
 
 
 @dataclass(frozen=True)
@@ -311,6 +311,11 @@ def _curve(results: Sequence[CellResult]) -> LearningCurve:
     )
 
 
+def _in_order(pictures: Mapping[str, str]) -> dict[str, str]:
+    """The frame, its saliency, and levels from fine to coarse; files hold them by name."""
+    return dict(sorted(pictures.items(), key=lambda item: (item[0] != "frame", item[0] != "saliency", item[0])))
+
+
 def _shown_looks(result: CellResult) -> list[ShownLook]:
     """Nothing of files that an earlier version has left, and of segmentation."""
     of_key = result.table.set_index("key")
@@ -319,7 +324,7 @@ def _shown_looks(result: CellResult) -> list[ShownLook]:
         row = of_key.loc[look["key"]]
         group = str(row["clinical_group"])
         column = PROBABILITIES[CLINICAL_GROUPS.index(group)]
-        found.append(ShownLook(look["key"], group, float(row[column]), look["pictures"]))
+        found.append(ShownLook(look["key"], group, float(row[column]), _in_order(look["pictures"])))
     return found
 
 

@@ -182,6 +182,9 @@ def test_the_report_tells_what_the_grid_found(world, tmp_path):
     assert "one image more or less is" in page
     assert "Phantoms of different groups differ by construction" in page
     assert 'id="downstream-diagnosis"' in page
+    assert "Where the network looked" in page
+    assert page.count('alt="saliency of ') == 3 * len(CLINICAL_GROUPS)
+    assert "looks" not in report["downstream"]["tasks"][0]
     assert any(sentence.startswith("Diagnosis, macro-AUC against") for sentence in report["may_be_concluded"])
 
 

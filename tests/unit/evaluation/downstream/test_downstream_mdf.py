@@ -2,23 +2,28 @@
 
 import base64
 import io
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_sets import phantoms
+from small_sets import config_of, draw, phantoms
 
+from ccmdist.ccm.groups import CLINICAL_GROUPS
 from ccmdist.config.arms import Arm
 from ccmdist.config.evaluate import NetworkSettings
 from ccmdist.config.loading import digest
 from ccmdist.evaluation.downstream.cells import Cell
 from ccmdist.evaluation.downstream.examples import Examples
 from ccmdist.evaluation.downstream.folds import Fold, Source
+from ccmdist.evaluation.downstream.grid import planned
 from ccmdist.evaluation.downstream.looks import looks_of
 from ccmdist.evaluation.downstream.networks import as_input, built, parameter_count, trained_state
+from ccmdist.evaluation.downstream.summary import _shown_looks
 from ccmdist.evaluation.downstream.training import train_and_test
+from ccmdist.evaluation.sets import open_sets
 from ccmdist.models.make_mllm import make_mllm
 from tests.small_mdf import make_mllms, small
 
@@ -124,3 +129,20 @@ def test_saliency_lies_where_the_output_depends_on_the_image():
     lit = decoded(look.pictures["saliency"]).astype(float) - 0.75 * examples(3, 0).images[0]
     assert lit[:12, :12].mean() > 50
     assert abs(lit[20:, 20:]).max() < 1
+
+
+def test_a_cell_keeps_where_its_network_looked_and_files_of_before_can_be_read(mllms, tmp_path):
+    phantoms(tmp_path / "real", 4)
+    draw(tmp_path / "real", tmp_path / "x")
+    chosen = json.dumps(settings(mllms / "mllama").model_dump(mode="json"))
+    words = [f"downstream.networks={chosen}", "downstream.arms=[real]", "downstream.tasks=[diagnosis]"]
+    given = config_of(tmp_path / "real", {"x": tmp_path / "x"}, tmp_path / "out", *words)
+    cell = planned(open_sets(given), given.downstream).tasks[0].cells[0]
+    shown = _shown_looks(cell.result())
+    assert {look.clinical_group for look in shown} == set(CLINICAL_GROUPS)
+    assert [*shown[0].pictures] == ["frame", "saliency", *(f"level {level}" for level in (1, 2, 3, 4))]
+    values = json.loads(cell.path.read_text())
+    del values["looks"]
+    cell.path.write_text(json.dumps(values))
+    assert cell.is_done()
+    assert _shown_looks(cell.result()) == []
