@@ -36,7 +36,6 @@ from ccmdist.train.objectives.diagnose import labels_of
 from ccmdist.train.objectives.group_scores import group_scores
 from ccmdist.train.optim import learning_rate
 
-SIZE_PX: Final = 64
 ARMS: Final[Mapping[str, Sequence[str]]] = {
     "bare": ("objective.fusion_levels=[]", "objective.unet=null"),
     **{f"level {level}": (f"objective.fusion_levels=[{level}]",) for level in (1, 2, 3, 4)},
@@ -50,9 +49,9 @@ TEST_BATCH: Final = 16
 BATCHES: Final = ("global_batch_size=6", "micro_batch_size=6")
 
 
-def config_of(folder: Path, names: Sequence[str], *overrides: str) -> TrainConfig:
+def config_of(folder: Path, size_px: int, names: Sequence[str], *overrides: str) -> TrainConfig:
     files = [ROOT / f"configs/train/{name}.yaml" for name in ("tiny", "segment", *names)]
-    given = [f"data.shards={folder}/shards", f"data.image_size_px={SIZE_PX}", f"run={folder}/run"]
+    given = [f"data.shards={folder}/shards", f"data.image_size_px={size_px}", f"run={folder}/run"]
     return load(TrainConfig, files, [*given, *overrides])
 
 
@@ -108,13 +107,13 @@ def interval_of_difference(
     return dict(zip(SCORES, np.quantile(np.array(drawn), [0.025, 0.975], axis=0).T, strict=True))
 
 
-def with_unet(folder: Path, num_steps: int, group: ProcessGroup) -> None:
+def with_unet(folder: Path, size_px: int, num_steps: int, group: ProcessGroup) -> None:
     """Pretrain the U-Net once, and leave it as a run of `segment` does."""
-    config = config_of(folder, ["tiny_segment"], f"num_steps={num_steps}")
+    config = config_of(folder, size_px, ["tiny_segment"], f"num_steps={num_steps}")
     assert isinstance(config.objective, SegmentSettings)
     _, model = trained(config, group)
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    write_network(folder / "unet", NetworkState.of(config.objective, SIZE_PX, tensors, {}))
+    write_network(folder / "unet", NetworkState.of(config.objective, size_px, tensors, {}))
 
 
 def rows_of(kind: str, folder: Path, given: argparse.Namespace, group: ProcessGroup) -> list[Row]:
@@ -125,7 +124,8 @@ def rows_of(kind: str, folder: Path, given: argparse.Namespace, group: ProcessGr
         for seed in range(given.seeds):
             said = (f"objective.mllm={folder}/{kind}", f"objective.unet={folder}/unet", f"seed={seed}")
             steps = (f"num_steps={given.steps}", f"optim.warmup_steps={given.steps // 10}")
-            config = config_of(folder, ["mdf_mllm", "tiny_mdf_mllm"], *said, *steps, *BATCHES, *overrides)
+            names = ["mdf_mllm", "tiny_mdf_mllm"]
+            config = config_of(folder, given.size_px, names, *said, *steps, *BATCHES, *overrides)
             samples = samples or ShardSamples(config.data, ("test",))
             start = time.monotonic()
             found.setdefault(arm, []).append(tested(*trained(config, group), samples))
@@ -143,7 +143,9 @@ def rows_of(kind: str, folder: Path, given: argparse.Namespace, group: ProcessGr
             low, high = between.get(name, (0.0, 0.0))
             told = "" if arm == "bare" else f", 95 % of ours - bare over subjects: {low:+.2f} to {high:+.2f}"
             spread = f"SD of {given.seeds} seeds {scores[name].std(ddof=1):.2f}" if given.seeds > 1 else "one seed"
-            claim = f"{kind}, {arm}: {name.replace('_', ' ')}, {given.steps} steps, {spread}{told}"
+            claim = (
+                f"{kind}, {arm}: {name.replace('_', ' ')}, {given.steps} steps at {given.size_px} px, {spread}{told}"
+            )
             rows.append(Row(claim, float(scores[name].mean()), float(bare[name].mean())))
     return rows
 
@@ -153,14 +155,15 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(TINY), choices=list(TINY))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--size-px", type=int, default=64)
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         group = ProcessGroup(Ranks(0, 0, 1), 10, f"file://{folder}/rendezvous")
-        phantoms = {"subjects_per_group": 40, "size_px": SIZE_PX, "test_fraction": 0.4, "val_fraction": 0.1}
+        phantoms = {"subjects_per_group": 40, "size_px": given.size_px, "test_fraction": 0.4, "val_fraction": 0.1}
         write_phantom_set(PhantomShardsConfig(out=folder / "shards", **phantoms))
-        with_unet(folder, 100 if given.steps >= 60 else given.steps, group)
+        with_unet(folder, given.size_px, 100 if given.steps >= 60 else given.steps, group)
         rows: list[Row] = []
         for kind in given.kinds:
             make_mllm(kind, folder / kind)

@@ -32,6 +32,8 @@ CARD_FILE: Final = "README.md"
 FORMAT_VERSION: Final = 1
 
 PREFIX: Final = "transformer."
+PEFT_FILE: Final = "adapter_model.safetensors"
+PEFT_PREFIX: Final = "base_model.model."
 PEFT_NAMES: Final = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 PEFT_METADATA, OUR_METADATA = "lora_adapter_metadata", "ccmdist"
 REMEDY: Final = "export it again with `ccmdist adapter export`"
@@ -129,6 +131,22 @@ def write_adapter(folder: Path, state: AdapterState) -> None:
     commit_json(folder / CONFIG_FILE, {"peft_type": "LORA", "inference_mode": True} | peft_settings(state))
     card = model_card(state.settings, state.lora_ranks, state.num_parameters, state.facts, WEIGHTS_FILE)
     commit_text(folder / CARD_FILE, card)
+
+
+def write_peft(folder: Path, state: AdapterState) -> None:
+    """Write an adapter as a folder that ``PeftModel.from_pretrained`` of PEFT loads, on any model with these linears.
+
+    Raises:
+        AdapterError: If the state itself is not sound.
+    """
+    state.check(folder)
+    tensors = {
+        f"{PEFT_PREFIX}{name}.{PEFT_NAMES[kind]}": tensor.float().contiguous()
+        for name, kind, tensor in _items(state.tensors)
+    }
+    with committed_file(folder / PEFT_FILE) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    commit_json(folder / CONFIG_FILE, {"peft_type": "LORA", "inference_mode": True} | peft_settings(state))
 
 
 def read_adapter(folder: Path) -> AdapterState:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ccmdist.adapters.state import write_adapter
+from ccmdist.adapters.state import write_adapter, write_peft
 from ccmdist.cluster.device import is_gpu_usable
 from ccmdist.cluster.job_folder import tell_job
 from ccmdist.cluster.ledger import Ledger
@@ -19,7 +19,7 @@ from ccmdist.cluster.run_directory import Outcome, RunDirectory
 from ccmdist.cluster.sections import Sections, job_began
 from ccmdist.cluster.watchdog import Watchdog
 from ccmdist.config.loading import validate
-from ccmdist.config.objectives import DualSettings
+from ccmdist.config.objectives import DiagnoseSettings, DualSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import log, start_logging
 from ccmdist.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_REFUSED, CcmdistError
@@ -28,6 +28,7 @@ from ccmdist.jobs.network import network_of
 from ccmdist.jobs.train import refuse_missing_libraries
 from ccmdist.models.network_state import write_network
 from ccmdist.train.checkpoint import newest_valid
+from ccmdist.train.llm_adapter import LLM_ADAPTER, llm_adapter
 from ccmdist.train.loop import train
 from ccmdist.train.objectives.choice import objective_of
 from ccmdist.train.sharding import settle_sharding
@@ -158,7 +159,10 @@ def _finish(run: RunDirectory, config: TrainConfig, outcome: Outcome) -> Outcome
 
 
 def export(run: RunDirectory, config: TrainConfig) -> None:
-    """Write what the newest checkpoint has trained to the run's folder: an adapter, two, or a network."""
+    """Write what the newest checkpoint has trained to the run's folder: an adapter, two, or a network.
+
+    Beside an MDF-MLLM, which holds it too, the adapter of its language model is written as PEFT reads it.
+    """
     checkpoint = newest_valid(run.checkpoints)
     assert checkpoint is not None, "a finished run has committed its last step"
     if isinstance(config.objective, DualSettings):
@@ -167,4 +171,7 @@ def export(run: RunDirectory, config: TrainConfig) -> None:
     elif config.objective.trains == "adapter":
         write_adapter(run.adapter, adapter_of(checkpoint, config))
     else:
-        write_network(run.network, network_of(checkpoint, config))
+        state = network_of(checkpoint, config)
+        if isinstance(config.objective, DiagnoseSettings) and (adapter := llm_adapter(state)) is not None:
+            write_peft(run.network / LLM_ADAPTER, adapter)
+        write_network(run.network, state)

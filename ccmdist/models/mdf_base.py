@@ -19,6 +19,8 @@ GATED: Final = (
     "accept the licence on the model's page, then `hf download REPOSITORY --local-dir FOLDER` on a machine with "
     "internet, and copy the folder"
 )
+LLM: Final = "llm"
+"""The language model, as a module of the whole and as a prefix of the names of its parameters."""
 KINDS: Final = ("mllama", "qwen2_5_vl")
 """As config.json names them: model_type."""
 LARGEST_POINTER: Final = 1024

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from ccmdist.ccm.groups import CLINICAL_GROUPS
 from ccmdist.config.objectives import DiagnoseSettings
 from ccmdist.models.fusion import Film, GatedCrossAttention, LevelTokens
+from ccmdist.models.mdf_base import LLM
 from ccmdist.models.mllm import Mllm
 from ccmdist.models.unet import LevelUnet
 
-UNET, FUSION, LLM = "unet", "fusion", "llm"
-"""The parts, as modules and as prefixes of the names of their parameters."""
+UNET, FUSION = "unet", "fusion"
+"""The other parts, as modules and as prefixes of the names of their parameters."""
 DECODER: Final = ("upcat_", "final_conv")
 
 

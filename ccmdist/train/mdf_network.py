@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ccmdist.adapters.injection import inject, row_squares_of
 from ccmdist.config.objectives import DiagnoseSettings
-from ccmdist.config.train import AdapterSettings, LoRASettings, WDLoRASettings
 from ccmdist.errors import ConfigError, ModelError
 from ccmdist.models.mdf_base import base_digest, check_base
 from ccmdist.models.mdf_mllm import Fusion, MdfMllm
 from ccmdist.models.mllm import Mllm, load_mllm
 from ccmdist.models.network_state import NetworkState, read_network
 from ccmdist.models.unet import LevelUnet, make_unet
+from ccmdist.train.llm_adapter import adapter_of
 
 DTYPES: Final = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BYTES_TRAINED: Final = 20
@@ -48,13 +48,6 @@ def make_mdf_mllm(settings: DiagnoseSettings, image_size_px: int, seed: int) -> 
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
     return model
-
-
-def adapter_of(settings: DiagnoseSettings) -> AdapterSettings | None:
-    """The adapter on the language model, if there is one."""
-    if settings.llm == "wdlora":
-        return WDLoRASettings(lora_rank=settings.lora_rank)
-    return LoRASettings(lora_rank=settings.lora_rank) if settings.llm == "lora" else None
 
 
 def starting_unet(settings: DiagnoseSettings, seed: int) -> LevelUnet:

@@ -24,8 +24,8 @@ from ccmdist.data.cache_index import CacheEntry
 from ccmdist.data.shard_samples import ShardSamples
 from ccmdist.data.stream import collated
 from ccmdist.models.fusion import overlay
-from ccmdist.models.mdf_base import base_digest
-from ccmdist.models.mdf_mllm import LLM, MdfMllm
+from ccmdist.models.mdf_base import LLM, base_digest
+from ccmdist.models.mdf_mllm import MdfMllm
 from ccmdist.models.mllm import Prompts
 from ccmdist.train.capabilities import refuse_missing_groups
 from ccmdist.train.mdf_network import make_mdf_mllm, refuse_too_large

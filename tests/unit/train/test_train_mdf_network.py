@@ -4,7 +4,10 @@ import shutil
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import AutoModel
 
+from ccmdist.adapters.state import PEFT_NAMES, write_peft
 from ccmdist.ccm.diagnosis_prompts import all_diagnosis_prompts
 from ccmdist.config.objectives import SegmentSettings
 from ccmdist.errors import ConfigError, ModelError
@@ -13,6 +16,7 @@ from ccmdist.models.mdf_base import base_digest
 from ccmdist.models.mllm import Prompts, load_mllm
 from ccmdist.models.network_state import NetworkState, make_network, read_network, write_network
 from ccmdist.train import mdf_network
+from ccmdist.train.llm_adapter import llm_adapter
 from ccmdist.train.mdf_network import load_trained, make_mdf_mllm, network_of, refuse_too_large
 from tests.small_mdf import CHANNELS, KINDS, make_mllms, small
 
@@ -167,6 +171,37 @@ def test_a_network_is_the_same_wherever_its_folders_lie_and_another_beside_other
     make_mllm("mllama", tmp_path / "other", seed=1)
     assert digest(tmp_path / "other", segmenting) != expected
     assert digest(mllms / "mllama", None) != expected
+
+
+@pytest.mark.parametrize("llm", ["wdlora", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_reads_the_adapter_of_the_language_model_with_equal_tensors_and_like_states(mllms, tmp_path, kind, llm):
+    settings, (images, ids, _) = small(mllms / kind, llm=llm), given(mllms / kind)
+    model = make_mdf_mllm(settings, SIZE_PX, 3)
+    with torch.no_grad():
+        for parameter in model.adapter.parameters.values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter))))
+    model.adapter.advance()
+    tensors = {name: p.detach() for parameters in model.parameter_sets().values() for name, p in parameters.items()}
+    adapter = llm_adapter(NetworkState.of(settings, SIZE_PX, tensors, {}))
+    write_peft(tmp_path, adapter)
+    stock = AutoModel.from_pretrained(str(mllms / kind), local_files_only=True, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(stock, str(tmp_path))
+    found = get_peft_model_state_dict(loaded)
+    assert len(found) == sum(map(len, adapter.tensors.values())) == len(model.adapter.parameters)
+    for name, kinds in adapter.tensors.items():
+        for part, tensor in kinds.items():
+            assert torch.equal(found[f"base_model.model.{name}.{PEFT_NAMES[part]}"], tensor), name
+    bare = load_mllm(mllms / kind, torch.float32)
+    expected = bare.states(images, ids)
+    object.__setattr__(bare, "model", loaded)
+    model._tokens = model.fusion.read(model.unet.levels(images))
+    torch.testing.assert_close(bare.states(images, ids), model.mllm.states(images, ids), rtol=0, atol=1e-4)
+    assert (bare.states(images, ids) - expected).abs().max() > 0.05
+
+
+def test_without_an_adapter_there_is_none_to_export(mllms):
+    assert llm_adapter(NetworkState.of(small(mllms / "mllama", llm="frozen"), SIZE_PX, {}, {})) is None
 
 
 def test_the_unet_begins_as_segment_left_it(mllms, segmenting):
