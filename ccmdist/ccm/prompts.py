@@ -57,6 +57,12 @@ def prompt(clinical_group: ClinicalGroup | None, fields: Mapping[str, str]) -> s
     return _TEMPLATE.format(diabetes=diabetes, neuropathy=neuropathy, fields=words)
 
 
+def longest_prompts() -> tuple[str, ...]:
+    """Of each clinical group and of unlabelled frames, the prompt that names every field, by its longest code."""
+    fields = {name: max(codes, key=lambda code: len(codes[code])) for name, codes in FIELD_WORDS.items()}
+    return tuple(prompt(group, fields) for group in _STATUS)
+
+
 def _words_of(name: str, code: str) -> str:
     known = FIELD_WORDS[name]
     if code not in known:

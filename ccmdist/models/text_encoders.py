@@ -7,6 +7,7 @@ Shape suffixes: B samples, L text tokens, D text width.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -123,17 +124,27 @@ class TextEncoder:
         """Nothing: this model has no second text encoder."""
         return [None] * len(prompts)
 
+    def refuse_longer(self, prompts: Iterable[str]) -> None:
+        """Check that no prompt would be cut.
+
+        Raises:
+            ConfigError: If one is longer than the encoder takes.
+        """
+        for text in prompts:
+            if (count := len(self.tokenizer(text, verbose=False)["input_ids"])) > self.num_tokens:
+                name = type(self.model).__name__
+                raise ConfigError(
+                    f"the prompt {text[:40]!r}... has {count} tokens, the text encoder ({name}) takes "
+                    f"{self.num_tokens}",
+                    "train msdm_vae with a larger objective.max_text_tokens, or with a text encoder that takes more",
+                )
+
     @torch.no_grad()
     def _embeddings_LD(self, text: str) -> Tensor:
         """Of one prompt by itself, so that they do not depend on a batch; of equal ones, and there are few, once."""
         if (known := self._known.get(text)) is not None:
             return known
-        if (count := len(self.tokenizer(text)["input_ids"])) > self.num_tokens:
-            name = type(self.model).__name__
-            raise ConfigError(
-                f"the prompt {text[:40]!r}... has {count} tokens, the text encoder ({name}) takes {self.num_tokens}",
-                "train msdm_vae with a larger objective.max_text_tokens, or with a text encoder that takes more",
-            )
+        self.refuse_longer([text])
         given = self.tokenizer([text], padding="max_length", max_length=self.num_tokens, return_tensors="pt")
         given = given.to(next(self.model.parameters()).device)
         is_told = getattr(self.model.config, "use_attention_mask", False)

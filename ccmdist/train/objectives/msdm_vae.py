@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from ccmdist.ccm.overlap import centreline_dice
+from ccmdist.ccm.prompts import longest_prompts
 from ccmdist.ccm.segmenter import segment
 from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.commit import digest_of, sha256_of_file
@@ -64,7 +65,8 @@ class MsdmVaeObjective(OneNetwork, PixelSamples):
 
         Raises:
             ShardError: If a tar of the shard set is not the one that its manifest names.
-            ConfigError: If there are too few samples, or the batch does not divide over the ranks.
+            ConfigError: If there are too few samples, the batch does not divide over the ranks, or the text encoder
+                takes fewer tokens than a prompt may have.
             ModelError: If the text encoder or the perceptual weights cannot be used.
         """
         assert isinstance(config.objective, MsdmVaeSettings), config.objective
@@ -178,8 +180,9 @@ def _perceptual(settings: MsdmVaeSettings, group: ProcessGroup) -> Perceptual | 
 def _digest_of_frozen(settings: MsdmVaeSettings) -> str:
     """Identity of the contents of the files that the settings name; where they lie does not matter."""
     found: dict[str, Any] = {}
+    # What cannot be used is refused now, and not after days by precompute.
+    chosen_text_encoder(settings.text_encoder, settings.max_text_tokens).refuse_longer(longest_prompts())
     if settings.text_encoder is not None:
-        chosen_text_encoder(settings.text_encoder, settings.max_text_tokens)  # what cannot be used is refused now
         found["text_encoder"] = _digests(settings.text_encoder)
     if settings.perceptual and settings.perceptual_weights is not None:
         found["perceptual"] = sha256_of_file(settings.perceptual_weights)

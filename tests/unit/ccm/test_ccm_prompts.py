@@ -3,7 +3,7 @@ from itertools import product
 import pytest
 
 from ccmdist.ccm.groups import CLINICAL_GROUPS
-from ccmdist.ccm.prompts import FIELD_WORDS, NEGATIVE_PROMPT, prompt
+from ccmdist.ccm.prompts import FIELD_WORDS, NEGATIVE_PROMPT, longest_prompts, prompt
 from ccmdist.errors import ShardError
 
 
@@ -66,3 +66,10 @@ def test_nothing_but_closed_codes_gets_into_a_prompt(clinical_group, fields, mes
     with pytest.raises(ShardError) as error:
         prompt(clinical_group, fields)
     assert str(error.value).startswith(message)
+
+
+def test_no_prompt_is_longer_than_the_longest_ones():
+    longest = longest_prompts()
+    assert len({len(text) for text in longest}) == 1
+    fields = [dict(zip(FIELD_WORDS, codes, strict=True)) for codes in product(*FIELD_WORDS.values())]
+    assert max(len(prompt(group, known)) for group in (*CLINICAL_GROUPS, None) for known in fields) == len(longest[0])

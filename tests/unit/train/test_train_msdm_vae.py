@@ -169,6 +169,14 @@ def test_what_is_frozen_is_known_by_its_content_and_refused_at_once_if_it_cannot
         built(shards, f"objective.perceptual_weights={tmp_path / 'vgg.pth'}")
 
 
+def test_a_text_encoder_that_is_too_short_for_a_prompt_is_refused_before_the_vae_is_trained(shards):
+    with pytest.raises(
+        ConfigError, match=r"has \d+ tokens, the text encoder \(BertModel\) takes 32; train msdm_vae with"
+    ):
+        built(shards, "objective.max_text_tokens=32")
+    built(shards, "objective.max_text_tokens=40")
+
+
 def test_a_dry_run_tells_what_is_trained_and_refuses_files_that_are_not_there(shards, tmp_path):
     assert describe(config(shards)).startswith("model: msdm_vae from scratch, on pixels\nsamples: ")
     with pytest.raises(ConfigError, match=rf"objective.text_encoder: {tmp_path}/bert is not there; copy it there from"):
