@@ -213,7 +213,7 @@ def release(
 
 
 Size = Annotated[str, typer.Option("--size", help="tiny, small, full-width-2-blocks or full.")]
-Version = Annotated[str, typer.Option("--version", help="v1, 2509 or 2511.")]
+Version = Annotated[str | None, typer.Option("--version", help="Of qwen: v1, 2509 (the default) or 2511.")]
 Model = Annotated[Path, typer.Option("--model", help="Folder of the base model.")]
 
 
@@ -221,7 +221,7 @@ Model = Annotated[Path, typer.Option("--model", help="Folder of the base model."
 def make(
     out: Out,
     size: Size = "tiny",
-    version: Version = "2509",
+    version: Version = None,
     seed: int = 0,
     fitted: Annotated[
         bool, typer.Option("--fitted", help="Use the small fitted weights that come along (tiny).")

@@ -250,7 +250,7 @@ def _base_facts(folder: ModelFolder) -> dict[str, str]:
     facts = {"model_version": folder.edit_version or folder.title, "pipeline": folder.pipeline}
     if folder.layout.licence:
         facts |= {"base_name": folder.title, "base_licence": folder.layout.licence}
-    return facts | ({"base_model": folder.repository} if is_published else {})
+    return facts | ({"base_model": folder.repository} if is_published and folder.repository else {})
 
 
 def _merge_into_file(copy: Path, base: Path, names: list[str], state: AdapterState) -> None:

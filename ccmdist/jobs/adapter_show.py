@@ -37,13 +37,13 @@ def show(source: Path, name: str | None = None) -> None:
         told = "-" if magnitude is None else f"{magnitude:.2%}", "-" if angle is None else f"{angle:.4f} rad"
         table.add_row(group, str(len(linears)), f"{parameters:,}", *told)
     console = Console()
-    console.print(f"{source}: {_title(state)}", highlight=False, soft_wrap=True)
+    console.print(f"{source}: {_title(state)}", highlight=False, markup=False, soft_wrap=True)
     console.print(table)
     if state.settings.growth:
         console.print(_rank_table(state))
     facts = {fact: value for fact, value in sorted(state.facts.items()) if fact != "movement"}
     for fact, value in facts.items():
-        console.print(f"{fact:{max(map(len, facts))}} {value}", highlight=False, soft_wrap=True)
+        console.print(f"{fact:{max(map(len, facts))}} {value}", highlight=False, markup=False, soft_wrap=True)
     if not moved and state.settings.kind == "wdlora":
         console.print("how far it has moved is known once it is exported, for that takes the base")
 

@@ -12,7 +12,8 @@ from ccmdist.cluster.device import current_device
 from ccmdist.config.data import PX_PER_TOKEN
 from ccmdist.console import log
 from ccmdist.diffusion import flow
-from ccmdist.errors import ConfigError
+from ccmdist.errors import ConfigError, ModelError
+from ccmdist.models.backbones.choice import backbone_of
 from ccmdist.models.convert import convert_model
 from ccmdist.models.make import make_model
 from ccmdist.models.make_flux import make_flux
@@ -34,27 +35,40 @@ TINY_TO_DIAGNOSE: Final[dict[str, Callable[[Path, int], None]]] = {
     kind: partial(make_mllm, kind) for kind in ("mllama", "qwen2_5_vl")
 }
 """The same of multimodal language models."""
+USUAL_VERSION: Final = "2509"
 
 
-def make(size: str, version: str, out: Path, seed: int, fitted: bool, kind: str = "qwen") -> None:
+def make(size: str, version: str | None, out: Path, seed: int, fitted: bool, kind: str = "qwen") -> None:
     """Write a complete checkpoint folder with random or fitted weights.
 
     Raises:
-        ConfigError: If the kind is not known, or there is none of this size.
+        ConfigError: If the kind is not known, or there is none of this size or version.
         ModelError: If ``out`` already holds a model.
     """
-    if kind == "qwen":
-        make_model(size, version, out, seed, fitted)
-        return
-    kinds = TINY | TINY_TO_DIAGNOSE
-    if kind not in kinds:
-        raise ConfigError(f"--kind: {kind!r} is not known", f"use one of qwen, {', '.join(kinds)}")
-    if size != "tiny" or fitted:
+    if kind not in MAKERS:
+        raise ConfigError(f"--kind: {kind!r} is not known", f"use one of {', '.join(MAKERS)}")
+    MAKERS[kind](size, version, out, seed, fitted)
+
+
+def _made_in_all_sizes(size: str, version: str | None, out: Path, seed: int, fitted: bool) -> None:
+    make_model(size, version or USUAL_VERSION, out, seed, fitted)
+
+
+def _made_small(kind: str, size: str, version: str | None, out: Path, seed: int, fitted: bool) -> None:
+    if size != "tiny" or version or fitted:
         raise ConfigError(
-            f"--kind {kind}: is made in size tiny alone, with random weights", "leave out --size, --fitted"
+            f"--kind {kind}: is made in size tiny and one version alone, with random weights",
+            "leave out --size, --version and --fitted",
         )
-    kinds[kind](out, seed)
+    (TINY | TINY_TO_DIAGNOSE)[kind](out, seed)
     log.info("%s: random model of size tiny, of kind %s", out, kind)
+
+
+MAKERS: Final[dict[str, Callable[[str, str | None, Path, int, bool], None]]] = {
+    "qwen": _made_in_all_sizes,
+    **{kind: partial(_made_small, kind) for kind in TINY | TINY_TO_DIAGNOSE},
+}
+"""Kind of model -> what writes a folder of it: size, version, folder, seed, whether fitted."""
 
 
 def convert(
@@ -64,7 +78,7 @@ def convert(
 
     Raises:
         ConfigError: If the size or the dtype is not one of a run.
-        ModelError: If ``model`` is none, or ``out`` already holds one.
+        ModelError: If ``model`` is none whose modulation can be tabulated, or ``out`` already holds one.
     """
     if image_size_px % 16 or not 32 <= image_size_px <= 2048:
         raise ConfigError(
@@ -73,6 +87,11 @@ def convert(
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype: {dtype!r} is not known", f"use {' or '.join(DTYPES)}")
     folder = ModelFolder.open(model)
+    if not backbone_of(folder).can_tabulate:
+        raise ModelError(
+            f"{model}: modulation of {folder.title} depends on the text too, so that there is no table of it",
+            "train on the folder as it is",
+        )
     noise_schedule = folder.noise_schedule()
     shift = flow.resolution_shift((image_size_px // PX_PER_TOKEN) ** 2, noise_schedule)
     sampling = [flow.sampling_sigmas(steps, shift, noise_schedule) for steps in denoise_steps]

@@ -15,7 +15,8 @@ from ccmdist.config.slurm import SlurmSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.errors import CacheError, ConfigError, ShardError
 from ccmdist.jobs.train import training_entries
-from ccmdist.models.model_folder import REPOSITORIES, ModelFolder
+from ccmdist.models.layout import REPOSITORIES, layout_named
+from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.template import Version
 from ccmdist.planner.hardware import EFFICIENCY, Machine, fabric_named, gpu_named
 from ccmdist.planner.plan import plan
@@ -62,10 +63,7 @@ def show(arguments: Sequence[str], asked: dict[str, Any], as_json: bool, is_scal
     """
     config, slurm = load_for_slurm(TrainConfig, *parted(arguments))
     if config.objective.trains != "adapter":
-        raise ConfigError(
-            f"objective.kind: {config.objective.kind} is not planned for, only adapters on Qwen-Image-Edit are",
-            "start it for some steps: its log tells images/s, and TensorBoard memory",
-        )
+        raise _unplanned(f"objective.kind: {config.objective.kind}")
     wish = Asked(**{name: value for name, value in asked.items() if value is not None})
     base = base_of(config)
     values, view = (_scaled if is_scaling else _planned)(config, slurm, wish, base)
@@ -92,21 +90,34 @@ def base_of(config: TrainConfig) -> Base:
     """The model that a run starts from; the published one while its folder is not there yet.
 
     Raises:
+        ConfigError: If it is a model that the planner does not know.
         ModelError: If the folder is there but not complete.
     """
     path = config.data.model
     if not path.exists():
+        layout = layout_named(path)
+        if not layout.is_planned:
+            raise _unplanned(f"data.model: {layout.name}")
         named: list[Version] = [v for v, name in REPOSITORIES.items() if name.endswith(f"/{path.name}")]
         version = named[0] if named else "2509"
         note = f"{path} is not there yet: planned with the published Qwen-Image-Edit {version}, 60 blocks"
         return Base({"zero_cond_t": version == "2511"}, version, None, f"{note}; length of prompts assumed")
     model = ModelFolder.open(path)
+    if not model.layout.is_planned:
+        raise _unplanned(f"data.model: {model.title}")
     num_text = _num_text_tokens(config, model)
     known = (
         f"prompts of {num_text} tokens as cached" if num_text else "length of prompts assumed: there is no cache yet"
     )
     note = f"{path}: Qwen-Image-Edit {model.version}; {known}"
     return Base(model.config("transformer"), model.version, num_text, note)
+
+
+def _unplanned(what: str) -> ConfigError:
+    return ConfigError(
+        f"{what} is not planned for, only adapters on Qwen-Image-Edit are",
+        "start it for some steps: its log tells images/s, and TensorBoard memory",
+    )
 
 
 def _num_text_tokens(config: TrainConfig, model: ModelFolder) -> int | None:

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import AutoTokenizer, BatchEncoding, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 from transformers.utils import logging
 
 from ccmdist.errors import ConfigError, ModelError
@@ -92,12 +92,7 @@ class FluxPrompts:
             if name == "T5"
             else (self.clip_tokenizer, int(self.clip_tokenizer.model_max_length))
         )
-        if (count := len(tokenizer(text)["input_ids"])) > limit:
-            raise ConfigError(
-                f"the prompt {text[:40]!r}... has {count} tokens, {name} takes {limit}",
-                "shorten the fields of its sample that are told in the prompt",
-            )
-        given = tokenizer([text], padding="max_length", max_length=limit, return_tensors="pt")["input_ids"]
+        given = padded(tokenizer, text, limit, name)["input_ids"]
         return self._known.setdefault((name, text), encode(given.to(self.t5.device)))
 
 
@@ -147,6 +142,20 @@ class FluxCodec:
         """Grey frames, uint8 of shape (B, H, W), of normalised latents."""
         latents = latents_BChw.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor + self.shift
         return grey_of_rgb(self.vae.decode(latents).sample).cpu().numpy()
+
+
+def padded(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, name: str) -> BatchEncoding:
+    """A prompt's tokens, padded to the length that an encoder takes.
+
+    Raises:
+        ConfigError: If there are more.
+    """
+    if (count := len(tokenizer(text)["input_ids"])) > limit:
+        raise ConfigError(
+            f"the prompt that ends in {text[-60:]!r} has {count} tokens, {name} takes {limit}",
+            "give its sample a shorter prompt in the shards",
+        )
+    return tokenizer([text], padding="max_length", max_length=limit, return_tensors="pt")
 
 
 def load_text_encoder(kind: Any, folder: ModelFolder, component: str, dtype: torch.dtype) -> Any:

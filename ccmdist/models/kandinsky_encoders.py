@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 
-from ccmdist.errors import ConfigError
-from ccmdist.models.flux_encoders import FluxCodec, load_text_encoder
+from ccmdist.models.flux_encoders import FluxCodec, load_text_encoder, padded
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.processor import ImageTextProcessor, load_processor
 from ccmdist.models.template import KANDINSKY_AFTER, KANDINSKY_BEFORE, KANDINSKY_NUM_DROPPED_TOKENS
@@ -81,12 +80,7 @@ class KandinskyPrompts:
         if (known := self._known.get(text)) is not None:
             return known
         limit = int(self.clip_tokenizer.model_max_length)
-        if (count := len(self.clip_tokenizer(text)["input_ids"])) > limit:
-            raise ConfigError(
-                f"the prompt {text[:40]!r}... has {count} tokens, CLIP takes {limit}",
-                "shorten the fields of its sample that are told in the prompt",
-            )
-        given = self.clip_tokenizer([text], padding="max_length", max_length=limit, return_tensors="pt")
+        given = padded(self.clip_tokenizer, text, limit, "CLIP")
         return self._known.setdefault(text, self.clip(**given.to(self.clip.device)).pooler_output[0])
 
 

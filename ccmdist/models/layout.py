@@ -45,10 +45,12 @@ class FolderLayout:
         blocks: Lists of blocks of the transformer, in the order in which they run -> the key of its config that says
             how many there are.
         published: Values of the transformer's config that only the published model has.
-        repository: Where it is published.
+        repositories: Where it is published, the usual one first.
+        versions: Where each of its versions is, for a model whose versions are called in different ways.
         licence: Under which it is published; "" for Apache-2.0.
         is_gated: Whether its licence has to be accepted before it can be downloaded.
         advice: How to come by a folder, where it cannot be downloaded.
+        made_by: What `ccmdist model make` is given to make a small one.
         is_planned: Whether the planner knows what the transformer needs: memory, time, traffic.
         can_quantize: Whether the base may be held in 4 or 8 bits.
         has_comfyui_names: Whether the names that ComfyUI has for its linears are known, which are diffusers' own.
@@ -67,15 +69,25 @@ class FolderLayout:
     schedule: Mapping[str, str] = field(default_factory=dict)
     blocks: Mapping[str, str] = field(default_factory=dict)
     published: Mapping[str, int] = field(default_factory=dict)
-    repository: str = ""
+    repositories: tuple[str, ...] = ()
+    versions: Mapping[Version, str] = field(default_factory=dict)
     licence: str = ""
     is_gated: bool = False
     advice: str = ""
+    made_by: str = ""
     is_planned: bool = False
     can_quantize: bool = False
     has_comfyui_names: bool = False
     output_tolerance: float = 1e-5
     max_conditions: int = 1
+
+    def published_as(self, path: Path, version: Version | None) -> str:
+        """Where the model in a folder is published, by its version or the folder's name; "" if in one of several."""
+        if version:
+            return self.versions[version]
+        if len(self.repositories) == 1:
+            return self.repositories[0]
+        return next((where for where in self.repositories if _name(where) == path.name), "")
 
 
 QWEN: Final = FolderLayout(
@@ -91,7 +103,9 @@ QWEN: Final = FolderLayout(
     ),
     blocks={"transformer_blocks": "num_layers"},
     published={"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128},
-    repository=REPOSITORIES["2509"],
+    repositories=(REPOSITORIES["2509"], *REPOSITORIES.values()),
+    versions=REPOSITORIES,
+    made_by="--size tiny --fitted",
     is_planned=True,
     can_quantize=True,
     has_comfyui_names=True,
@@ -124,13 +138,17 @@ FLUX: Final = FolderLayout(
     encoders=("vae", "text_encoder", "text_encoder_2"),
     blocks={"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"},
     published={"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "joint_attention_dim": 4096},
-    repository="black-forest-labs/FLUX.1-Kontext-dev",
+    repositories=("black-forest-labs/FLUX.1-Kontext-dev",),
     licence="the FLUX.1 [dev] Non-Commercial License",
     is_gated=True,
+    made_by="--kind flux",
 )
-
 FLUX_CONTROL: Final = replace(
-    FLUX, kind="flux_control", name="FLUX.1 Control", repository="black-forest-labs/FLUX.1-Canny-dev"
+    FLUX,
+    kind="flux_control",
+    name="FLUX.1 Control",
+    repositories=("black-forest-labs/FLUX.1-Canny-dev", "black-forest-labs/FLUX.1-Depth-dev"),
+    made_by="--kind flux_control",
 )
 KANDINSKY: Final = FolderLayout(
     kind="kandinsky5",
@@ -149,8 +167,9 @@ KANDINSKY: Final = FolderLayout(
     schedule={"_levels": "scheduler"},
     blocks={"text_transformer_blocks": "num_text_blocks", "visual_transformer_blocks": "num_visual_blocks"},
     published={"num_visual_blocks": 50, "model_dim": 2560, "ff_dim": 10240},
-    repository="kandinskylab/Kandinsky-5.0-I2I-Lite-sft-Diffusers",
+    repositories=("kandinskylab/Kandinsky-5.0-I2I-Lite-sft-Diffusers",),
     licence="the licence that its repository states",
+    made_by="--kind kandinsky5",
     output_tolerance=2e-3,  # queries and keys are rounded to bf16 in every dtype: a last bit may turn one of them over
 )
 
@@ -173,17 +192,25 @@ def kinds_named(kinds: Iterable[ModelKind]) -> str:
     return ", ".join(NAMES[kind] for kind in kinds)
 
 
-def advice_for(layout: FolderLayout, path: Path, repository: str) -> str:
+def layout_named(path: Path) -> FolderLayout:
+    """The layout of the model that a folder is named for which does not tell itself; Qwen-Image-Edit's of any other."""
+    name = path.name.lower()
+    published = [one for one in LAYOUTS.values() if name in (_name(where).lower() for where in one.repositories)]
+    called = sorted((one for one in LAYOUTS.values() if one.kind in name), key=lambda one: -len(one.kind))
+    return next(iter(published + called), QWEN)
+
+
+def advice_for(layout: FolderLayout, path: Path, version: Version | None = None) -> str:
     """How to come by a complete folder of a model.
 
     Args:
         layout: Of the model.
         path: Where it should be.
-        repository: Where this version of it is published.
+        version: Of the model, where it has versions.
     """
     if layout.advice:
         return layout.advice
-    fitted = "--fitted " if layout is QWEN else f"--kind {layout.kind} "
+    repository = layout.published_as(path, version) or layout.repositories[0]
     accept = (
         f"accept its licence at https://huggingface.co/{repository}, log in with `hf auth login`, and "
         if layout.is_gated
@@ -191,5 +218,9 @@ def advice_for(layout: FolderLayout, path: Path, repository: str) -> str:
     )
     return (
         f"on a machine with internet {accept}run `hf download {repository} --local-dir {path.name}` and copy "
-        f"it to {path}, or make a small one: `ccmdist model make --size tiny {fitted}--out {path}`"
+        f"it to {path}, or make a small one: `ccmdist model make {layout.made_by} --out {path}`"
     )
+
+
+def _name(repository: str) -> str:
+    return repository.rpartition("/")[2]

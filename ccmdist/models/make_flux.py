@@ -104,13 +104,18 @@ def make_clip_tokenizer() -> CLIPTokenizer:
     trained.normalizer, trained.pre_tokenizer = blank._tokenizer.normalizer, blank._tokenizer.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=1000, min_frequency=1, show_progress=False, initial_alphabet=alphabet, end_of_word_suffix="</w>"
+        vocab_size=1000,
+        min_frequency=1,
+        show_progress=False,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        # Else they get their numbers, which decide between equal merges, in an order that changes with the process.
+        special_tokens=[f"{letter}</w>" for letter in alphabet],
     )
     trained.train_from_iterator(_texts(), trainer)
     learnt = json.loads(trained.to_str())["model"]
     ids = learnt["vocab"]
-    for token in (*(f"{letter}</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"):
-        ids.setdefault(token, len(ids))
+    ids |= {"<|startoftext|>": len(ids), "<|endoftext|>": len(ids) + 1}
     return CLIPTokenizer(vocab=ids, merges=[tuple(pair) for pair in learnt["merges"]], model_max_length=77)
 
 

@@ -18,15 +18,15 @@ from ccmdist.models.layout import (
     LAYOUTS,
     MSDM_WEIGHT_FILES,
     QWEN,
-    REPOSITORIES,
     WEIGHT_FILES,
     FolderLayout,
     advice_for,
     kinds_named,
+    layout_named,
 )
 from ccmdist.models.template import CONDITION_EDGE_PX, NUM_DROPPED_TOKENS, Version, template_digest
 
-__all__ = ["MSDM_WEIGHT_FILES", "REPOSITORIES", "WEIGHT_FILES", "ModelFolder", "content_digest"]
+__all__ = ["MSDM_WEIGHT_FILES", "WEIGHT_FILES", "ModelFolder", "content_digest"]
 
 MAX_WHOLE_FILE_BYTES: Final = 256 << 20
 SAMPLE_BYTES, NUM_SAMPLES = 1 << 20, 64
@@ -39,7 +39,7 @@ class ModelFolder:
 
     Attributes:
         path: The folder.
-        edit_version: Of Qwen-Image-Edit; None for others.
+        edit_version: Of Qwen-Image-Edit; None for models without versions.
         layout: What it holds.
     """
 
@@ -97,8 +97,8 @@ class ModelFolder:
 
     @property
     def repository(self) -> str:
-        """Where a model like it is published."""
-        return self.layout.repository if self.edit_version is None else REPOSITORIES[self.edit_version]
+        """Where a model like it is published; "" where that may be one of several."""
+        return self.layout.published_as(self.path, self.edit_version)
 
     @property
     def components(self) -> Mapping[str, str]:
@@ -136,8 +136,8 @@ class ModelFolder:
         """All that decides embeddings and latents: the encoders, how they are called, and what goes before them."""
         layout = self.layout
         identity: dict[str, Any] = {name: self._tokenizer_digest(name) for name in layout.tokenizers}
-        if layout is QWEN:
-            identity |= self._qwen_identity()
+        if layout.versions:
+            identity |= self._version_identity()
         else:
             identity |= {"kind": layout.kind, "call_version": layout.call_version}
         for component in layout.encoders:
@@ -148,7 +148,7 @@ class ModelFolder:
     def _tokenizer_digest(self, name: str) -> str:
         return _digest(f for f in (self.path / name).iterdir() if f.suffix in (".json", ".txt", ".model"))
 
-    def _qwen_identity(self) -> dict[str, Any]:
+    def _version_identity(self) -> dict[str, Any]:
         return {
             "version": self.version,
             "template": template_digest(self.version),
@@ -181,7 +181,7 @@ class ModelFolder:
 
     @property
     def _advice(self) -> str:
-        return advice_for(self.layout, self.path, self.repository)
+        return advice_for(self.layout, self.path, self.edit_version)
 
     def _missing(self, name: str) -> ModelError:
         return ModelError(f"{self.path}: {name} is missing", self._advice)
@@ -218,20 +218,20 @@ def _digest(files: Iterable[Path]) -> str:
 
 def _opened(path: Path) -> ModelFolder:
     """The folder, of which no more is known than its index says."""
-    advice = advice_for(QWEN, path, QWEN.repository)
+    advice = advice_for(layout_named(path), path)
     if not path.is_dir():
         raise ModelError(f"{path}: there is no such folder", advice)
     name = _json(path, "model_index.json", advice).get("_class_name")
     if (layout := LAYOUTS.get(str(name))) is None:
         known = ", ".join(LAYOUTS)
         raise ModelError(f"{path}/model_index.json: {name} is none of the known pipelines, {known}", advice)
-    return ModelFolder(path, _version(path, str(name)) if layout is QWEN else None, layout)
+    return ModelFolder(path, _version(path, str(name)) if layout.versions else None, layout)
 
 
 def _version(path: Path, name: str) -> Version:
     if name == "QwenImageEditPipeline":
         return "v1"
-    advice = advice_for(QWEN, path, QWEN.repository)
+    advice = advice_for(QWEN, path)
     return "2511" if _json(path, "transformer/config.json", advice).get("zero_cond_t") else "2509"
 
 

@@ -1,14 +1,18 @@
 """Adapters of other families than Qwen-Image-Edit: stock diffusers loads what was trained, tensor by tensor."""
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ccmdist.adapters.state import WEIGHTS_FILE, AdapterState, read_adapter, write_adapter
-from ccmdist.config.train import LoRASettings, WDLoRASettings
-from ccmdist.errors import AdapterError, ConfigError
+from ccmdist.config.train import LoRASettings, TrainConfig, WDLoRASettings
+from ccmdist.errors import AdapterError, ConfigError, ModelError
 from ccmdist.jobs import adapter, adapter_check
-from ccmdist.jobs.model import TINY, make
+from ccmdist.jobs.adapter_show import show
+from ccmdist.jobs.model import TINY, convert, make
+from ccmdist.jobs.model_plan import base_of
 from ccmdist.models.backbones.choice import backbone_of
 from ccmdist.models.model_folder import ModelFolder
 
@@ -18,7 +22,7 @@ SETTINGS = {"wdlora": WDLoRASettings(lora_rank=4, alpha=8.0), "lora": LoRASettin
 @pytest.fixture(scope="module", params=list(TINY))
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / request.param
-    make("tiny", "2509", path, 0, False, request.param)
+    make("tiny", None, path, 0, False, request.param)
     return ModelFolder.open(path)
 
 
@@ -86,11 +90,37 @@ def test_the_ends_of_all_lists_of_blocks_are_compared_in_a_large_model():
     ("kind", "size", "fitted", "message"),
     [
         ("flax", "tiny", False, "--kind: 'flax' is not known; use one of qwen, flux"),
-        ("flux", "full", False, "--kind flux: is made in size tiny alone"),
-        ("flux", "tiny", True, "--kind flux: is made in size tiny alone"),
+        ("flux", "full", False, "--kind flux: is made in size tiny and one version alone"),
+        ("flux", "tiny", True, "--kind flux: is made in size tiny and one version alone"),
     ],
 )
 def test_what_cannot_be_made_is_refused(kind, size, fitted, message, tmp_path):
     with pytest.raises(ConfigError) as told:
-        make(size, "2509", tmp_path / "model", 0, fitted, kind)
+        make(size, None, tmp_path / "model", 0, fitted, kind)
     assert message in str(told.value)
+    with pytest.raises(ConfigError, match=r"leave out --size, --version and --fitted"):
+        make("tiny", "2511", tmp_path / "model", 0, False, "kandinsky5")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_table_of_modulation_that_there_cannot_be_is_refused(folder, tmp_path):
+    with pytest.raises(ModelError, match=r"depends on the text too, so that there is no table of it; train on the"):
+        convert(folder.path, tmp_path / "out", 128, [4], "fp32", 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_plan_is_made_with_the_sizes_of_another_model(folder, tmp_path):
+    for path in (folder.path, tmp_path / "FLUX.1-Kontext-dev"):
+        config = TrainConfig(data={"model": path, "shards": tmp_path}, run=tmp_path)
+        with pytest.raises(
+            ConfigError, match=r"data\.model: (FLUX|Kandinsky).* is not planned for, only adapters on Q"
+        ):
+            base_of(config)
+
+
+def test_facts_are_shown_as_they_are_written(folder, tmp_path, capsys):
+    """A licence with words in brackets, which the library for tables would take for a style."""
+    state = moved(folder, SETTINGS["lora"])
+    write_adapter(tmp_path, dataclasses.replace(state, facts={**state.facts, "base_licence": "FLUX.1 [dev] License"}))
+    show(tmp_path)
+    assert "FLUX.1 [dev] License" in capsys.readouterr().out
