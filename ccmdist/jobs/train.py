@@ -25,14 +25,13 @@ from ccmdist.data.manifest import read_manifest
 from ccmdist.data.order import Order
 from ccmdist.data.shard_samples import ShardSamples
 from ccmdist.errors import ConfigError
-from ccmdist.models.mdf_base import check_base
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.planner.memory import memory, tokens_of
 from ccmdist.planner.mode import mode_as_set, needed
 from ccmdist.planner.plan import check_growth
 from ccmdist.planner.table import needs_line
 from ccmdist.planner.transformer import Transformer
-from ccmdist.train.capabilities import refuse_missing_groups, refuse_unable
+from ccmdist.train.capabilities import refuse_missing_files, refuse_missing_groups, refuse_unable
 
 RANK_MODULE: Final = "ccmdist.jobs.train_rank"
 
@@ -70,7 +69,7 @@ def describe(config: TrainConfig) -> str:
             divide, or a budget of ranks does not suffice.
     """
     refuse_missing_libraries(config)
-    _refuse_missing_files(config)
+    refuse_missing_files(config)
     objective = config.objective
     model = None if objective.sees == "pixels" else ModelFolder.open(config.data.model, *objective.model_kinds)
     if model is not None and objective.trains == "adapter":
@@ -112,18 +111,6 @@ def refuse_missing_libraries(config: TrainConfig) -> None:
             f"{' and '.join(asked)} needs bitsandbytes, which is not installed",
             'run `pip install "ccmdist[quant]"`, or set base=int8 or bf16 and optim.kind=adamw',
         )
-
-
-def _refuse_missing_files(config: TrainConfig) -> None:
-    for name, path in config.objective.files.items():
-        if not path.exists():
-            raise ConfigError(
-                f"objective.{name}: {path} is not there",
-                "copy it there from a machine with internet, for nothing is fetched here"
-                + ("" if type(config.objective).model_fields[name].is_required() else "; or set it to null"),
-            )
-    if isinstance(config.objective, DiagnoseSettings):
-        check_base(config.objective)
 
 
 def _model(config: TrainConfig, model: ModelFolder | None) -> str:

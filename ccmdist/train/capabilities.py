@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 
 from ccmdist.ccm.groups import CLINICAL_GROUPS
-from ccmdist.config.objectives import DualSettings
+from ccmdist.config.objectives import DiagnoseSettings, DualSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.cache_index import CacheEntry
 from ccmdist.errors import ConfigError
+from ccmdist.models.mdf_base import check_base
 from ccmdist.models.model_folder import ModelFolder
 
 
@@ -56,3 +57,21 @@ def refuse_missing_groups(entries: Iterable[CacheEntry]) -> None:
             f"objective.kind diagnose: no training sample is of group {', '.join(missing)}",
             "add frames of that group to the train split: what is never shown cannot be told",
         )
+
+
+def refuse_missing_files(config: TrainConfig) -> None:
+    """Check the local files and folders that the objective's settings name, without reading weights.
+
+    Raises:
+        ConfigError: If one is missing.
+        ModelError: If it is not what it should be.
+    """
+    for name, path in config.objective.files.items():
+        if not path.exists():
+            raise ConfigError(
+                f"objective.{name}: {path} is not there",
+                "copy it there from a machine with internet, for nothing is fetched here"
+                + ("" if type(config.objective).model_fields[name].is_required() else "; or set it to null"),
+            )
+    if isinstance(config.objective, DiagnoseSettings):
+        check_base(config.objective)

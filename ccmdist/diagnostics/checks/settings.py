@@ -10,6 +10,7 @@ from ccmdist.diagnostics.checks.finding import DoctorConfig, Finding, Findings, 
 from ccmdist.diagnostics.checks.lead import timeouts
 from ccmdist.errors import CcmdistError, ShardError
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.train.capabilities import refuse_missing_files
 
 
 def check(request: Request) -> Findings:
@@ -19,6 +20,8 @@ def check(request: Request) -> Findings:
     sources = [_told("shard set", lambda: _shards(config.data))]
     if needs_cache := config.objective.sees == "latents":
         sources = [_told("model files", lambda: _model(config)), *sources]
+    if config.objective.files:
+        yield _told("objective's files", lambda: _files(config))
     yield from sources
     if needs_cache and all(finding.state == "OK" for finding in sources):  # both are part of the cache's name
         yield _told("cached samples", lambda: _cache(config.data))
@@ -39,6 +42,12 @@ def _model(config: DoctorConfig) -> str:
     sizes = {c: sum(f.stat().st_size for f in set(model.weight_files(c).values())) for c in model.components}
     parts = ", ".join(f"{component} {size(num_bytes)}" for component, num_bytes in sizes.items())
     return f"{model.title}, complete: {parts}"
+
+
+def _files(config: DoctorConfig) -> str:
+    """All that the objective's settings name is there."""
+    refuse_missing_files(config)
+    return ", ".join(f"{name} {path}" for name, path in config.objective.files.items())
 
 
 def _shards(data: DataSettings) -> str:

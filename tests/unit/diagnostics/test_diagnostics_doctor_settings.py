@@ -127,3 +127,17 @@ def test_one_problem_does_not_hide_the_others(tmp_path):
     findings = list(checks.check(made(tmp_path, "processes=3")))
     assert [finding.state for finding in findings] == ["MISS", "MISS", "MISS"]
     assert one(findings, "shard set").remedy.startswith("name the folder of a complete set")
+
+
+def test_folders_that_the_objective_names_are_looked_at(tmp_path):
+    shard_set(tmp_path / "shards")
+    of_mdf = ("adapter=null", "base=null", "activation_checkpointing=null", "objective.kind=diagnose")
+    finding = found(made(tmp_path, *of_mdf, f"objective.mllm={tmp_path}/llm"))["objective's files"]
+    assert (finding.state, finding.found) == ("MISS", f"objective.mllm: {tmp_path}/llm is not there")
+    assert finding.remedy == "copy it there from a machine with internet, for nothing is fetched here"
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm/README.md").write_text("accept the licence first")
+    finding = found(made(tmp_path, *of_mdf, f"objective.mllm={tmp_path}/llm"))["objective's files"]
+    assert finding.found == f"{tmp_path}/llm: holds no config.json"
+    assert finding.remedy.startswith("accept the licence on the model's page, then `hf download")
+    assert "objective's files" not in found(made(tmp_path))
