@@ -24,6 +24,7 @@ from ccmdist.models.layout import (
     kinds_named,
     layout_named,
 )
+from ccmdist.models.sizes import PIPELINES
 from ccmdist.models.template import CONDITION_EDGE_PX, NUM_DROPPED_TOKENS, Version, template_digest
 
 __all__ = ["MSDM_WEIGHT_FILES", "WEIGHT_FILES", "ModelFolder", "content_digest"]
@@ -229,7 +230,7 @@ def _opened(path: Path) -> ModelFolder:
 
 
 def _version(path: Path, name: str) -> Version:
-    if name == "QwenImageEditPipeline":
+    if name == PIPELINES["v1"]:
         return "v1"
     advice = advice_for(QWEN, path)
     return "2511" if _json(path, "transformer/config.json", advice).get("zero_cond_t") else "2509"
