@@ -55,6 +55,9 @@ class CacheEntry:
     """KEY.safetensors: prompt_embeds, image_latents, mask_latents; with holes, what belongs to them."""
     negative: Member
     """KEY.negative.safetensors: prompt_embeds of the negative prompt with the same mask."""
+    text: Member | None = None
+    """text-DIGEST.safetensors, where samples of one prompt share its embeddings; then those of the negative prompt too
+    lie in such a member, and KEY.safetensors has neither."""
 
 
 class ShardIndex(BaseModel):

@@ -21,8 +21,9 @@ Column = NDArray[np.unsignedinteger]
 SAMPLES_PER_BLOCK = 64
 """Whose keys are compressed together: enough to compress well, few enough to undo for one of them."""
 BLOCKS_AT_ONCE = 64
+NO_MEMBER = Member(0, 0, 0)
 SHARD, GROUP, LENGTH = range(3)
-NUM_COLUMNS = 9
+NUM_COLUMNS = 12
 
 
 class CachedSamples(Sequence[CacheEntry]):
@@ -94,22 +95,18 @@ class CachedSamples(Sequence[CacheEntry]):
 
     def _entry(self, index: int, key: str, subject: str) -> CacheEntry:
         shard, group, length, *members = (int(column[index]) for column in self._columns)
-        sample, negative = Member(*members[:3]), Member(*members[3:])
-        return CacheEntry(key, self.shards[shard], self.groups[group], subject, length, sample, negative)
+        sample, negative, text = (Member(*members[at : at + 3]) for at in range(0, 9, 3))
+        about = key, self.shards[shard], self.groups[group], subject, length
+        return CacheEntry(*about, sample, negative, text if text.size else None)
 
 
 def _numbers(entry: CacheEntry, shards: dict[str, int], groups: dict[ClinicalGroup | None, int]) -> tuple[int, ...]:
     """All numbers of an entry; shards and groups get theirs when they first occur."""
     shard = shards.setdefault(entry.shard, len(shards))
     group = groups.setdefault(entry.clinical_group, len(groups))
-    sample, negative = entry.sample, entry.negative
-    return (
-        shard,
-        group,
-        entry.num_text_tokens,
-        *(sample.offset, sample.size, sample.crc32),
-        *(negative.offset, negative.size, negative.crc32),
-    )
+    members = (entry.sample, entry.negative, entry.text or NO_MEMBER)
+    numbers = (number for member in members for number in (member.offset, member.size, member.crc32))
+    return (shard, group, entry.num_text_tokens, *numbers)
 
 
 def _packed(entries: Sequence[CacheEntry]) -> bytes:

@@ -14,6 +14,11 @@ from ccmdist.models.model_folder import ModelFolder
 class PromptEncoding(Protocol):
     """Prompts, and for some models the pictures beside them, to embeddings."""
 
+    @property
+    def sees_pictures(self) -> bool:
+        """Whether embeddings depend on the picture; else they are the same for all samples of a prompt."""
+        ...
+
     def encode(self, prompts: list[str], pictures: list[np.ndarray]) -> list[Tensor]:
         """Embeddings of each prompt with its picture, uint8 (H, W) or (H, W, 3); shape (L, D) each."""
         ...

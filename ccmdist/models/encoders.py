@@ -30,6 +30,8 @@ from ccmdist.models.vae import denormalised, for_single_frames, loaded_vae, norm
 class PromptEncoder:
     """Qwen2.5-VL as Qwen-Image-Edit uses it: the last hidden states of a prompt with its picture."""
 
+    sees_pictures = True
+
     def __init__(
         self, encoder: Qwen2_5_VLForConditionalGeneration, processor: ImageTextProcessor, folder: ModelFolder
     ) -> None:

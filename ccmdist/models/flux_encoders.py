@@ -28,6 +28,8 @@ MAX_TEXT_TOKENS: Final = 512
 class FluxPrompts:
     """Both text encoders, as diffusers' FluxKontextPipeline calls them."""
 
+    sees_pictures = False
+
     def __init__(
         self,
         clip: CLIPTextModel,

@@ -23,6 +23,8 @@ from ccmdist.models.template import KANDINSKY_AFTER, KANDINSKY_BEFORE, KANDINSKY
 class KandinskyPrompts:
     """Both text encoders, as diffusers' Kandinsky5I2IPipeline calls them; embeddings are not padded."""
 
+    sees_pictures = True
+
     def __init__(
         self,
         encoder: Qwen2_5_VLForConditionalGeneration,

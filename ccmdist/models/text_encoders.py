@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
@@ -53,6 +53,7 @@ class TextEncoder:
         tokenizer: Its `model_max_length` is the length of every encoded text.
     """
 
+    sees_pictures: ClassVar[bool] = False
     model: Any
     tokenizer: Any
     _known: dict[str, Tensor] = field(default_factory=dict)

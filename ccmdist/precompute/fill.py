@@ -130,6 +130,7 @@ class Encoders:
                 **with_holes,
                 pooled_prompt_embeds=whole,
                 negative_pooled_prompt_embeds=whole_negative,
+                shares_text=not self.prompts.sees_pictures,
             )
 
     def _holed(self, triple: Triple, picture: np.ndarray) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,7 +45,8 @@ def test_one_entry_has_the_types_of_the_original():
 
 def test_numbers_of_any_size_are_kept_whatever_the_others_are():
     large = CacheEntry("k", "t", None, "s", 70_000, Member(2**40, 2**33, 2**32 - 1), Member(0, 0, 0))
-    entries = [*(entry(number) for number in range(9000)), large, entry(9001)]
+    shared = replace(entry(9002), text=Member(2**41, 2**22, 77))
+    entries = [*(entry(number) for number in range(9000)), large, entry(9001), shared]
     assert list(CachedSamples(entries)) == entries
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import tarfile
 from dataclasses import replace
 
 import pytest
@@ -37,7 +38,18 @@ def encoded(key, clinical_group="Control", subject="s1", number=0):
     return EncodedSample(key, clinical_group, subject, *tensors)
 
 
-def fill(data, encoders=ENCODERS, splits=("train", "val", "test")):
+TEXTS, NEGATIVE_TEXT = torch.randn(2, 5, 400, generator=torch.Generator().manual_seed(9)), torch.zeros(5, 400)
+
+
+def sharing(sample, shares_text=True):
+    """The sample as an encoder makes it that sees no pictures: with one of two texts, by its group."""
+    number = int(sample.clinical_group == "Control")
+    texts = {"prompt_embeds": TEXTS[number], "negative_prompt_embeds": NEGATIVE_TEXT}
+    pooled = {"pooled_prompt_embeds": TEXTS[number][0].clone(), "negative_pooled_prompt_embeds": torch.zeros(400)}
+    return replace(sample, **texts, **pooled, shares_text=shares_text)
+
+
+def fill(data, encoders=ENCODERS, splits=("train", "val", "test"), of=lambda sample: sample):
     """A cache of hand-made tensors for every sample of the set; tensors by key."""
     manifest = read_manifest(data.shards)
     wanted = fingerprint(data, manifest.digest, encoders)
@@ -46,7 +58,7 @@ def fill(data, encoders=ENCODERS, splits=("train", "val", "test")):
     for shard in [shard for split in splits for shard in manifest.of_split(split)]:
         triples = list(read_shard(data.shards, shard))
         samples = [
-            encoded(triple.key, triple.meta.clinical_group, triple.meta.subject, len(written) + number)
+            of(encoded(triple.key, triple.meta.clinical_group, triple.meta.subject, len(written) + number))
             for number, triple in enumerate(triples)
         ]
         write_cache_shard(folder, shard.name, samples)
@@ -88,9 +100,47 @@ def test_dtypes_and_missing_groups_are_kept(tmp_path):
 
 def test_equal_samples_give_equal_bytes(tmp_path):
     for folder in (tmp_path / "a", tmp_path / "b"):
-        write_cache_shard(folder, TRAIN, [encoded("k", number=3), encoded("l")])
+        write_cache_shard(folder, TRAIN, [encoded("k", number=3), encoded("l"), sharing(encoded("m"))])
     for name in (TRAIN, "train-000000.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_texts_that_samples_share_are_in_a_tar_once_and_come_back_as_if_they_were_not(data, tmp_path):
+    found = {}
+    for shares in (True, False):
+        own = data.model_copy(update={"cache": tmp_path / str(shares)})
+        folder, _ = fill(own, of=lambda sample, shares=shares: sharing(sample, shares))
+        cache = LatentCache.open(own, ENCODERS)
+        entries = [entry for split in ("train", "val", "test") for entry in cache.entries(split)]
+        assert {entry.text is not None for entry in entries} == {shares}
+        assert {entry.num_text_tokens for entry in entries} == {5}
+        tensors = [(entry.key, cache.read(entry), cache.read_negatives(entry)) for entry in entries]
+        assert cache.verify().endswith("all intact")
+        found[shares] = tensors, sum(tar.stat().st_size for tar in folder.glob("*.tar")), folder
+    (shared, num_shared, folder), (separate, num_separate, _) = found.values()
+    for (key, sample, negative), (same, expected, expected_negative) in zip(shared, separate, strict=True):
+        assert key == same
+        assert sample.keys() == expected.keys()
+        assert negative.keys() == expected_negative.keys()
+        assert all(torch.equal(sample[name], tensor) for name, tensor in expected.items())
+        assert all(torch.equal(negative[name], tensor) for name, tensor in expected_negative.items())
+    with tarfile.open(folder / TRAIN) as tar:
+        names = tar.getnames()
+    texts = [name for name in names if name.startswith("text-")]
+    groups = {entry.clinical_group == "Control" for entry in read_index(folder, TRAIN).entries}
+    assert len(texts) == len(set(texts)) == len(groups) + 1, "one for each prompt and one for the negative prompt"
+    assert num_shared < 0.7 * num_separate
+
+
+def test_damage_to_a_shared_text_is_told(data):
+    folder, _ = fill(data, of=sharing)
+    entry = read_index(folder, TRAIN).entries[0]
+    with (folder / TRAIN).open("r+b") as tar:
+        tar.seek(entry.text.offset + entry.text.size - 1)
+        tar.write(b"\x55")
+    cache = LatentCache.open(data, ENCODERS)
+    with pytest.raises(CacheError, match=rf"{TRAIN}: the text of {entry.key} is damaged; remove .*run `ccmdist prec"):
+        cache.read(cache.entries("train")[0])
 
 
 def test_two_samples_with_one_key_are_refused_and_leave_nothing(tmp_path):

@@ -1,12 +1,14 @@
 """Adapters of other families than Qwen-Image-Edit: stock diffusers loads what was trained, tensor by tensor."""
 
 import dataclasses
+import tarfile
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ccmdist.adapters.state import WEIGHTS_FILE, AdapterState, read_adapter, write_adapter
+from ccmdist.cli import exit_code
 from ccmdist.config.train import LoRASettings, TrainConfig, WDLoRASettings
 from ccmdist.errors import AdapterError, ConfigError, ModelError
 from ccmdist.jobs import adapter, adapter_check
@@ -15,6 +17,7 @@ from ccmdist.jobs.model import TINY, convert, make
 from ccmdist.jobs.model_plan import base_of
 from ccmdist.models.backbones.choice import backbone_of
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.synthesis.verify import verify_against_plan
 
 SETTINGS = {"wdlora": WDLoRASettings(lora_rank=4, alpha=8.0), "lora": LoRASettings(lora_rank=4, alpha=6.0)}
 
@@ -71,6 +74,35 @@ def test_an_exported_adapter_gives_stock_diffusers_what_was_trained(folder, kind
     folders = (folder.path / "transformer", tmp_path / "merged")
     before, after = (load_file(path / "diffusion_pytorch_model.safetensors") for path in folders)
     assert not torch.equal(before[f"{name}.weight"], after[f"{name}.weight"])
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards") / "set"
+    few = ["size_px=64", "subjects_per_group=3", "frames_per_subject=1", "val_fraction=0.3", "test_fraction=0.3"]
+    assert exit_code(["shards", "phantom", f"out={out}", *few]) == 0
+    return out
+
+
+def test_a_set_is_drawn_with_an_adapter_as_it_was_planned_from_a_cache_that_has_each_prompt_once(
+    folder, phantoms, tmp_path
+):
+    adapter_folder, drawn = tmp_path / "adapter", tmp_path / "drawn"
+    write_adapter(adapter_folder, moved(folder, SETTINGS["wdlora"]))
+    data = [f"data.model={folder.path}", f"data.shards={phantoms}", f"data.cache={tmp_path}/cache"]
+    data += ["data.image_size_px=64", "data.dtype=fp32"]
+    assert exit_code(["precompute", *data, "splits=[test]"]) == 0
+    (cached,) = (tmp_path / "cache").glob("*/*.tar")
+    with tarfile.open(cached) as tar:
+        texts = [name for name in tar.getnames() if name.startswith("text-")]
+    # One of each group's prompt and of the negative prompt; Kandinsky's see the mask and are each sample's own.
+    assert len(texts) == (0 if folder.kind == "kandinsky5" else 3 + 1)
+    drawing = ["synthesize", *data, f"adapter={adapter_folder}", "denoise_steps=2", "guidance_scale=2"]
+    assert exit_code([*drawing, f"out={drawn}", "images_per_mask=2"]) == 0
+    assert "all 6 images of plan" in verify_against_plan(drawn, phantoms)
+    assert exit_code([*drawing, "adapter=null", f"out={tmp_path}/untuned", "images_per_mask=2"]) == 0
+    first, second = (next(path.glob("test-*.tar")).read_bytes() for path in (drawn, tmp_path / "untuned"))
+    assert first != second, "the adapter has been at work"
 
 
 def test_an_adapter_that_stock_diffusers_would_load_otherwise_is_refused(folder, tmp_path):
