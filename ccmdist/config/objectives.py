@@ -252,6 +252,10 @@ class MsdmVaeSettings(OfObjective):
             raise ValueError(f"objective.crop_px: {self.crop_px} is larger than data.image_size_px {image_size_px}")
 
 
+NUM_NOISE_LEVELS: Final = 1000
+"""Of MSDM."""
+
+
 class MsdmSettings(OfObjective):
     """MSDM from scratch: diffusers' UNet2DConditionModel with cross-attention to a clinical text encoder's states.
 

@@ -16,10 +16,10 @@ from typing import Final, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ccmdist.config.objectives import MsdmSettings
+from ccmdist.config.objectives import NUM_NOISE_LEVELS, MsdmSettings
 from ccmdist.errors import ConfigError
 
-NUM_LEVELS: Final = 1000
+NUM_LEVELS: Final = NUM_NOISE_LEVELS
 
 
 class Predict(Protocol):

@@ -10,11 +10,17 @@ from ccmdist.config.loading import read_resolved
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.console import log
 from ccmdist.jobs.adapter_names import refuse_what_was_not_trained
-from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.network_folder import ABOUT_FILE, read_about
 from ccmdist.synthesis.output import SyntheticSet
 from ccmdist.synthesis.plan import PLAN, Plan, read_plan, refuse_other_set
-from ccmdist.synthesis.planning import UNTUNED, base_of, expected_batches, make_network_plan, make_plan
+from ccmdist.synthesis.planning import (
+    UNTUNED,
+    base_of,
+    base_of_adapters,
+    expected_batches,
+    make_network_plan,
+    make_plan,
+)
 from ccmdist.synthesis.verify import verify_against_plan
 
 FORCED_EXIT_S = 3600.0
@@ -54,7 +60,7 @@ def describe(config: SynthesizeConfig) -> str:
     """
     if config.network is not None:
         return _described_network(config, config.network)
-    model = ModelFolder.open(config.data.model)
+    model = base_of_adapters(config)
     refuse_what_was_not_trained(config)
     digests: tuple[str, str | None] = (UNTUNED, None)
     if config.adapter is not None:

@@ -4,7 +4,7 @@ What a layout says of a model's parts is all that the rest of the project may as
 called is said by its backbone, :mod:`ccmdist.models.backbones.choice`, under the same kind.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -192,12 +192,18 @@ def kinds_named(kinds: Iterable[ModelKind]) -> str:
     return ", ".join(NAMES[kind] for kind in kinds)
 
 
-def layout_named(path: Path) -> FolderLayout:
-    """The layout of the model that a folder is named for which does not tell itself; Qwen-Image-Edit's of any other."""
-    name = path.name.lower()
-    published = [one for one in LAYOUTS.values() if name in (_name(where).lower() for where in one.repositories)]
-    called = sorted((one for one in LAYOUTS.values() if one.kind in name), key=lambda one: -len(one.kind))
-    return next(iter(published + called), QWEN)
+def layout_named(path: Path, kinds: Sequence[ModelKind] = ()) -> FolderLayout:
+    """The layout of the model that a folder is named for which does not tell itself; of any other, the usual one.
+
+    Args:
+        path: The folder.
+        kinds: Of models that will do, the usual one first; none if all do.
+    """
+    name, known = path.name.lower(), [one for one in LAYOUTS.values() if not kinds or one.kind in kinds]
+    published = [one for one in known if name in (_name(where).lower() for where in one.repositories)]
+    called = sorted((one for one in known if one.kind in name), key=lambda one: -len(one.kind))
+    usual = [one for one in known if one.kind in kinds[:1]]
+    return next(iter(published + called + usual), QWEN)
 
 
 def advice_for(layout: FolderLayout, path: Path, version: Version | None = None) -> str:

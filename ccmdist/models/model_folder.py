@@ -6,7 +6,7 @@ treated like a download.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -59,7 +59,7 @@ class ModelFolder:
         Raises:
             ModelError: If a file is missing or cannot be read, or the model is of another kind.
         """
-        folder = _opened(path)
+        folder = _opened(path, kinds)
         if kinds and folder.kind not in kinds:
             raise folder.is_other(*kinds)
         for choices in folder.layout.required:
@@ -217,9 +217,9 @@ def _digest(files: Iterable[Path]) -> str:
     return digest_of({file.name: content_digest(file) for file in sorted(set(files))})
 
 
-def _opened(path: Path) -> ModelFolder:
+def _opened(path: Path, kinds: Sequence[ModelKind]) -> ModelFolder:
     """The folder, of which no more is known than its index says."""
-    advice = advice_for(layout_named(path), path)
+    advice = advice_for(layout_named(path, kinds), path)
     if not path.is_dir():
         raise ModelError(f"{path}: there is no such folder", advice)
     name = _json(path, "model_index.json", advice).get("_class_name")

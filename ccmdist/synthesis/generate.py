@@ -45,7 +45,7 @@ from ccmdist.synthesis import base
 from ccmdist.synthesis.networks import NetworkDrawing
 from ccmdist.synthesis.output import SyntheticSet
 from ccmdist.synthesis.plan import NF4, Plan
-from ccmdist.synthesis.planning import UNTUNED, base_of, make_plan
+from ccmdist.synthesis.planning import UNTUNED, base_of, base_of_adapters, make_plan
 from ccmdist.synthesis.requests import Request
 from ccmdist.synthesis.sampler import Sampler, noise_of, refuse_non_finite
 from ccmdist.synthesis.sources import Sources
@@ -112,7 +112,7 @@ class _EditDrawing:
 
     def __init__(self, config: SynthesizeConfig, adapters: Adapters) -> None:
         self.config, self.adapters = config, adapters
-        self.model = ModelFolder.open(config.data.model)
+        self.model = base_of_adapters(config)
         self.encoders = self.model.encoder_identity()
 
     def begin(self) -> SyntheticSet:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ccmdist.commit import digest_of
+from ccmdist.config.objectives import NUM_NOISE_LEVELS
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.console import log
 from ccmdist.data.cache_index import CacheEntry, find_cache, flips, indexes
@@ -34,6 +35,21 @@ def base_of(config: SynthesizeConfig) -> Base | None:
     if config.base != "auto":
         return config.base
     return read_plan(config.out).settings.base if (config.out / PLAN).exists() else None
+
+
+def base_of_adapters(config: SynthesizeConfig) -> ModelFolder:
+    """The model that draws where no network does.
+
+    Raises:
+        ModelError: If it is not complete, or cannot draw by itself.
+    """
+    model = ModelFolder.open(config.data.model)
+    if "transformer" not in model.components:
+        raise ModelError(
+            f"{config.data.model}: {model.title} draws with a network that was trained on it, and none is named",
+            "add network=RUN/network, or set data.model to the folder of a model that adapters are trained for",
+        )
+    return model
 
 
 def make_plan(
@@ -116,6 +132,12 @@ def _refuse_network(config: SynthesizeConfig, network: NetworkAbout) -> None:
             network.settings.serves,
         )
     if network.settings.adds_noise:
+        if config.denoise_steps > NUM_NOISE_LEVELS:
+            raise ConfigError(
+                f"denoise_steps: {config.denoise_steps} are more than the {NUM_NOISE_LEVELS} noise levels of a network "
+                f"of {network.kind}",
+                f"use 1 to {NUM_NOISE_LEVELS}",
+            )
         return
     if config.eta:
         raise ConfigError(

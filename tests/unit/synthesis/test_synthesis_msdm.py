@@ -110,6 +110,17 @@ def test_what_cannot_draw_is_refused_and_leaves_no_plan(state, encoders, config,
     other = network_state(encoders, SIZE_PX, facts={"base_digest": "f" * 64})
     with pytest.raises(ModelError, match=r"was trained on latents of the VAE ffffffffffff, .*holds [0-9a-f]{12}"):
         synthesize(config_of(), other)
+    with pytest.raises(
+        ConfigError, match="denoise_steps: 1001 are more than the 1000 noise levels of a network of msdm"
+    ):
+        synthesize(config_of("denoise_steps=1001"), state)
+    for act in (describe, lambda settings: synthesize(settings, None)):
+        with pytest.raises(
+            ModelError, match="MSDM draws with a network that was trained on it, and none is named; add ne"
+        ):
+            act(config(f"data.model={encoders}"))
+    with pytest.raises(ModelError, match="none: there is no such folder; give the folder `network` of a finished run"):
+        synthesize(config("network=n", f"data.model={tmp_path}/none"), state)
     with pytest.raises(ConfigError, match="eta: 1, but Qwen-Image-Edit draws without noise of its own; leave out"):
         config("eta=1")
     assert not (tmp_path / "out").exists()
