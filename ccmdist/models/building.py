@@ -19,6 +19,7 @@ def with_weights(
     on_rows: OnRows | None = None,
     device: torch.device | str = "cpu",
     in_fp32: str | None = None,
+    stored_as: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """The same model with its weights.
 
@@ -31,6 +32,7 @@ def with_weights(
         on_rows: Told the rows of all weights on the way.
         device: Of a whole model, and of buffers; a partitioned one lies where DeepSpeed puts it.
         in_fp32: What the names of weights match that are in fp32 whatever ``dtype`` says.
+        stored_as: Tensor name -> another one that its file has for it.
 
     Raises:
         ModelError: If the weights do not fit the config.
@@ -44,7 +46,7 @@ def with_weights(
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
-    load_weights(model, weight_files, on_rows)
+    load_weights(model, weight_files, on_rows, stored_as=stored_as)
     return model.eval()
 
 

@@ -4,8 +4,9 @@ Under ZeRO-3 a rank fills its own partitions and reads no more than the rows tha
 the whole model, and nothing is sent.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -34,7 +35,11 @@ class Stretch:
 
 @torch.no_grad()
 def load_weights(
-    model: torch.nn.Module, weight_files: dict[str, Path], on_rows: OnRows | None = None, prefix: str = ""
+    model: torch.nn.Module,
+    weight_files: dict[str, Path],
+    on_rows: OnRows | None = None,
+    prefix: str = "",
+    stored_as: Mapping[str, str] | None = None,
 ) -> int:
     """Fill every parameter and persistent buffer of ``model``.
 
@@ -45,6 +50,7 @@ def load_weights(
         weight_files: Tensor name -> file, from ``ModelFolder.weight_files``; not empty. Those with the prefix are read.
         on_rows: Told the rows on the way, so that they need not be read again.
         prefix: How the names in the files begin, where ``model`` is a part of what they hold.
+        stored_as: Tensor name -> another one that the file has for it.
 
     Returns:
         The number of bytes that were read.
@@ -62,10 +68,11 @@ def load_weights(
     for file, names in names_of_file.items():
         with StoredTensors(file) as stored:
             for name in names:
-                shape = _shape(wanted[name])
-                if (found := stored.shape(name)) != shape:
-                    raise _misfit(file, f"{name} has shape {found}, expected {shape}", model)
-                num_bytes += _fill(name, _kept(wanted[name]), stored, shape, on_rows)
+                shape, its_name = _shape(wanted[name]), (stored_as or {}).get(name, name)
+                if (found := stored.shape(its_name)) != shape:
+                    raise _misfit(file, f"{its_name} has shape {found}, expected {shape}", model)
+                tell = None if on_rows is None else partial(on_rows, name)
+                num_bytes += _fill(its_name, _kept(wanted[name]), stored, shape, tell)
     return num_bytes
 
 
@@ -98,7 +105,13 @@ def _kept(tensor: Tensor) -> Stretch:
     return Stretch(partition.data.view(-1), start, min(start + partition.ds_numel, numel))
 
 
-def _fill(name: str, kept: Stretch, stored: StoredTensors, shape: tuple[int, ...], on_rows: OnRows | None) -> int:
+def _fill(
+    name: str,
+    kept: Stretch,
+    stored: StoredTensors,
+    shape: tuple[int, ...],
+    tell: Callable[[int, Tensor, int], None] | None,
+) -> int:
     num_bytes, width = 0, torch.Size(shape[1:]).numel()
     for first, rows_as_stored in _rows(stored, name, kept, width):
         num_bytes += rows_as_stored.nbytes
@@ -108,8 +121,8 @@ def _fill(name: str, kept: Stretch, stored: StoredTensors, shape: tuple[int, ...
         kept.target[low - kept.start : high - kept.start].copy_(stretch)
         # A row belongs to the rank that keeps its first element.
         owned, end = -(-low // width), -(-high // width)
-        if on_rows is not None and owned < end:
-            on_rows(name, owned, rows[owned - first : end - first], shape[0])
+        if tell is not None and owned < end:
+            tell(owned, rows[owned - first : end - first], shape[0])
     return num_bytes
 
 

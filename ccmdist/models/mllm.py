@@ -5,6 +5,7 @@ Inputs are made in torch from a batch of grey images: no picture goes through th
 Shape suffixes: B samples, L text tokens, P patches, T tiles, H W rows and columns.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
-from transformers.utils import logging
 
 from ccmdist.errors import ModelError
+from ccmdist.models.building import with_weights
+from ccmdist.models.checkpoint_io import OnRows
 from ccmdist.models.mdf_base import REMEDY, mllm_kind
 
 MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
@@ -27,6 +30,7 @@ SD: Final = (0.26862954, 0.26130258, 0.27577711)
 """Of the channels, as the image processors of both have them (CLIP's)."""
 NUM_DEPTHS: Final = 4
 """Layers that levels of the U-Net are fused into."""
+WEIGHTS_INDEX: Final = "model.safetensors.index.json"
 LINEARS_OF: Final = "language_model.layers."
 """Linears with an adapter lie below."""
 
@@ -37,12 +41,14 @@ class MllmSpec:
 
     Attributes:
         model: Its class in transformers.
+        module_name: Name of a tensor in its files -> that in the model; None for its head, which is of no use here.
         depths: (text config) -> indices of the decoder layers that read levels, from fine to coarse.
         prefix: (config, image_size_px) -> token ids of the image, before the prompt.
         inputs: (config, images in [0, 1], token ids) -> the other arguments of the model.
     """
 
     model: str
+    module_name: Callable[[str], str | None]
     depths: Callable[[Any], tuple[int, ...]]
     prefix: Callable[[Any, int], list[int]]
     inputs: Callable[[Any, Tensor, Tensor], dict[str, Tensor]]
@@ -121,28 +127,82 @@ class Prompts:
 
 
 def load_mllm(folder: Path, dtype: torch.dtype) -> Mllm:
-    """The model of a local folder, on the CPU; nothing is fetched.
+    """The model of a local folder, whole and on the CPU; nothing is fetched. Errors as of both parts."""
+    mllm = mllm_without_weights(folder)
+    read_weights(mllm, folder, dtype)
+    return mllm
+
+
+def mllm_without_weights(folder: Path) -> Mllm:
+    """The model of a local folder, its parameters without memory.
 
     Raises:
-        ModelError: If it is missing, gated, of another kind, or weights do not fit its config.
+        ModelError: If it is missing, gated or of another kind.
     """
     config, spec = _config(folder)
-    logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # else it tells at length that the head, which is of no use here, was left out
-    try:
-        model, loading = getattr(transformers, spec.model).from_pretrained(
-            str(folder), dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{folder}: cannot be read ({str(error).splitlines()[0]})", REMEDY) from None
-    finally:
-        logging.set_verbosity(verbosity)
-    for problem in ("missing", "mismatched"):
-        if names := sorted(map(str, loading[f"{problem}_keys"])):
-            raise ModelError(f"{folder}: {problem} weights, such as {names[0]}", REMEDY)
+    with init_empty_weights():
+        model = getattr(transformers, spec.model)(config)
     model.config.use_cache = False
     return Mllm(model, config, _tokenizer(folder), spec)
+
+
+def read_weights(
+    mllm: Mllm,
+    folder: Path,
+    dtype: torch.dtype,
+    zero_config: dict[str, Any] | None = None,
+    on_rows: OnRows | None = None,
+) -> None:
+    """Give a model without weights those of its folder.
+
+    Args:
+        mllm: Of :func:`mllm_without_weights`; changed in place.
+        folder: Of the same model.
+        dtype: Of the weights.
+        zero_config: A DeepSpeed configuration: each rank reads and keeps its share (collective). None: the whole model
+            in this process, on the CPU.
+        on_rows: Told the rows of all weights on the way.
+
+    Raises:
+        ModelError: If the weights are cut short, or do not fit the config.
+    """
+    stored = _stored_names(folder)
+    stored_as = {name: old for old in stored if (name := mllm.spec.module_name(old)) is not None}
+    files = {name: stored[old] for name, old in stored_as.items()}
+    with_weights(mllm.model, files, dtype, zero_config, on_rows, stored_as=stored_as)
+
+
+def _stored_names(folder: Path) -> dict[str, Path]:
+    """Name of each tensor in the files of a folder -> the file."""
+    index = folder / WEIGHTS_INDEX
+    try:
+        places = json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else ()
+        files = [folder / name for name in sorted(set(places))] or sorted(folder.glob("*.safetensors"))
+        found: dict[str, Path] = {}
+        for file in files:
+            with safe_open(file, "pt") as opened:
+                found |= dict.fromkeys(opened.keys(), file)
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder}: {error}, as {WEIGHTS_INDEX} has it", REMEDY) from None
+    except (SafetensorError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{folder}: cannot be read ({str(error).splitlines()[0]})", REMEDY) from None
+    return found
+
+
+def _mllama_name(stored: str) -> str | None:
+    """As released the language model has its head beside it; transformers 5 may write one level more."""
+    name = stored.removeprefix("model.")
+    if name.endswith("lm_head.weight"):
+        return None
+    return name.replace("language_model.model.", "language_model.", 1)
+
+
+def _qwen_name(stored: str) -> str | None:
+    """As released the language model is `model` and vision `visual`; transformers 5 may write one level more."""
+    if stored == "lm_head.weight":
+        return None
+    name = stored.removeprefix("model.")
+    return name if name.startswith(("visual.", "language_model.")) else f"language_model.{name}"
 
 
 def _config(folder: Path) -> tuple[Any, MllmSpec]:
@@ -228,6 +288,6 @@ def _qwen_inputs(config: Any, images_B1HW: Tensor, ids_BL: Tensor) -> dict[str, 
 
 
 MLLMS: Final[Mapping[str, MllmSpec]] = {
-    "mllama": MllmSpec("MllamaModel", _mllama_depths, _mllama_prefix, _mllama_inputs),
-    "qwen2_5_vl": MllmSpec("Qwen2_5_VLModel", _qwen_depths, _qwen_prefix, _qwen_inputs),
+    "mllama": MllmSpec("MllamaModel", _mllama_name, _mllama_depths, _mllama_prefix, _mllama_inputs),
+    "qwen2_5_vl": MllmSpec("Qwen2_5_VLModel", _qwen_name, _qwen_depths, _qwen_prefix, _qwen_inputs),
 }

@@ -2,17 +2,17 @@
 
 import math
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from ccmdist.adapters.injection import inject, row_squares_of
+from ccmdist.adapters.injection import RowSquares, inject
 from ccmdist.config.objectives import DiagnoseSettings
 from ccmdist.errors import ConfigError, ModelError
 from ccmdist.models.mdf_base import base_digest, check_base
 from ccmdist.models.mdf_mllm import Fusion, MdfMllm
-from ccmdist.models.mllm import Mllm, load_mllm
+from ccmdist.models.mllm import Mllm, mllm_without_weights, read_weights
 from ccmdist.models.network_state import NetworkState, read_network
 from ccmdist.models.unet import LevelUnet, make_unet
 from ccmdist.train.llm_adapter import adapter_of
@@ -24,26 +24,39 @@ MOST_TRAINED: Final = 3_000_000_000
 """Parameters of a rank's share of a language model that is trained as a whole: 60 GB."""
 
 
-def make_mdf_mllm(settings: DiagnoseSettings, image_size_px: int, seed: int) -> MdfMllm:
+def make_mdf_mllm(
+    settings: DiagnoseSettings, image_size_px: int, seed: int, zero_config: dict[str, Any] | None = None
+) -> MdfMllm:
     """The model as training finds it: language model and U-Net of their folders, the rest dependent on the seed alone.
 
     Only what is trained requires gradients. On the CPU.
+
+    Args:
+        settings: Of the objective.
+        image_size_px: Edge of the images.
+        seed: Of what is new.
+        zero_config: A DeepSpeed configuration: of a language model that stays frozen, each rank reads and keeps its
+            share (collective). None: the whole model in this process.
 
     Raises:
         ModelError: If a folder cannot be used, or the parts do not fit.
     """
     check_base(settings)
-    mllm = load_mllm(settings.mllm, DTYPES[settings.llm_dtype])
-    mllm.model.requires_grad_(settings.llm == "full")
+    partition_as = None if settings.llm == "full" else zero_config
+    mllm, adapter = mllm_without_weights(settings.mllm), adapter_of(settings)
     _check_fit(settings, mllm)
+    names = [] if adapter is None else mllm.linear_names()
+    squares = RowSquares(names)
+    read_weights(mllm, settings.mllm, DTYPES[settings.llm_dtype], partition_as, squares.on_rows)
+    mllm.model.requires_grad_(settings.llm == "full")
     unet = starting_unet(settings, seed) if settings.fusion_levels else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fusion = Fusion(settings, image_size_px, mllm.hidden_size)
     model = MdfMllm(settings, unet, mllm, fusion)
-    if (adapter := adapter_of(settings)) is not None:
-        names = mllm.linear_names()
-        model.adapter = inject(mllm.model, names, adapter, row_squares_of(mllm.model, names), seed)
+    if adapter is not None:
+        row_squares = squares.whole() if partition_as is None else squares.reduce()
+        model.adapter = inject(mllm.model, names, adapter, row_squares, seed)
     trained = {id(p) for parameters in model.parameter_sets().values() for p in parameters.values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)

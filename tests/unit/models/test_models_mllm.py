@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import MllamaTextConfig, Qwen2_5_VLConfig, Qwen2_5_VLModel
+from transformers import AutoModel, AutoModelForImageTextToText, MllamaTextConfig, Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from ccmdist.ccm.diagnosis_prompts import all_diagnosis_prompts
 from ccmdist.config.objectives import SegmentSettings
@@ -90,6 +90,56 @@ def test_an_image_of_mllama_is_the_first_of_its_tiles(mllms):
     assert found["cross_attention_mask"].sum() == 14
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_and_states_are_those_of_transformers_own_reading_from_one_file_or_several(
+    mllms, tmp_path, kind, dtype
+):
+    stock = AutoModel.from_pretrained(str(mllms / kind), local_files_only=True, dtype=dtype)
+    whole = AutoModelForImageTextToText.from_pretrained(str(mllms / kind), local_files_only=True)
+    whole.save_pretrained(tmp_path, max_shard_size="200KB")
+    for file in (mllms / kind).glob("*token*"):
+        shutil.copy(file, tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    images = torch.rand(2, 1, 64, 64) * 2 - 1
+    asked = (
+        Prompts(mllms / kind, all_diagnosis_prompts(), 64).of(all_diagnosis_prompts()[0])["prompt_ids"].expand(2, -1)
+    )
+    for folder in (mllms / kind, tmp_path):
+        found = load_mllm(folder, dtype)
+        for (name, one), (_, other) in zip(found.model.named_parameters(), stock.named_parameters(), strict=True):
+            assert one.dtype == other.dtype == dtype, name
+            assert torch.equal(one, other), name
+        for (name, one), (_, other) in zip(found.model.named_buffers(), stock.named_buffers(), strict=True):
+            assert one.dtype == other.dtype and torch.equal(one, other), name
+        states = found.states(images, asked)
+        object.__setattr__(found, "model", stock)
+        assert torch.equal(found.states(images, asked), states)
+    next(tmp_path.glob("model-0000*")).unlink()
+    with pytest.raises(ModelError, match=r"as model\.safetensors\.index\.json has it; name a local folder"):
+        load_mllm(tmp_path, dtype)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored", "name"),
+    [
+        ("mllama", "language_model.model.layers.3.cross_attn.q_proj.weight", "layers.3.cross_attn.q_proj.weight"),
+        ("mllama", "model.language_model.layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight"),
+        ("qwen2_5_vl", "model.layers.0.self_attn.q_proj.bias", "layers.0.self_attn.q_proj.bias"),
+        ("qwen2_5_vl", "model.language_model.layers.0.self_attn.q_proj.bias", "layers.0.self_attn.q_proj.bias"),
+    ],
+)
+def test_names_in_published_files_and_in_those_of_transformers_5_are_known(kind, stored, name):
+    assert MLLMS[kind].module_name(stored) == f"language_model.{name}"
+    for part in ("vision_model.class_embedding", "multi_modal_projector.weight", "visual.merger.mlp.0.weight"):
+        if (kind == "mllama") != part.startswith("visual"):
+            assert MLLMS[kind].module_name(part) == MLLMS[kind].module_name(f"model.{part}") == part
+    for head in {"mllama": ("language_model.lm_head.weight", "lm_head.weight"), "qwen2_5_vl": ("lm_head.weight",)}[
+        kind
+    ]:
+        assert MLLMS[kind].module_name(head) is None
+
+
 def test_the_folder_knows_the_kinds_that_there_are():
     assert set(KNOWN) == set(MLLMS)
 
@@ -124,7 +174,7 @@ def test_folders_that_cannot_be_used_are_refused_with_what_to_do(mllms, copied, 
     config = json.loads((copied / "config.json").read_text())
     config["text_config"]["intermediate_size"] = 64
     (copied / "config.json").write_text(json.dumps(config))
-    refused("mismatched weights, such as")
+    refused(r"mlp.\w+.weight has shape .*, expected .*; use config.json and weights of the same checkpoint")
     (copied / "config.json").write_text(json.dumps({"model_type": "bert"}))
     refused("is a model of type bert, expected mllama or qwen2_5_vl")
     (copied / "config.json").write_text("<html>")
@@ -141,12 +191,12 @@ def test_a_prompt_that_is_longer_than_the_model_takes_is_refused_with_both_numbe
 
 
 def test_a_tiny_model_is_made_by_the_command_that_makes_models_and_never_over_another(mllms, tmp_path):
-    make("tiny", "2509", tmp_path / "one", 0, False, "qwen2_5_vl")
+    make("tiny", None, tmp_path / "one", 0, False, "qwen2_5_vl")
     assert mllm_digest(tmp_path / "one") == mllm_digest(mllms / "qwen2_5_vl")
     with pytest.raises(ModelError, match="already holds a model"):
         make_mllm("mllama", tmp_path / "one")
-    with pytest.raises(ConfigError, match="--kind mllama: is made in size tiny alone"):
-        make("small", "2509", tmp_path / "two", 0, False, "mllama")
+    with pytest.raises(ConfigError, match="--kind mllama: is made in size tiny and one version alone"):
+        make("small", None, tmp_path / "two", 0, False, "mllama")
     loaded = load_mllm(tmp_path / "one", torch.float32).model
     stock = Qwen2_5_VLModel.from_pretrained(str(tmp_path / "one"), local_files_only=True, dtype=torch.float32)
     for (name, one), (_, other) in zip(loaded.named_parameters(), stock.named_parameters(), strict=True):
