@@ -5,9 +5,14 @@ import re
 import pytest
 import torch
 
-from ccmdist.adapters.state import read_adapter
+from ccmdist.adapters.state import PEFT_FILE, read_adapter
 from ccmdist.cluster.run_directory import RunDirectory
+from ccmdist.models.make_mllm import make_mllm
+from ccmdist.models.network_state import read_network
+from ccmdist.train.llm_adapter import LLM_ADAPTER
+from ccmdist.train.mdf_network import network_of
 from tests.distributed.small_dual import HOLES
+from tests.distributed.small_networks import SETTINGS_OF
 from tests.distributed.small_world import data_overrides
 
 pytestmark = pytest.mark.slurm
@@ -59,3 +64,16 @@ def test_two_adapters_are_trained_in_turn_and_both_are_exported(cluster, project
     assert not any(
         torch.equal(of["lora_B"], completion.tensors[name]["lora_B"]) for name, of in synthesis.tensors.items()
     )
+
+
+def test_an_mdf_mllm_goes_on_and_is_exported_with_gates_that_have_moved_and_an_adapter_for_peft(
+    cluster, project, world, tmp_path
+):
+    folder = tmp_path / "mdf"
+    make_mllm("mllama", tmp_path / "mllama")
+    chosen = (*SETTINGS_OF["diagnose"], "activation_checkpointing=null", f"objective.mllm={tmp_path}/mllama")
+    stopped_once(cluster, project, world, folder, *chosen, configs=("tiny",))
+    network = network_of(read_network(folder / "network"), torch.device("cpu"))
+    assert len(network.gates()) == 4
+    assert all(network.gates().values())
+    assert (folder / "network" / LLM_ADAPTER / PEFT_FILE).is_file()
