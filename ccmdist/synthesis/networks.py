@@ -17,6 +17,7 @@ from ccmdist.cluster.device import current_device
 from ccmdist.config.data import PX_PER_TOKEN, DataSettings
 from ccmdist.config.objectives import AdapterName, MsdmSettings, NetworkKind, SpadeSettings
 from ccmdist.config.synthesize import SynthesizeConfig
+from ccmdist.console import log
 from ccmdist.data.cache_index import CacheEntry
 from ccmdist.data.cached_samples import CachedSamples
 from ccmdist.data.given_prompts import prompted_group
@@ -191,6 +192,11 @@ class NetworkDrawing:
         # Before the plan is written, which would stand in the way.
         refuse_another_structure(self.state.about.facts, self.config)
         _refuse_misfit(self.config, self.state)
+        of_network = self.state.about.settings
+        if isinstance(of_network, MsdmSettings) and not of_network.mask_condition:
+            log.warning("%s: learnt without masks and sees none: its images follow the prompt alone", self.config.network)
+                "%s: has learnt without masks and sees none: its images follow the prompt alone", self.config.network
+            )
         training = training_of(self.state.about.facts, read_manifest(self.config.data.shards))
         output = SyntheticSet(self.config.out, make_network_plan(self.config, self.state.about), training)
         output.accept()

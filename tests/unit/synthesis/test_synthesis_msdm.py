@@ -80,7 +80,7 @@ def test_noise_that_is_added_anew_is_new_at_each_step_and_in_each_request():
     assert torch.equal(noise_of(0, requests[1], (4, 8), 1), drawn[6])  # after its first noise and that of step 0
 
 
-def test_eta_guidance_steps_and_mask_each_change_the_images(state, encoders, config_of, tmp_path):
+def test_eta_guidance_steps_and_mask_each_change_the_images(state, encoders, config_of, tmp_path, caplog):
     without_mask = network_state(encoders, SIZE_PX, UNET.model_copy(update={"mask_condition": False}))
     for out, one, *overrides in (
         ("usual", state),
@@ -90,6 +90,9 @@ def test_eta_guidance_steps_and_mask_each_change_the_images(state, encoders, con
         ("one step", state, "denoise_steps=1"),
     ):
         assert synthesize(config_of("images_per_mask=1", *overrides, out=out), one)
+    assert [one.getMessage() for one in caplog.records if one.levelname == "WARNING"] == [
+        "n: learnt without masks and sees none: its images follow the prompt alone"
+    ]
     usual = images_of(tmp_path / "usual")
     for other in ("noisy", "unguided", "maskless", "one step"):
         assert any((image != usual[key]).any() for key, image in images_of(tmp_path / other).items()), other
@@ -121,6 +124,6 @@ def test_what_cannot_draw_is_refused_and_leaves_no_plan(state, encoders, config,
             act(config(f"data.model={encoders}"))
     with pytest.raises(ModelError, match="none: there is no such folder; give the folder `network` of a finished run"):
         synthesize(config("network=n", f"data.model={tmp_path}/none"), state)
-    with pytest.raises(ConfigError, match="eta: 1, but Qwen-Image-Edit draws without noise of its own; leave out"):
+    with pytest.raises(ConfigError, match="eta: 1, but a frozen model draws without noise of its own; leave out"):
         config("eta=1")
     assert not (tmp_path / "out").exists()
