@@ -42,7 +42,7 @@ def example(command: str) -> str:
 
 
 app = typer.Typer(
-    help="Fine-tune Qwen-Image-Edit on corneal confocal microscopy, on a cluster or on a laptop.",
+    help="Fine-tune image editing models on corneal confocal microscopy, on a cluster or on a laptop.",
     epilog=example("ccmdist demo --out runs/demo"),
     **SETTINGS,
 )

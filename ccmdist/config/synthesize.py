@@ -73,9 +73,9 @@ class SynthesizeConfig(Settings):
         if self.network is not None:
             return self
         if self.eta:
-            raise ValueError(f"eta: {self.eta:g}, but Qwen-Image-Edit draws without noise of its own; leave out")
+            raise ValueError(f"eta: {self.eta:g}, but a frozen model draws without noise of its own; leave out")
         if self.denoise_steps < 2:
-            raise ValueError("denoise_steps: 1, but for Qwen-Image-Edit it has to be greater than or equal to 2")
+            raise ValueError("denoise_steps: 1, but a frozen model draws in two or more")
         return self
 
     @model_validator(mode="after")

@@ -240,7 +240,7 @@ class TrainConfig(Settings):
         given = [name for name in OF_EDIT if values.get(name) is not None]
         if given:
             raise ValueError(
-                f"{', '.join(given)}: objective.kind {kind} adapts no Qwen-Image-Edit; leave out, or set to null"
+                f"{', '.join(given)}: objective.kind {kind} adapts no frozen model; leave out, or set to null"
             )
         return {name: value for name, value in values.items() if name not in OF_EDIT}
 
@@ -256,7 +256,7 @@ class TrainConfig(Settings):
         kind = self.objective.kind
         if self.objective.trains == "network" and self.sharding not in ("auto", "zero3"):
             raise ValueError(
-                f"sharding: {self.sharding}, but objective.kind {kind} adapts no Qwen-Image-Edit; set it to auto"
+                f"sharding: {self.sharding}, but objective.kind {kind} adapts no frozen model; set it to auto"
             )
         if self.objective.sees == "pixels" and self.data.structure != "mask":
             raise ValueError(

@@ -71,7 +71,7 @@ def resolution_shift(num_tokens: int, noise_schedule: Mapping[str, Any]) -> floa
         if (got := noise_schedule.get(name) or expected) != expected:
             raise ModelError(
                 f"scheduler_config.json: {name} {got!r} is not supported, expected {expected!r}",
-                "use the scheduler config that Qwen-Image-Edit is published with",
+                "use the scheduler config that the model is published with",
             )
     if not noise_schedule.get("use_dynamic_shifting", False):
         return math.log(noise_schedule.get("shift", 1.0))

@@ -108,7 +108,7 @@ def _edit_drawing(config: SynthesizeConfig, weights: Adapters | AdapterState | N
 
 
 class _EditDrawing:
-    """A set that Qwen-Image-Edit draws, with an adapter for each objective or without any."""
+    """A set that a frozen model draws, with an adapter for each objective or without any."""
 
     def __init__(self, config: SynthesizeConfig, adapters: Adapters) -> None:
         self.config, self.adapters = config, adapters

@@ -46,7 +46,7 @@ def test_a_small_baseline_has_the_data_of_the_small_adapter(kind):
     [
         (
             ["objective.kind=spade", "adapter.lora_rank=8"],
-            "adapter: objective.kind spade adapts no Qwen-Image-Edit; leave out",
+            "adapter: objective.kind spade adapts no frozen model; leave out",
         ),
         (
             ["objective.kind=maisi", "base=fp32", "tabulate_modulation=false"],
@@ -54,7 +54,7 @@ def test_a_small_baseline_has_the_data_of_the_small_adapter(kind):
         ),
         (
             ["objective.kind=maisi", "sharding=replicated"],
-            "sharding: replicated, but objective.kind maisi adapts no Qwen",
+            "sharding: replicated, but objective.kind maisi adapts no frozen",
         ),
         (["objective.kind=spade", "validation.sigmas=[0.5]"], "objective.kind spade has no noise levels; leave out"),
         (
