@@ -143,9 +143,8 @@ def rows_of(kind: str, folder: Path, given: argparse.Namespace, group: ProcessGr
             low, high = between.get(name, (0.0, 0.0))
             told = "" if arm == "bare" else f", 95 % of ours - bare over subjects: {low:+.2f} to {high:+.2f}"
             spread = f"SD of {given.seeds} seeds {scores[name].std(ddof=1):.2f}" if given.seeds > 1 else "one seed"
-            claim = (
-                f"{kind}, {arm}: {name.replace('_', ' ')}, {given.steps} steps at {given.size_px} px, {spread}{told}"
-            )
+            about = f"{given.steps} steps, {given.subjects} subjects at {given.size_px} px"
+            claim = f"{kind}, {arm}: {name.replace('_', ' ')}, {about}, {spread}{told}"
             rows.append(Row(claim, float(scores[name].mean()), float(bare[name].mean())))
     return rows
 
@@ -155,13 +154,19 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(TINY), choices=list(TINY))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--subjects", type=int, default=40, help="of each group")
     parser.add_argument("--size-px", type=int, default=64)
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         group = ProcessGroup(Ranks(0, 0, 1), 10, f"file://{folder}/rendezvous")
-        phantoms = {"subjects_per_group": 40, "size_px": given.size_px, "test_fraction": 0.4, "val_fraction": 0.1}
+        phantoms = {
+            "subjects_per_group": given.subjects,
+            "size_px": given.size_px,
+            "test_fraction": 0.4,
+            "val_fraction": 0.1,
+        }
         write_phantom_set(PhantomShardsConfig(out=folder / "shards", **phantoms))
         with_unet(folder, given.size_px, 100 if given.steps >= 60 else given.steps, group)
         rows: list[Row] = []
