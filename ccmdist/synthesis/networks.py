@@ -194,9 +194,7 @@ class NetworkDrawing:
         _refuse_misfit(self.config, self.state)
         of_network = self.state.about.settings
         if isinstance(of_network, MsdmSettings) and not of_network.mask_condition:
-            log.warning("%s: learnt without masks and sees none: its images follow the prompt alone", self.config.network)
-                "%s: has learnt without masks and sees none: its images follow the prompt alone", self.config.network
-            )
+            log.warning("%s: learnt without masks: its images follow the prompt alone", self.config.network)
         training = training_of(self.state.about.facts, read_manifest(self.config.data.shards))
         output = SyntheticSet(self.config.out, make_network_plan(self.config, self.state.about), training)
         output.accept()

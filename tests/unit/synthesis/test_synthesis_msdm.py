@@ -91,7 +91,7 @@ def test_eta_guidance_steps_and_mask_each_change_the_images(state, encoders, con
     ):
         assert synthesize(config_of("images_per_mask=1", *overrides, out=out), one)
     assert [one.getMessage() for one in caplog.records if one.levelname == "WARNING"] == [
-        "n: learnt without masks and sees none: its images follow the prompt alone"
+        "n: learnt without masks: its images follow the prompt alone"
     ]
     usual = images_of(tmp_path / "usual")
     for other in ("noisy", "unguided", "maskless", "one step"):
