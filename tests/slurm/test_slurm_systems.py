@@ -7,10 +7,12 @@ import torch
 
 from ccmdist.adapters.state import PEFT_FILE, read_adapter
 from ccmdist.cluster.run_directory import RunDirectory
+from ccmdist.jobs.adapter import verify
 from ccmdist.models.make_mllm import make_mllm
 from ccmdist.models.network_state import read_network
 from ccmdist.train.llm_adapter import LLM_ADAPTER
 from ccmdist.train.mdf_network import network_of
+from tests.distributed.small_backbones import make_backbone
 from tests.distributed.small_dual import HOLES
 from tests.distributed.small_networks import SETTINGS_OF
 from tests.distributed.small_world import data_overrides
@@ -77,3 +79,12 @@ def test_an_mdf_mllm_goes_on_and_is_exported_with_gates_that_have_moved_and_an_a
     assert len(network.gates()) == 4
     assert all(network.gates().values())
     assert (folder / "network" / LLM_ADAPTER / PEFT_FILE).is_file()
+
+
+def test_an_adapter_on_flux_goes_on_and_stock_diffusers_loads_what_is_exported(cluster, project, world, tmp_path):
+    folder, model = tmp_path / "run", world / "flux"
+    make_backbone(world, "flux")
+    log = stopped_once(cluster, project, world, folder, f"data.model={model}", configs=("tiny", "tiny_flux"))
+    assert "sharding: zero3" in log
+    verify(folder / "adapter", model)
+    assert all(of["lora_B"].any() for of in read_adapter(folder / "adapter").tensors.values())
