@@ -11,9 +11,10 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from ccmdist.ccm.groups import CLINICAL_GROUPS
+from ccmdist.config.objectives import NetworkKind
 from ccmdist.data.manifest import MANIFEST, SPLITS, Manifest, ShardEntry
 from ccmdist.data.reader import read_shard
 from ccmdist.data.triple import COMPOSITE_MARK, META, SYNTHETIC_MARK, check_key
@@ -23,6 +24,7 @@ NUM_TOLD: Final = 10
 WORDS: Final = (
     *(*CLINICAL_GROUPS, *SPLITS, "untuned", "unknown", "bf16", "fp32", "nf4", "given", "next_group"),
     *("points", "mask_and_points", "completion"),
+    *("none", *get_args(NetworkKind)),
 )
 """Texts that a field of a provenance may hold besides digests and the key of its source."""
 SOURCE_KEY: Final = "source_key"

@@ -6,6 +6,7 @@ import torch
 from files_of_sets import contents, images_of
 
 from ccmdist.config.data import PrecomputeConfig
+from ccmdist.data.audit import audit_set
 from ccmdist.data.manifest import read_manifest
 from ccmdist.data.reader import read_split
 from ccmdist.errors import ConfigError, ModelError, Preempted
@@ -55,6 +56,7 @@ def test_any_number_of_workers_draws_the_same_bytes_and_the_set_is_what_its_plan
         synthesize(config_of(named, out="shared"), state, worker, 3)
     assert contents(tmp_path / "alone") == contents(tmp_path / "shared")
     assert "10 images" in verify_against_plan(tmp_path / "alone")
+    assert "digests only" in audit_set(tmp_path / "alone", read_manifest(tmp_path / "alone")), "or it is never released"
     provenance = next(iter(read_split(tmp_path / "alone", "test"))).meta.provenance
     assert provenance["network_kind"] == "msdm"
     assert provenance.get("eta", 0) == eta

@@ -6,6 +6,7 @@ import torch
 from files_of_sets import contents, images_of
 
 from ccmdist.config.objectives import MaisiSettings, SpadeSettings
+from ccmdist.data.audit import audit_set
 from ccmdist.data.manifest import read_manifest
 from ccmdist.data.reader import read_split
 from ccmdist.errors import ConfigError, ModelError, Preempted, RunError
@@ -55,6 +56,7 @@ def test_any_number_of_workers_draws_the_same_bytes_and_the_set_is_what_its_plan
         synthesize(config(named, out="shared"), state, worker, 3)
     assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
     assert "all 10 images" in verify_against_plan(tmp_path / "alone")
+    assert "digests only" in audit_set(tmp_path / "alone", read_manifest(tmp_path / "alone")), "or it is never released"
 
 
 def test_every_image_says_which_network_drew_it_and_the_set_whom_it_has_seen(state, config, sources, tmp_path):
