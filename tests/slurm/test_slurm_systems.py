@@ -1,15 +1,19 @@
-"""SeLoRA and Dual-LoRA by `sbatch slurm/train.sh` on a real Slurm: told to stop once, they go on and are exported."""
+"""Systems beside WDLoRA by `sbatch slurm/train.sh` on a real Slurm: told to stop once, they go on and are exported."""
 
 import re
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, StableDiffusionInstructPix2PixPipeline
 
 from ccmdist.adapters.state import PEFT_FILE, read_adapter
 from ccmdist.cluster.run_directory import RunDirectory
+from ccmdist.config.data import PrecomputeConfig
+from ccmdist.config.loading import load
 from ccmdist.jobs.adapter import verify
 from ccmdist.models.make_mllm import make_mllm
 from ccmdist.models.network_state import read_network
+from ccmdist.precompute.fill import fill_cache
 from ccmdist.train.llm_adapter import LLM_ADAPTER
 from ccmdist.train.mdf_network import network_of
 from tests.distributed.small_backbones import make_backbone
@@ -21,6 +25,8 @@ pytestmark = pytest.mark.slurm
 
 NUM_STEPS, NUM_LINEARS = 20, 44
 LENGTH = (f"num_steps={NUM_STEPS}", "checkpoint.every_steps=10", "validation.every_steps=20")
+NO_ADAPTER = ("activation_checkpointing=null",)
+"""Beside what SETTINGS_OF says: tiny.yaml sets what belongs to an adapter alone."""
 ON_TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1")
 
 
@@ -68,12 +74,28 @@ def test_two_adapters_are_trained_in_turn_and_both_are_exported(cluster, project
     )
 
 
+def test_an_msdm_is_trained_in_its_two_stages_and_stock_diffusers_opens_what_it_leaves(
+    cluster, project, world, tmp_path
+):
+    vae, folder = tmp_path / "vae", tmp_path / "msdm"
+    stage_one = ("num_steps=4", *NO_ADAPTER, *SETTINGS_OF["msdm_vae"])
+    first = project.train(world, vae, *stage_one, shape=ON_TWO_NODES)
+    cluster.wait_for(first, "COMPLETED")
+    encoders = f"data.model={vae}/network"
+    fill_cache(load(PrecomputeConfig, [], [*data_overrides(world), encoders]), 0, 1)
+    stage_two = (*NO_ADAPTER, *SETTINGS_OF["msdm"], encoders)
+    stopped_once(cluster, project, world, folder, *stage_two, configs=("tiny",))
+    pipe = DiffusionPipeline.from_pretrained(folder / "network", local_files_only=True)
+    assert type(pipe) is StableDiffusionInstructPix2PixPipeline
+    assert read_network(folder / "network").about.facts["step"] == str(NUM_STEPS)
+
+
 def test_an_mdf_mllm_goes_on_and_is_exported_with_gates_that_have_moved_and_an_adapter_for_peft(
     cluster, project, world, tmp_path
 ):
     folder = tmp_path / "mdf"
     make_mllm("mllama", tmp_path / "mllama")
-    chosen = (*SETTINGS_OF["diagnose"], "activation_checkpointing=null", f"objective.mllm={tmp_path}/mllama")
+    chosen = (*NO_ADAPTER, *SETTINGS_OF["diagnose"], f"objective.mllm={tmp_path}/mllama")
     stopped_once(cluster, project, world, folder, *chosen, configs=("tiny",))
     network = network_of(read_network(folder / "network"), torch.device("cpu"))
     assert len(network.gates()) == 4
