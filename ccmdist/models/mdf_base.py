@@ -86,9 +86,9 @@ def check_base(settings: DiagnoseSettings) -> None:
         raise ModelError(f"{settings.unet}: is a network of objective.kind {about.kind}, expected segment", remedy)
     if about.settings.channels != settings.channels:
         raise ModelError(
-            f"{settings.unet}: is a U-Net of channels {list(about.settings.channels)}, objective.channels is "
+            f"{settings.unet}: is a U-Net of channels {list(about.settings.channels)}, the settings say "
             f"{list(settings.channels)}",
-            "set objective.channels to its own",
+            "set `channels`, beside `unet`, to its own",
         )
 
 
@@ -96,8 +96,9 @@ def base_digest(settings: DiagnoseSettings) -> str:
     """Identity of what training starts from.
 
     Raises:
-        ModelError: If a folder cannot be used.
+        ModelError: As :func:`check_base`.
     """
+    check_base(settings)
     unet = None if settings.unet is None else read_about(settings.unet).digest
     return digest_of({"mllm": mllm_digest(settings.mllm), "unet": unet})
 

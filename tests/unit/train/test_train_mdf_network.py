@@ -230,7 +230,7 @@ def test_parts_that_do_not_fit_are_refused(mllms, segmenting, tmp_path):
             make_mdf_mllm(settings, SIZE_PX, 0)
 
     refused(
-        r"is a U-Net of channels \[4, 4, 8, 8, 16, 4\], objective.channels is \[8, 4",
+        r"is a U-Net of channels \[4, 4, 8, 8, 16, 4\], the settings say \[8, 4",
         small(mllm, unet=segmenting, channels=(8, 4, 8, 8, 16, 4)),
     )
     refused("holds no network.json; name the folder `network` of a finished run", small(mllm, unet=tmp_path))
