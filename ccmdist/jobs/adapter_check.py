@@ -165,11 +165,11 @@ def _ends(counts: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def _stock_output(model: nn.Module, folder: ModelFolder, adapter: Path, state: AdapterState) -> Tensor:
+    for library in ("diffusers", "transformers", "bitsandbytes"):  # they warn of what is not there, and not needed here
+        logging.getLogger(library).setLevel(logging.ERROR)
     pipeline = getattr(diffusers, folder.pipeline)
     asked = set(inspect.signature(pipeline.__init__).parameters) - {"self", "transformer", "scheduler"}
     schedule = diffusers.FlowMatchEulerDiscreteScheduler(**_public(folder.noise_schedule()))
-    for library in ("diffusers", "bitsandbytes"):  # they warn of what is not there, and not needed here
-        logging.getLogger(library).setLevel(logging.ERROR)
     pipe = pipeline(transformer=model, scheduler=schedule, **dict.fromkeys(asked))
     pipe.load_lora_weights(str(adapter), weight_name=WEIGHTS_FILE)
     _check_loaded(model, state)
