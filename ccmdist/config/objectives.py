@@ -75,7 +75,7 @@ class EditSettings(OfObjective):
 
 
 class DualSettings(OfObjective):
-    """Two adapters on one frozen Qwen-Image-Edit (Dual-LoRA): one draws whole images, one fills holes in them.
+    """Two adapters on one frozen model (Dual-LoRA): one draws whole images, one fills holes in them.
 
     What a step trains is a function of the seed and its number. Fraction and weights are ours: the paper's were not
     found.
@@ -83,6 +83,7 @@ class DualSettings(OfObjective):
 
     trains = "adapter"
     sees = "latents"
+    model_kinds = EditSettings.model_kinds
     has_noise_levels = True
     kind: Literal["dual"] = "dual"
     adapters: tuple[AdapterName, ...] = ("synthesis", "completion")

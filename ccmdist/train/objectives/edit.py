@@ -19,6 +19,7 @@ from ccmdist.diffusion import flow
 from ccmdist.errors import RunError
 from ccmdist.models import attention
 from ccmdist.models.backbones.choice import backbone_of
+from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.modulation_table import ModulationTable, is_tabled
 from ccmdist.models.quantized import build_quantized
 from ccmdist.models.staging import staged
@@ -50,8 +51,9 @@ class EditObjective(LatentFlow):
             ConfigError: If there are too few samples, the batch does not divide over the ranks, or a budget of ranks
                 does not suffice.
         """
+        # First, for a cache that is asked for would be filled in vain.
+        refuse_unable(config, ModelFolder.open(config.data.model, *config.objective.model_kinds))
         super().__init__(config, group)
-        refuse_unable(config, self.folder)
         if self.folder.layout.is_planned:
             check_growth(config, Transformer.from_config(self.folder.config("transformer")))
         self.backbone = backbone_of(self.folder)
