@@ -37,6 +37,7 @@ SETTINGS_OF = {
     ],
     "diagnose": [  # its language model, data of the machine, is named where it lies
         *OF_NETWORKS,
+        "micro_batch_size=2",
         "objective={kind: diagnose, channels: [4, 4, 8, 8, 16, 4], llm_dtype: fp32, lora_rank: 2, token_grid: 4, "
         "fusion_heads: 4}",
         "validation.sigmas=[0.1,0.3,0.5,0.7,0.9]",
