@@ -294,10 +294,11 @@ def _gathering_one_block_ahead(
     DeepSpeed's default prefetches the seventh part of a block of the 20 B model, and waits for the rest.
     """
     always_there = set(map(id, persistent))
-    blocks = _blocks(model) or [model]
+    # Where there are no blocks, a module is gathered for what it owns itself: a bound of the model would keep it whole.
+    gathered = [block.parameters() for block in _blocks(model)]
+    gathered = gathered or [module.parameters(recurse=False) for module in model.modules()]
     largest = max(
-        sum(getattr(p, "ds_numel", p.numel()) for p in block.parameters() if id(p) not in always_there)
-        for block in blocks
+        sum(getattr(p, "ds_numel", p.numel()) for p in together if id(p) not in always_there) for together in gathered
     )
     ahead = {
         "stage3_prefetch_bucket_size": max(largest, 1),
