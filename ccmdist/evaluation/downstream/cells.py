@@ -125,7 +125,6 @@ class Cell:
         # Here, for planning and reporting need no torch.
         from ccmdist.cluster.device import current_device
         from ccmdist.evaluation.downstream.examples import real_examples, training_examples
-        from ccmdist.evaluation.downstream.networks import built, parameter_count
         from ccmdist.evaluation.downstream.training import hash_of, train_and_test
 
         log.info("%s, %s: fold %d, seed %d", self.task, self.arm.text, self.fold.number, self.seed_number)
@@ -143,7 +142,7 @@ class Cell:
         values = {
             "num_real": len(images.real),
             "num_synthetic": images.num_synthetic,
-            "num_parameters": parameter_count(built(self.task, self.networks)),
+            "num_parameters": found.num_parameters,
             "lr": found.lr,
             "step": found.step,
             "curves": [asdict(curve) for curve in found.curves],

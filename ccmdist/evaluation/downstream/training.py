@@ -20,7 +20,15 @@ from ccmdist.config.evaluate import NetworkSettings, Task
 from ccmdist.evaluation.downstream.augmentation import augmented, transforms
 from ccmdist.evaluation.downstream.examples import Examples
 from ccmdist.evaluation.downstream.looks import Look, looks_of
-from ccmdist.evaluation.downstream.networks import as_input, built, losses, probabilities, target_of, trained_state
+from ccmdist.evaluation.downstream.networks import (
+    as_input,
+    built,
+    losses,
+    parameter_count,
+    probabilities,
+    target_of,
+    trained_state,
+)
 
 WEIGHT_DECAY: Final = 1e-4
 TEST_BATCH: Final = 32
@@ -49,6 +57,8 @@ class Tested:
     step: int
     """With these it was best on the validation images."""
     curves: tuple[Curve, ...]
+    num_parameters: int
+    """That were trained."""
     looks: tuple[Look, ...] = ()
     """Where the network looked, of a diagnosis."""
 
@@ -80,43 +90,46 @@ def train_and_test(
     best: tuple[float, float, int, dict[str, Tensor]] | None = None
     curves = []
     with _reproducible(device):
+        torch.manual_seed(seed)
+        network = built(task, settings).to(device)  # once: the language model of MDF-MLLM can fill a GPU
+        begun = trained_state(network)
+        run = _Run(task, settings, network, training, validation, seed, device, is_augmented)
         for lr in settings.lrs:
-            run = _Run(task, settings, training, validation, seed, device, is_augmented)
+            network.load_state_dict(begun, strict=False)
             curve, state, step = run.learn(lr)
             curves.append(curve)
             loss = min(curve.validation)
             if best is None or loss < best[0]:
                 best = loss, lr, step, state
         assert best is not None, "there is at least one learning rate"
-        network = built(task, settings).to(device)
         network.load_state_dict(best[3], strict=False)  # what is frozen is as it was built
         found = _predicted(task, network, test, device)
         looks = looks_of(network, test, device) if task == "diagnosis" else ()
-    return Tested(found.numpy(), best[1], best[2], tuple(curves), looks)
+    return Tested(found.numpy(), best[1], best[2], tuple(curves), parameter_count(network), looks)
 
 
 class _Run:
-    """A training with one learning rate."""
+    """Trainings of a network that differ in their learning rate."""
 
     def __init__(
         self,
         task: Task,
         settings: NetworkSettings,
+        network: nn.Module,
         training: Examples,
         validation: Examples,
         seed: int,
         device: torch.device,
         is_augmented: bool,
     ) -> None:
-        self.task, self.settings, self.training, self.validation = task, settings, training, validation
+        self.task, self.settings, self.network = task, settings, network
+        self.training, self.validation = training, validation
         self.seed, self.device = seed, device
         self.chain = transforms(settings.size_px) if is_augmented else None
         self.loss = losses(task)
-        torch.manual_seed(seed)
-        self.network = built(task, settings).to(device)
 
     def learn(self, lr: float) -> tuple[Curve, dict[str, Tensor], int]:
-        """Losses over the steps, the state with the lowest validation loss, and its step."""
+        """Losses over the steps from the network as it is, the state with the lowest validation loss, and its step."""
         settings = self.settings
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr, weight_decay=WEIGHT_DECAY)

@@ -15,6 +15,7 @@ from ccmdist.ccm.groups import CLINICAL_GROUPS
 from ccmdist.config.arms import Arm
 from ccmdist.config.evaluate import NetworkSettings
 from ccmdist.config.loading import digest
+from ccmdist.evaluation.downstream import training
 from ccmdist.evaluation.downstream.cells import Cell
 from ccmdist.evaluation.downstream.examples import Examples
 from ccmdist.evaluation.downstream.folds import Fold, Source
@@ -56,6 +57,24 @@ def test_it_is_trained_chosen_and_tested_as_the_others_are_and_a_function_of_its
     assert np.array_equal(found.probabilities, again.probabilities)
     other = train_and_test("diagnosis", chosen, *sets, seed=2, device=torch.device("cpu"))
     assert not np.array_equal(found.probabilities, other.probabilities)
+
+
+def test_the_language_model_is_read_once_however_many_learning_rates_are_tried(mllms, monkeypatch):
+    """Two of 11 B at once would fill a GPU."""
+    chosen, sets = settings(mllms / "mllama"), [examples(6, seed) for seed in range(3)]
+    alone = [
+        train_and_test("diagnosis", chosen.model_copy(update={"lrs": (lr,)}), *sets, seed=1, device=torch.device("cpu"))
+        for lr in (1e-2, 1e-3)
+    ]
+    made = []
+    monkeypatch.setattr(training, "built", lambda *given: made.append(built(*given)) or made[-1])
+    both = chosen.model_copy(update={"lrs": (1e-2, 1e-3)})
+    found = train_and_test("diagnosis", both, *sets, seed=1, device=torch.device("cpu"))
+    assert len(made) == 1
+    assert found.curves == tuple(one.curves[0] for one in alone)
+    best = next(one for one in alone if one.lr == found.lr)
+    assert np.array_equal(found.probabilities, best.probabilities)
+    assert found.num_parameters == parameter_count(made[0])
 
 
 def test_frozen_weights_are_neither_counted_nor_kept_and_what_is_kept_gives_the_same_logits(mllms):
