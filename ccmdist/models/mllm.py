@@ -104,8 +104,7 @@ class Prompts:
         """Tokenise all texts that there are, with the tokenizer of a model's folder.
 
         Raises:
-            ModelError: If the folder cannot be used.
-            ConfigError: If a text is longer than the model takes.
+            ModelError: If the folder cannot be used, or a text is longer than the model takes.
         """
         config, spec = _config(folder)
         tokenizer, prefix = _tokenizer(folder), spec.prefix(config, image_size_px)

@@ -127,14 +127,17 @@ def _check_fit(settings: DiagnoseSettings, mllm: Mllm) -> None:
         )
 
 
-def refuse_too_large(settings: DiagnoseSettings, model: MdfMllm, num_ranks: int) -> None:
-    """Refuse to train a language model as a whole whose share no rank can hold.
+def refuse_too_large(settings: DiagnoseSettings, num_ranks: int) -> None:
+    """Refuse to train a language model as a whole whose share no rank can hold; its weights are not read.
 
     Raises:
         ConfigError: If it is too large.
+        ModelError: If it is missing, gated or of another kind.
     """
-    num = sum(parameter.numel() for parameter in model.llm.parameters())
-    if settings.llm == "full" and num > MOST_TRAINED * num_ranks:
+    if settings.llm != "full":
+        return
+    num = sum(parameter.numel() for parameter in mllm_without_weights(settings.mllm).model.parameters())
+    if num > MOST_TRAINED * num_ranks:
         raise ConfigError(
             f"objective.llm: full would train {num / 1e9:.1f} billion parameters on {num_ranks} rank(s), "
             f"{BYTES_TRAINED * num / num_ranks / 1e9:.0f} GB on each for weights, gradients and moments",

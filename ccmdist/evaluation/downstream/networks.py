@@ -84,8 +84,8 @@ class _Mdf(nn.Module):
         from ccmdist.train.mdf_network import make_mdf_mllm, refuse_too_large
 
         chosen, text = settings.mdf.model_copy(update={"mask_weight": 0.0}), diagnosis_prompt({})
+        refuse_too_large(chosen, num_ranks=1)
         self.mdf = make_mdf_mllm(chosen, settings.size_px, torch.initial_seed())
-        refuse_too_large(chosen, self.mdf, num_ranks=1)
         self._asked = Prompts(chosen.mllm, [text], settings.size_px).of(text)
         self.attended: dict[str, Tensor] = {}
 

@@ -86,8 +86,8 @@ class DiagnoseObjective(PixelSamples):
     def build(self, zero_config: dict[str, Any]) -> torch.nn.Module:
         """The model; of a frozen language model each rank reads its share, the engine cuts the rest over the ranks."""
         size_px, seed = self.config.data.image_size_px, self.config.seed
+        refuse_too_large(self.settings, self.group.ranks.world_size)
         model = make_mdf_mllm(self.settings, size_px, seed, zero_config or None)
-        refuse_too_large(self.settings, model, self.group.ranks.world_size)
         self.model: MdfMllm = model.to(self.group.device).train()
         return self.model
 

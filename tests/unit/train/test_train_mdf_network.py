@@ -212,14 +212,13 @@ def test_the_unet_begins_as_segment_left_it(mllms, segmenting):
 
 def test_a_language_model_of_which_no_rank_can_hold_its_share_is_not_trained_as_a_whole(mllms, monkeypatch):
     settings = small(mllms / "mllama", llm="full")
-    model = make_mdf_mllm(settings, SIZE_PX, 0)
-    num = sum(parameter.numel() for parameter in model.llm.parameters())
+    num = sum(parameter.numel() for parameter in load_mllm(settings.mllm, torch.float32).model.parameters())
     monkeypatch.setattr(mdf_network, "MOST_TRAINED", num // 2)
     message = r"full would train 0.0 billion parameters on 1 rank\(s\), 0 GB on each .*; use at least 3 ranks, or set"
     with pytest.raises(ConfigError, match=message):
-        refuse_too_large(settings, model, 1)
-    refuse_too_large(settings, model, 3)
-    refuse_too_large(small(mllms / "mllama"), model, 1)
+        refuse_too_large(settings, 1)
+    refuse_too_large(settings, 3)
+    refuse_too_large(small(mllms / "mllama"), 1)
 
 
 def test_parts_that_do_not_fit_are_refused(mllms, segmenting, tmp_path):
