@@ -35,19 +35,18 @@ def make_mdf_mllm(
         settings: Of the objective.
         image_size_px: Edge of the images.
         seed: Of what is new.
-        zero_config: A DeepSpeed configuration: of a language model that stays frozen, each rank reads and keeps its
-            share (collective). None: the whole model in this process.
+        zero_config: A DeepSpeed configuration: of the language model, each rank reads and keeps its share
+            (collective). None: the whole model in this process.
 
     Raises:
         ModelError: If a folder cannot be used, or the parts do not fit.
     """
     check_base(settings)
-    partition_as = None if settings.llm == "full" else zero_config
     mllm, adapter = mllm_without_weights(settings.mllm), adapter_of(settings)
     _check_fit(settings, mllm)
     names = [] if adapter is None else mllm.linear_names()
     squares = RowSquares(names)
-    read_weights(mllm, settings.mllm, DTYPES[settings.llm_dtype], partition_as, squares.on_rows)
+    read_weights(mllm, settings.mllm, DTYPES[settings.llm_dtype], zero_config, squares.on_rows)
     mllm.model.requires_grad_(settings.llm == "full")
     unet = starting_unet(settings, seed) if settings.fusion_levels else None
     with torch.random.fork_rng(devices=[]):
@@ -55,7 +54,7 @@ def make_mdf_mllm(
         fusion = Fusion(settings, image_size_px, mllm.hidden_size)
     model = MdfMllm(settings, unet, mllm, fusion)
     if adapter is not None:
-        row_squares = squares.whole() if partition_as is None else squares.reduce()
+        row_squares = squares.whole() if zero_config is None else squares.reduce()
         model.adapter = inject(mllm.model, names, adapter, row_squares, seed)
     trained = {id(p) for parameters in model.parameter_sets().values() for p in parameters.values()}
     for parameter in model.parameters():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from tests.distributed.small_engine import built, slices
+from tests.distributed.small_engine import built, slices, steps
 
 OF_NETWORKS = ["adapter=null", "base=null", "optim.lr=2e-3", "optim.ema_decay=0.9"]
 SETTINGS_OF = {
@@ -77,6 +77,17 @@ def turns(group, world):
         engine.update_average()
         told.append((slices(engine), engine.adam_steps(), norm))
     return told
+
+
+def whole_llm(group, world):
+    """Of MDF-MLLM all of whose language model is trained: losses of two steps, and its parameters as it was read."""
+    from ccmdist.train.engine import zero_config
+
+    given = [*SETTINGS_OF["diagnose"], "objective.llm=full", f"objective.mllm={world}/mllama"]
+    config, objective, engine = built(group, world, *given)
+    told = [loss for loss, _ in steps(config, objective, engine, 0, 2)]
+    read = objective.build(zero_config(config, group.ranks.world_size)).llm
+    return told, [(p.ds_numel, p.ds_tensor.ds_numel, p.numel()) for p in read.parameters()]
 
 
 def norm_of_second_step(group, world):

@@ -8,7 +8,7 @@ import torch
 
 from ccmdist.models.network_state import read_network
 from ccmdist.train.checkpoint import newest_valid
-from tests.distributed.small_networks import SETTINGS_OF, make_mllama, make_msdm, norm_of_second_step, turns
+from tests.distributed.small_networks import SETTINGS_OF, make_mllama, make_msdm, norm_of_second_step, turns, whole_llm
 from tests.distributed.small_world import losses
 
 pytestmark = pytest.mark.distributed
@@ -84,6 +84,16 @@ def test_a_baseline_resumes_bitwise_after_a_kill_and_follows_the_same_curve_on_t
         names = [name for name in expected if name[1] == quantity]
         one, two = (torch.cat([of[name].flatten() for name in names]) for of in (expected, shared))
         assert (two - one).norm() <= tolerance * one.norm(), quantity
+
+
+def test_a_language_model_that_is_trained_as_a_whole_is_never_whole_on_a_rank(run_ranks, world, mllama):
+    """Not when it is read either: of 11 B, weights alone would be 42 GB of fp32 on every rank."""
+    ((one, _),) = run_ranks(whole_llm, 1, str(world))
+    two = run_ranks(whole_llm, 2, str(world))
+    # Micro-batches are dealt out in turn.
+    assert [loss for both in zip(*(told for told, _ in two), strict=True) for loss in both] == pytest.approx(one, 1e-5)
+    for _, sizes in two:
+        assert sizes and all(there == 0 and share == -(-whole // 2) for whole, share, there in sizes)
 
 
 def test_the_network_whose_turn_it_is_not_stays_bit_for_bit(run_ranks, world):

@@ -84,7 +84,7 @@ class DiagnoseObjective(PixelSamples):
         self._num_updates = -1  # the first call of after_step only says that the state was loaded
 
     def build(self, zero_config: dict[str, Any]) -> torch.nn.Module:
-        """The model; of a frozen language model each rank reads its share, the engine cuts the rest over the ranks."""
+        """The model; of the language model each rank reads its share, the engine cuts the rest over the ranks."""
         size_px, seed = self.config.data.image_size_px, self.config.seed
         refuse_too_large(self.settings, self.group.ranks.world_size)
         model = make_mdf_mllm(self.settings, size_px, seed, zero_config or None)
