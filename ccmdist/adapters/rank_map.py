@@ -20,7 +20,8 @@ class RankMap:
 
     Attributes:
         blocks: Number of each block, ascending: the columns.
-        projections: Names of linears in their block, such as "attn.to_q", in the order of the model: the rows.
+        projections: Names of linears in their block, such as "attn.to_q", in the order of the model: the rows. Where
+            a model has more than one list of blocks they begin with its name, such as "single_attn.to_q".
         ranks: (projections, blocks); 0 where a block's projection is not adapted.
     """
 
@@ -75,7 +76,7 @@ class RankMap:
 
 
 def _place(name: str) -> tuple[int, str]:
-    """Number of the block, and name in the block, of a linear called ``name``."""
-    found = re.search(r"\.(\d+)\.(.+)$", name)
+    """Number of the block, and name in the block, of a linear called ``name``; what its list is called besides."""
+    found = re.search(r"(?:(\w*)transformer_blocks)?\.(\d+)\.(.+)$", name)
     assert found, f"{name} is in no block"
-    return int(found[1]), found[2]
+    return int(found[2]), f"{found[1] or ''}{found[3]}"

@@ -53,6 +53,7 @@ class FolderLayout:
         made_by: What `ccmdist model make` is given to make a small one.
         is_planned: Whether the planner knows what the transformer needs: memory, time, traffic.
         can_quantize: Whether the base may be held in 4 or 8 bits.
+        can_compile: Whether its blocks can be compiled to draw with.
         has_comfyui_names: Whether the names that ComfyUI has for its linears are known, which are diffusers' own.
         output_tolerance: By how much of the largest output equal models may differ whose terms are added in another
             order: rounding, in fp32.
@@ -77,6 +78,7 @@ class FolderLayout:
     made_by: str = ""
     is_planned: bool = False
     can_quantize: bool = False
+    can_compile: bool = False
     has_comfyui_names: bool = False
     output_tolerance: float = 1e-5
     max_conditions: int = 1
@@ -108,6 +110,7 @@ QWEN: Final = FolderLayout(
     made_by="--size tiny --fitted",
     is_planned=True,
     can_quantize=True,
+    can_compile=True,
     has_comfyui_names=True,
     max_conditions=2,
 )

@@ -22,6 +22,8 @@ from ccmdist.synthesis.requests import batches_of
 
 UNTUNED: Final = "untuned"
 """Stands for the digest of an adapter where there is none."""
+NUM_SHOWN_TO_COMPLETE: Final = 2
+"""Condition images of a model that fills holes: what stands for the nerves, and the image with its hole."""
 NONE: Final = "none"
 """Stands for the digest of what a network from scratch does not have."""
 
@@ -41,6 +43,7 @@ def base_of_adapters(config: SynthesizeConfig) -> ModelFolder:
     """The model that draws where no network does.
 
     Raises:
+        ConfigError: If it cannot draw as the settings say.
         ModelError: If it is not complete, or cannot draw by itself.
     """
     model = ModelFolder.open(config.data.model)
@@ -48,6 +51,16 @@ def base_of_adapters(config: SynthesizeConfig) -> ModelFolder:
         raise ModelError(
             f"{config.data.model}: {model.title} draws with a network that was trained on it, and none is named",
             "add network=RUN/network, or set data.model to the folder of a model that adapters are trained for",
+        )
+    if config.completes and model.layout.max_conditions < NUM_SHOWN_TO_COMPLETE:
+        raise ConfigError(
+            f"objective: {config.objective} shows a model two condition images, {model.title} takes "
+            f"{model.layout.max_conditions}",
+            "set data.model to a folder of Qwen-Image-Edit, or objective=synthesis",
+        )
+    if config.compile_blocks and not model.layout.can_compile:
+        raise ConfigError(
+            f"compile_blocks: is for Qwen-Image-Edit alone, {model.path} holds {model.title}", "leave it out"
         )
     return model
 

@@ -9,7 +9,11 @@ from ccmdist.config.train import TrainConfig, WDLoRASettings
 from ccmdist.errors import ModelError
 from ccmdist.models.model_folder import ModelFolder
 
-GROUPS: Final = {"attn": (".attn.",), "mlp": ("_mlp.",)}
+GROUPS: Final = {
+    "attn": (".attn.", "_attention."),
+    "mlp": ("_mlp.", ".ff.", ".ff_context.", ".proj_mlp.", ".proj_out.", ".feed_forward."),
+}
+"""Names for groups of linears -> what the names of their weights have in them, in the blocks of all models."""
 BYTES_PER_VALUE: Final = 12
 """An fp32 value and two moments of the optimizer."""
 
@@ -37,11 +41,13 @@ def num_values(config: TrainConfig) -> int:
 
 
 def _shapes(model: Path) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Name and shape of every matrix in the blocks of the MMDiT."""
-    files = set(ModelFolder.open(model).weight_files("transformer").values())
+    """Name and shape of every matrix in the blocks of the transformer."""
+    folder = ModelFolder.open(model)
+    blocks = tuple(f"{name}." for name in folder.layout.blocks)
+    files = set(folder.weight_files("transformer").values())
     for name, entry in (item for file in sorted(files) for item in _header(file).items()):
         shape = entry.get("shape", ())
-        if name.startswith("transformer_blocks.") and name.endswith(".weight") and len(shape) == 2:
+        if name.startswith(blocks) and name.endswith(".weight") and len(shape) == 2:
             yield name, (shape[0], shape[1])
 
 

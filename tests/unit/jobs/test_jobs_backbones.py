@@ -7,16 +7,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ccmdist.adapters.rank_map import RankMap
 from ccmdist.adapters.state import WEIGHTS_FILE, AdapterState, read_adapter, write_adapter
 from ccmdist.cli import exit_code
+from ccmdist.config.loading import load
+from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.config.train import LoRASettings, TrainConfig, WDLoRASettings
+from ccmdist.diagnostics.checks.adapter_size import num_values
 from ccmdist.errors import AdapterError, ConfigError, ModelError
 from ccmdist.jobs import adapter, adapter_check
 from ccmdist.jobs.adapter_show import show
 from ccmdist.jobs.model import TINY, convert, make
 from ccmdist.jobs.model_plan import base_of
+from ccmdist.jobs.synthesize import describe
 from ccmdist.models.backbones.choice import backbone_of
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.synthesis.generate import synthesize
 from ccmdist.synthesis.verify import verify_against_plan
 
 SETTINGS = {"wdlora": WDLoRASettings(lora_rank=4, alpha=8.0), "lora": LoRASettings(lora_rank=4, alpha=6.0)}
@@ -103,6 +109,41 @@ def test_a_set_is_drawn_with_an_adapter_as_it_was_planned_from_a_cache_that_has_
     assert exit_code([*drawing, "adapter=null", f"out={tmp_path}/untuned", "images_per_mask=2"]) == 0
     first, second = (next(path.glob("test-*.tar")).read_bytes() for path in (drawn, tmp_path / "untuned"))
     assert first != second, "the adapter has been at work"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["objective=completion", "data.holes.per_sample=1"],
+            r"objective: completion shows a model two condition images, (FLUX|Kandinsky).* takes 1; set data.model",
+        ),
+        (["compile_blocks=true"], r"compile_blocks: is for Qwen-Image-Edit alone, .* holds (FLUX|Kandinsky).*; leave"),
+    ],
+)
+def test_what_a_model_cannot_draw_is_refused_before_its_cache_is_asked_for(folder, settings, message, tmp_path):
+    data = [f"data.model={folder.path}", f"data.shards={tmp_path}/none", f"data.cache={tmp_path}/cache"]
+    config = load(SynthesizeConfig, [], [f"out={tmp_path}/out", *data, *settings])
+    for ask in (describe, lambda config: synthesize(config, None)):
+        with pytest.raises(ConfigError, match=message):
+            ask(config)
+
+
+def test_blocks_of_one_number_in_two_lists_have_a_place_each_in_the_map_of_ranks(folder):
+    backbone = backbone_of(folder)
+    names = backbone.linear_names(backbone.skeleton(), ("attn", "mlp"))
+    ranks = dict(zip(names, range(1, len(names) + 1), strict=True))
+    found = RankMap.of(ranks)
+    assert found.ranks.sum() == sum(ranks.values())
+    assert {one.removeprefix("single_").removeprefix("text_").removeprefix("visual_") for one in found.projections} == {
+        name.split(".", 2)[2] for name in names
+    }
+
+
+def test_the_doctor_counts_the_linears_of_all_lists_of_blocks(folder, tmp_path):
+    config = TrainConfig(data={"model": folder.path, "shards": tmp_path}, run=tmp_path, adapter={"lora_rank": 4})
+    trained = moved(folder, WDLoRASettings(lora_rank=4)).tensors.values()
+    assert num_values(config) == sum(tensor.numel() for of in trained for tensor in of.values())
 
 
 def test_an_adapter_that_stock_diffusers_would_load_otherwise_is_refused(folder, tmp_path):
