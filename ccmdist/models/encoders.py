@@ -11,6 +11,7 @@ Shape suffixes: B samples, L text tokens, D text width, C latent channels, H W p
 
 import inspect
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,6 @@ class PromptEncoder:
             ModelError: If the tokenizer does not fit the template of Qwen-Image-Edit.
         """
         self.encoder, self.processor, self.version = encoder, processor, folder.version
-        self._inputs = set(inspect.signature(encoder.forward).parameters)
         if (count := len(processor.tokenizer(EDIT_SYSTEM)["input_ids"])) != NUM_DROPPED_TOKENS:
             raise ModelError(
                 f"{folder.path}/tokenizer: the prefix of the template takes {count} tokens, "
@@ -56,20 +56,9 @@ class PromptEncoder:
         Raises:
             ModelError: If weights do not fit the config. Those that are missing transformers would draw at random.
         """
-        logging.disable_progress_bar()
-        path = folder.path / "text_encoder"
-        encoder, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            str(path), dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        for problem in ("missing_keys", "mismatched_keys"):
-            if loading[problem]:
-                raise ModelError(
-                    f"{path}: {problem.replace('_keys', '')} weights, such as {min(map(str, loading[problem]))}",
-                    "use config.json and weights of the same checkpoint",
-                )
-        return cls(encoder.to(device).eval(), load_processor(folder.path), folder)
+        encoder = load_text_encoder(Qwen2_5_VLForConditionalGeneration, folder, "text_encoder", dtype, device)
+        return cls(encoder, load_processor(folder.path), folder)
 
-    @torch.no_grad()
     def encode(self, prompts: list[str], pictures: list[np.ndarray]) -> list[Tensor]:
         """Embeddings of each prompt with its picture, shape (L, D) each, L without padding.
 
@@ -79,11 +68,7 @@ class PromptEncoder:
         """
         texts = [encoder_text(prompt, self.version) for prompt in prompts]
         images = [self.condition_image(picture) for picture in pictures]
-        inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
-        inputs = {name: value.to(self.encoder.device) for name, value in inputs.items() if name in self._inputs}
-        states_BLD = self.encoder(**inputs, output_hidden_states=True).hidden_states[-1]
-        attended_BL = inputs["attention_mask"].bool()
-        return [s_LD[kept_L][NUM_DROPPED_TOKENS:] for s_LD, kept_L in zip(states_BLD, attended_BL, strict=True)]
+        return last_states(self.encoder, self.processor, texts, images, NUM_DROPPED_TOKENS)
 
     def pooled(self, prompts: list[str]) -> list[Tensor | None]:
         """Nothing: this model has no second text encoder."""
@@ -137,6 +122,53 @@ class LatentCodec:
         """Grey frames, uint8 of shape (B, H, W), of normalised latents."""
         latents = denormalised(latents_BChw.to(self.vae.device, self.vae.dtype), self.vae).unsqueeze(2)
         return grey_of_rgb(self.vae.decode(latents).sample.squeeze(2)).cpu().numpy()
+
+
+def load_text_encoder(
+    kind: Any, folder: ModelFolder, component: str, dtype: torch.dtype, device: torch.device | str
+) -> Any:
+    """An encoder of a class of transformers from a folder's component, frozen and on a device.
+
+    Raises:
+        ModelError: If weights do not fit their config. Those that are missing transformers would draw at random.
+    """
+    logging.disable_progress_bar()
+    path = folder.path / component
+    encoder, loading = kind.from_pretrained(
+        str(path), dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    for problem in ("missing_keys", "mismatched_keys"):
+        if loading[problem]:
+            raise ModelError(
+                f"{path}: {problem.replace('_keys', '')} weights, such as {min(map(str, loading[problem]))}",
+                "use config.json and weights of the same checkpoint",
+            )
+    return encoder.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def last_states(
+    encoder: Qwen2_5_VLForConditionalGeneration,
+    processor: ImageTextProcessor,
+    texts: list[str],
+    images: list[Image.Image],
+    num_dropped: int,
+) -> list[Tensor]:
+    """The last hidden states of whole texts with an image each, shape (L, D) each.
+
+    Args:
+        encoder: Handed every output of the processor that it takes.
+        processor: That belongs to it.
+        texts: With the place of the image.
+        images: One for each text.
+        num_dropped: Tokens at the beginning of each text whose states are left out.
+    """
+    takes = inspect.signature(encoder.forward).parameters
+    inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
+    inputs = {name: value.to(encoder.device) for name, value in inputs.items() if name in takes}
+    states_BLD = encoder(**inputs, output_hidden_states=True).hidden_states[-1]
+    attended_BL = inputs["attention_mask"].bool()
+    return [s_LD[kept_L][num_dropped:] for s_LD, kept_L in zip(states_BLD, attended_BL, strict=True)]
 
 
 def rgb_of_grey(grey_BHW: Tensor) -> Tensor:

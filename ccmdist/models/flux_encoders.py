@@ -6,7 +6,8 @@ padding: so it was trained, and so the stock pipelines call it.
 Shape suffixes: B samples, L text tokens, D text width, C latent channels, H W pixels, h w = H/8 W/8.
 """
 
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Final
 
 import numpy as np
 import torch
@@ -14,15 +15,58 @@ from diffusers import AutoencoderKL
 from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor
 from transformers import AutoTokenizer, BatchEncoding, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
-from transformers.utils import logging
 
-from ccmdist.errors import ConfigError, ModelError
+from ccmdist.errors import ConfigError
 from ccmdist.models.checkpoint_io import load_weights
-from ccmdist.models.encoders import grey_of_rgb, rgb_of_grey, scaled_rgb
+from ccmdist.models.encoders import grey_of_rgb, load_text_encoder, rgb_of_grey, scaled_rgb
 from ccmdist.models.model_folder import ModelFolder
 
 MAX_TEXT_TOKENS: Final = 512
 """Of T5, as the stock pipelines ask for; a tokenizer may take fewer."""
+MAX_KNOWN: Final = 64
+"""Texts of which embeddings are remembered: most sets have fewer prompts, and T5 has 4 MB for each."""
+
+
+class WordEncoder:
+    """A text encoder that sees no picture. Each text is encoded by itself, so that it does not depend on a batch.
+
+    Args:
+        name: Of the encoder, in words.
+        tokenizer: That belongs to it.
+        num_tokens: The length that texts are padded to.
+        encode: Of one text's tokens, as the tokenizer gives them, what is wanted.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        num_tokens: int,
+        encode: Callable[[BatchEncoding], Tensor],
+    ) -> None:
+        self.name, self.tokenizer, self.num_tokens, self._encode = name, tokenizer, num_tokens, encode
+        self._known: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, text: str) -> Tensor:
+        """What the encoder makes of a text; of the last few different ones it is remembered.
+
+        Raises:
+            ConfigError: If the text is longer than the encoder takes.
+        """
+        if text not in self._known:
+            if len(self._known) == MAX_KNOWN:
+                del self._known[next(iter(self._known))]
+            self._known[text] = self._encode(self._tokens(text))
+        return self._known[text]
+
+    def _tokens(self, text: str) -> BatchEncoding:
+        if (count := len(self.tokenizer(text)["input_ids"])) > self.num_tokens:
+            raise ConfigError(
+                f"the prompt that ends in {text[-60:]!r} has {count} tokens, {self.name} takes {self.num_tokens}",
+                "give its sample a shorter prompt in the shards",
+            )
+        return self.tokenizer([text], padding="max_length", max_length=self.num_tokens, return_tensors="pt")
 
 
 class FluxPrompts:
@@ -38,34 +82,32 @@ class FluxPrompts:
         t5_tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         """Take encoders and the tokenizers that belong to them."""
-        self.clip, self.clip_tokenizer, self.t5, self.t5_tokenizer = clip, clip_tokenizer, t5, t5_tokenizer
-        self._known: dict[tuple[str, str], Tensor] = {}
+        num_tokens = min(MAX_TEXT_TOKENS, int(t5_tokenizer.model_max_length))
+        self._words = WordEncoder("T5", t5_tokenizer, num_tokens, lambda of: t5(of["input_ids"].to(t5.device))[0][0])
+        self._whole = WordEncoder(
+            "CLIP",
+            clip_tokenizer,
+            int(clip_tokenizer.model_max_length),
+            lambda of: clip(of["input_ids"].to(clip.device)).pooler_output[0],
+        )
 
     @classmethod
     def load(cls, folder: ModelFolder, dtype: torch.dtype, device: torch.device | str) -> "FluxPrompts":
         """The text encoders of a model folder; nothing is fetched.
 
         Raises:
-            ModelError: If weights do not fit their config. Those that are missing transformers would draw at random.
+            ModelError: If weights do not fit their config.
         """
-        logging.disable_progress_bar()
-        clip, t5 = (
-            load_text_encoder(kind, folder, component, dtype).to(device).eval().requires_grad_(False)
-            for kind, component in ((CLIPTextModel, "text_encoder"), (T5EncoderModel, "text_encoder_2"))
-        )
+        kinds = ((CLIPTextModel, "text_encoder"), (T5EncoderModel, "text_encoder_2"))
+        clip, t5 = (load_text_encoder(kind, folder, name, dtype, device) for kind, name in kinds)
         tokenizers = [
             AutoTokenizer.from_pretrained(str(folder.path / name), local_files_only=True)
             for name in folder.layout.tokenizers
         ]
         return cls(clip, tokenizers[0], t5, tokenizers[1])
 
-    @property
-    def num_tokens(self) -> int:
-        """L, the length of every encoded text, padding included."""
-        return min(MAX_TEXT_TOKENS, int(self.t5_tokenizer.model_max_length))
-
     def encode(self, prompts: list[str], pictures: list[np.ndarray]) -> list[Tensor]:
-        """T5's embeddings of each prompt, shape (L, D) each.
+        """T5's embeddings of each prompt, shape (L, D) each; all of one L, padding included.
 
         Args:
             prompts: One per sample.
@@ -74,7 +116,7 @@ class FluxPrompts:
         Raises:
             ConfigError: If a prompt is longer than T5 takes.
         """
-        return [self._once("T5", text, lambda ids_1L: self.t5(ids_1L)[0][0]) for text in prompts]
+        return [self._words(text) for text in prompts]
 
     def pooled(self, prompts: list[str]) -> list[Tensor | None]:
         """CLIP's pooled output of each prompt, shape (P,).
@@ -82,20 +124,7 @@ class FluxPrompts:
         Raises:
             ConfigError: If a prompt is longer than CLIP takes.
         """
-        return [self._once("CLIP", text, lambda ids_1L: self.clip(ids_1L).pooler_output[0]) for text in prompts]
-
-    @torch.no_grad()
-    def _once(self, name: str, text: str, encode: Any) -> Tensor:
-        """Of one prompt by itself, so that it does not depend on a batch; of equal ones, and there are few, once."""
-        if (known := self._known.get((name, text))) is not None:
-            return known
-        tokenizer, limit = (
-            (self.t5_tokenizer, self.num_tokens)
-            if name == "T5"
-            else (self.clip_tokenizer, int(self.clip_tokenizer.model_max_length))
-        )
-        given = padded(tokenizer, text, limit, name)["input_ids"]
-        return self._known.setdefault((name, text), encode(given.to(self.t5.device)))
+        return [self._whole(text) for text in prompts]
 
 
 class FluxCodec:
@@ -144,36 +173,3 @@ class FluxCodec:
         """Grey frames, uint8 of shape (B, H, W), of normalised latents."""
         latents = latents_BChw.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor + self.shift
         return grey_of_rgb(self.vae.decode(latents).sample).cpu().numpy()
-
-
-def padded(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, name: str) -> BatchEncoding:
-    """A prompt's tokens, padded to the length that an encoder takes.
-
-    Raises:
-        ConfigError: If there are more.
-    """
-    if (count := len(tokenizer(text)["input_ids"])) > limit:
-        raise ConfigError(
-            f"the prompt that ends in {text[-60:]!r} has {count} tokens, {name} takes {limit}",
-            "give its sample a shorter prompt in the shards",
-        )
-    return tokenizer([text], padding="max_length", max_length=limit, return_tensors="pt")
-
-
-def load_text_encoder(kind: Any, folder: ModelFolder, component: str, dtype: torch.dtype) -> Any:
-    """An encoder of a class of transformers from a folder's component.
-
-    Raises:
-        ModelError: If weights do not fit the config. Those that are missing transformers would draw at random.
-    """
-    path = folder.path / component
-    encoder, loading = kind.from_pretrained(
-        str(path), dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    for problem in ("missing_keys", "mismatched_keys"):
-        if loading[problem]:
-            raise ModelError(
-                f"{path}: {problem.replace('_keys', '')} weights, such as {min(map(str, loading[problem]))}",
-                "use config.json and weights of the same checkpoint",
-            )
-    return encoder

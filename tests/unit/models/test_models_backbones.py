@@ -26,6 +26,7 @@ from ccmdist.jobs.model import TINY
 from ccmdist.models.backbones.choice import BACKBONES, backbone_of
 from ccmdist.models.backbones.flux import EMBEDDED_GUIDANCE
 from ccmdist.models.encoder_choice import load_encoders
+from ccmdist.models.flux_encoders import MAX_KNOWN, WordEncoder
 from ccmdist.models.layout import FLUX, FLUX_CONTROL, MSDM
 from ccmdist.models.make_flux import NUM_TEXT_TOKENS, make_clip_tokenizer, make_flux
 from ccmdist.models.model_folder import ModelFolder
@@ -231,11 +232,28 @@ def test_a_target_that_matches_nothing_is_refused_by_name(world):
 
 def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(world):
     words = PROMPT + " nerve" * NUM_TEXT_TOKENS
-    if world.folder.kind != "kandinsky5":
+    if world.folder.kind == "kandinsky5":
+        with pytest.raises(ConfigError, match=r"has, with its picture, 11\d\d tokens, the transformer takes 1024"):
+            world.prompts.encode([PROMPT, PROMPT + " nerve" * 1100], [picture()] * 2)
+    else:
         with pytest.raises(ConfigError, match=r"nerve nerve' has \d+ tokens, T5 takes 64"):
             world.prompts.encode([words], [None])
     with pytest.raises(ConfigError, match=r"has \d+ tokens, CLIP takes 77"):
         world.prompts.pooled([words])
+
+
+def test_of_free_prompts_only_the_last_few_are_remembered():
+    """Each takes 4 MB of a GPU in T5's embeddings."""
+    asked = []
+    tokenizer = make_clip_tokenizer()
+    encoder = WordEncoder("CLIP", tokenizer, 77, lambda of: asked.append(1) or of["input_ids"][0])
+    texts = [f"nerve {number}" for number in range(MAX_KNOWN + 1)]
+    for text in texts:
+        assert torch.equal(encoder(text), encoder(text))
+    assert len(asked) == len(texts)
+    encoder(texts[0])
+    assert len(asked) == len(texts) + 1
+    assert len(encoder._known) == MAX_KNOWN
 
 
 def test_a_model_that_is_not_there_is_told_how_to_get(world, tmp_path):
