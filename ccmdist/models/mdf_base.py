@@ -23,6 +23,8 @@ LLM: Final = "llm"
 """The language model, as a module of the whole and as a prefix of the names of its parameters."""
 KINDS: Final = ("mllama", "qwen2_5_vl")
 """As config.json names them: model_type."""
+TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Files one of which holds the words; without any, transformers makes of Qwen's a tokenizer that reads no word."""
 LARGEST_POINTER: Final = 1024
 """Bytes; a smaller weight file is what git-lfs leaves in the place of one."""
 DECIDING: Final = (".json", ".txt", ".safetensors", ".model")
@@ -55,6 +57,8 @@ def mllm_kind(folder: Path) -> str:
     weights = list(folder.glob("*.safetensors"))
     if not weights or any(weight.stat().st_size < LARGEST_POINTER for weight in weights):
         raise ModelError(f"{folder}: holds no weights", GATED)
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise ModelError(f"{folder}: holds no tokenizer (none of {', '.join(TOKENIZERS)})", REMEDY)
     return str(kind)
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
@@ -139,8 +140,11 @@ def mllm_without_weights(folder: Path) -> Mllm:
         ModelError: If it is missing, gated or of another kind.
     """
     config, spec = _config(folder)
-    with init_empty_weights():
-        model = getattr(transformers, spec.model)(config)
+    try:
+        with init_empty_weights():
+            model = getattr(transformers, spec.model)(config)
+    except ValueError as error:
+        raise ModelError(f"{folder}: its config.json makes no model ({_told(error)})", REMEDY) from None
     model.config.use_cache = False
     return Mllm(model, config, _tokenizer(folder), spec)
 
@@ -183,8 +187,8 @@ def _stored_names(folder: Path) -> dict[str, Path]:
                 found |= dict.fromkeys(opened.keys(), file)
     except FileNotFoundError as error:
         raise ModelError(f"{folder}: {error}, as {WEIGHTS_INDEX} has it", REMEDY) from None
-    except (SafetensorError, ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{folder}: cannot be read ({str(error).splitlines()[0]})", REMEDY) from None
+    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{folder}: cannot be read ({_told(error)})", REMEDY) from None
     return found
 
 
@@ -208,15 +212,20 @@ def _config(folder: Path) -> tuple[Any, MllmSpec]:
     kind = mllm_kind(folder)
     try:
         return AutoConfig.from_pretrained(str(folder), local_files_only=True), MLLMS[kind]
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: cannot be read ({str(error).splitlines()[0]})", REMEDY) from None
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ModelError(f"{folder}: its config.json cannot be read ({_told(error)})", REMEDY) from None
 
 
 def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: its tokenizer cannot be read ({str(error).splitlines()[0]})", REMEDY) from None
+        raise ModelError(f"{folder}: its tokenizer cannot be read ({_told(error)})", REMEDY) from None
+
+
+def _told(error: Exception) -> str:
+    """What a library says, of which the first line may say only that something is wrong."""
+    return " ".join(line.strip() for line in str(error).splitlines()[:2])
 
 
 def _normalised(images_B1HW: Tensor, edge_px: int) -> Tensor:

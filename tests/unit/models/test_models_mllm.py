@@ -185,6 +185,32 @@ def test_folders_that_cannot_be_used_are_refused_with_what_to_do(mllms, copied, 
     refused("holds no config.json; accept the licence on the model's page")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_without_a_tokenizer_is_refused_instead_of_asking_nothing(mllms, tmp_path, kind):
+    """Of Qwen2.5-VL transformers makes a tokenizer without words, for which every prompt is empty."""
+    copy = shutil.copytree(mllms / kind, tmp_path / kind)
+    (copy / "tokenizer.json").unlink()
+    for use in (mllm_digest, lambda folder: Prompts(folder, ["nerves"], 64)):
+        with pytest.raises(ModelError, match=r"holds no tokenizer \(none of tokenizer.json, tokenizer.model, vocab"):
+            use(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("hidden_size", "x", "config.json cannot be read .*'hidden_size' expected int, got str"),
+        ("num_attention_heads", 7, "its config.json makes no model .*must be divisible by num_heads"),
+    ],
+)
+def test_a_config_that_transformers_refuses_is_told_in_its_words(mllms, tmp_path, name, value, problem):
+    copy = shutil.copytree(mllms / "qwen2_5_vl", tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"][name] = value
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=problem):
+        load_mllm(copy, torch.float32)
+
+
 def test_a_prompt_that_is_longer_than_the_model_takes_is_refused_with_both_numbers(mllms):
     with pytest.raises(ModelError, match=r"prompt and image take \d{3,} tokens, the model takes 512"):
         Prompts(mllms / "mllama", ["nerve " * 600], 64)
