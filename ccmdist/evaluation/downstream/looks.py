@@ -49,17 +49,20 @@ def looks_of(network: nn.Module, test: Examples, device: torch.device) -> tuple[
         device: Where it is.
     """
     chosen = sorted(np.unique(test.labels, return_index=True)[1])[:MAX_IMAGES]
-    images = torch.from_numpy(test.images[chosen]).to(device)
-    given = as_input(images).requires_grad_()
-    logits = network.eval()(given)
-    attended = attended_by(network)
-    (gradient,) = torch.autograd.grad(logits.amax(dim=1).sum(), given)
-    saliency = functional.adaptive_avg_pool2d(gradient.abs(), min(SALIENCY_GRID, images.shape[-1]))
-    weights = {SALIENCY: saliency.flatten(1)} | {LEVEL + name: attended[name] for name in sorted(attended)}
+    # One by one, for gradients go back through all of a large language model's view of an image.
     return tuple(
-        Look(int(index), {FRAME: _png(_small(image))} | {name: _lit(image, of[row]) for name, of in weights.items()})
-        for row, (index, image) in enumerate(zip(chosen, images.cpu(), strict=True))
+        Look(int(index), _pictures(network.eval(), torch.from_numpy(test.images[index]), device)) for index in chosen
     )
+
+
+def _pictures(network: nn.Module, image_HW: Tensor, device: torch.device) -> dict[str, str]:
+    given = as_input(image_HW[None].to(device)).requires_grad_()
+    logits = network(given)
+    attended = attended_by(network)
+    (gradient,) = torch.autograd.grad(logits.amax(), given)
+    saliency = functional.adaptive_avg_pool2d(gradient.abs(), min(SALIENCY_GRID, len(image_HW)))
+    weights = {SALIENCY: saliency.flatten(1)} | {LEVEL + name: attended[name] for name in sorted(attended)}
+    return {FRAME: _png(_small(image_HW))} | {name: _lit(image_HW, weight[0]) for name, weight in weights.items()}
 
 
 def _lit(image_HW: Tensor, weight_N: Tensor) -> str:

@@ -33,7 +33,7 @@ from ccmdist.train.objectives.edit import movement_of
 from ccmdist.train.objectives.group_scores import group_scores
 from ccmdist.train.objectives.objective import Batch
 from ccmdist.train.objectives.ordered_samples import shared_by_ranks, spread_over
-from ccmdist.train.objectives.pixel_samples import PixelSamples, shown_frame, shown_mask
+from ccmdist.train.objectives.pixel_samples import PixelSamples, pixels_of, shown_frame, shown_mask
 from ccmdist.train.objectives.segment import mask_loss
 
 
@@ -51,10 +51,9 @@ class DiagnosisSource:
             ShardError: If the sample has changed since the run began.
         """
         triple = self._samples.triple(entry)
-        image = torch.from_numpy(triple.image.astype(np.float32) / 127.5 - 1)
         fields = {"eye": triple.meta.eye, **triple.meta.fields} if triple.meta.eye else triple.meta.fields
         asked = self._prompts.of(diagnosis_prompt(fields))
-        return {"images": image[None], "nerve_masks": torch.from_numpy(triple.nerve_mask.copy()), **asked}
+        return pixels_of(triple) | asked
 
 
 class DiagnoseObjective(PixelSamples):

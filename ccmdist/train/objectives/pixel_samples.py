@@ -14,6 +14,7 @@ from ccmdist.config.train import TrainConfig
 from ccmdist.data.cache_index import CacheEntry
 from ccmdist.data.shard_samples import ShardSamples
 from ccmdist.data.stream import collated
+from ccmdist.data.triple import Triple
 from ccmdist.train.objectives.objective import Batch
 from ccmdist.train.objectives.ordered_samples import OrderedSamples, spread_over
 
@@ -34,9 +35,7 @@ class PixelSource:
         Raises:
             ShardError: If the sample has changed since the run began.
         """
-        triple = self._samples.triple(entry)
-        image = torch.from_numpy(triple.image.astype(np.float32) / 127.5 - 1)
-        return {"images": image[None], "nerve_masks": torch.from_numpy(triple.nerve_mask.copy())}
+        return pixels_of(self._samples.triple(entry))
 
 
 class PixelSamples(OrderedSamples, ABC):
@@ -90,6 +89,12 @@ class PixelSamples(OrderedSamples, ABC):
 
     def _note(self, name: str, value: torch.Tensor) -> None:
         self._noted[name].append(value.detach())  # looked at when it is told: the host never waits for it here
+
+
+def pixels_of(triple: Triple) -> dict[str, torch.Tensor]:
+    """``images`` (1, H, W), float32 in [-1, 1], and ``nerve_masks`` (H, W), bool."""
+    image = torch.from_numpy(triple.image.astype(np.float32) / 127.5 - 1)
+    return {"images": image[None], "nerve_masks": torch.from_numpy(triple.nerve_mask.copy())}
 
 
 def shown_mask(batch: Batch) -> torch.Tensor:

@@ -18,9 +18,10 @@ TELLING = (
 )
 SOURCES = Path(ccmdist.__file__).parent
 WHO_DIAGNOSE = [
-    *("train/objectives/diagnose.py", "train/mdf_network.py", "ccm/diagnosis_prompts.py"),
+    *("train/objectives/diagnose.py", "train/objectives/pixel_samples.py", "train/mdf_network.py"),
+    "ccm/diagnosis_prompts.py",
     *("models/mdf_mllm.py", "models/mllm.py", "models/fusion.py"),
-    *(f"evaluation/downstream/{name}.py" for name in ("networks", "training", "cells")),
+    *(f"evaluation/downstream/{name}.py" for name in ("networks", "training", "examples", "looks", "cells")),
 ]
 
 

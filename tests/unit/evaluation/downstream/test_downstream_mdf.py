@@ -142,6 +142,7 @@ def test_where_it_looked_is_shown_for_one_image_of_each_group(mllms):
 def test_saliency_lies_where_the_output_depends_on_the_image():
     class Corner(torch.nn.Module):
         def forward(self, x):
+            assert len(x) == 1, "gradients through a large model, for several images at once"
             return torch.stack([x[:, 0, :16, :16].sum((1, 2)), *x.new_zeros(2, len(x)) - 1e6], dim=1)
 
     (look, *_) = looks_of(Corner(), examples(3, 0), torch.device("cpu"))
