@@ -4,6 +4,8 @@ Every arm trains for equal steps on the same batches from the same seeds: bare, 
 without FiLM, all four without pretraining of the U-Net by `segment`. Figures are of test frames of subjects that no arm
 has seen; the intervals are of the difference from the bare model, over subjects, of the mean over the seeds.
 
+All but the bare one have a U-Net, and learn nerve masks by it beside the groups, as the objective has it.
+
 Phantoms are separable by construction, the language models are tiny and have random weights: no outcome is asserted,
 and none says which model is better on patients. The table is written as it comes out.
 """
