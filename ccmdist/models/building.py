@@ -37,12 +37,12 @@ def with_weights(
     Raises:
         ModelError: If the weights do not fit the config.
     """
-    dtype_of = {name: _dtype(name, dtype, in_fp32) for name, _ in model.named_parameters()}
+    dtypes = {name: dtype_of(name, dtype, in_fp32) for name, _ in model.named_parameters()}
     if zero_config is None:
-        allocate(model, dtype_of, device)
+        allocate(model, dtypes, device)
     else:
-        for one in dict.fromkeys(dtype_of.values()):
-            _partition(model, {name for name, its in dtype_of.items() if its == one}, one, zero_config)
+        for one in dict.fromkeys(dtypes.values()):
+            _partition(model, {name for name, its in dtypes.items() if its == one}, one, zero_config)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
@@ -50,22 +50,23 @@ def with_weights(
     return model.eval()
 
 
-def allocate(model: nn.Module, dtype_of: Mapping[str, torch.dtype], device: torch.device | str) -> None:
+def allocate(model: nn.Module, dtypes: Mapping[str, torch.dtype], device: torch.device | str) -> None:
     """Give parameters without memory some, on a device; buffers, which are computed, are left alone.
 
     Args:
         model: Changed in place.
-        dtype_of: Of each parameter.
+        dtypes: Of each parameter.
         device: Where to.
     """
     for name, parameter in list(model.named_parameters()):
         owner, _, last = name.rpartition(".")
-        empty = torch.empty(parameter.shape, dtype=dtype_of[name], device=device)
+        empty = torch.empty(parameter.shape, dtype=dtypes[name], device=device)
         made = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         model.get_submodule(owner).register_parameter(last, made)
 
 
-def _dtype(name: str, dtype: torch.dtype, in_fp32: str | None) -> torch.dtype:
+def dtype_of(name: str, dtype: torch.dtype, in_fp32: str | None) -> torch.dtype:
+    """Of the weight called ``name``; arguments as of :func:`with_weights`."""
     return torch.float32 if in_fp32 and re.search(in_fp32, name) else dtype
 
 

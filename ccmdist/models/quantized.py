@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ccmdist.errors import ModelError
 from ccmdist.models.backbones.choice import backbone_of
+from ccmdist.models.building import dtype_of
 from ccmdist.models.checkpoint_io import check_names, load_weights
 from ccmdist.models.mmdit import QwenImageTransformer2DModel, skeleton, weight_files
 from ccmdist.models.model_folder import ModelFolder
@@ -138,18 +139,18 @@ def _hold_quantized(block: nn.Module, form: str, device: torch.device | str) -> 
 
 def num_bytes(folder: ModelFolder, dtype: torch.dtype, in_nf4: bool, has_modulation: bool = True) -> int:
     """Bytes of a transformer's weights on the device that draws, with or without the layers that a table replaces."""
-    model = backbone_of(folder).skeleton()
+    backbone = backbone_of(folder)
+    model = backbone.skeleton()
     weights = {n: w.numel() for n, w in model.named_parameters() if has_modulation or not is_tabled(n)}
-    num_weights = sum(weights.values())
     if not in_nf4:
-        return num_weights * dtype.itemsize
+        return sum(count * dtype_of(name, dtype, backbone.in_fp32).itemsize for name, count in weights.items())
     linears = {
         f"transformer_blocks.{index}.{name}.weight"
         for index, block in enumerate(model.transformer_blocks)
         for name in _linears(block)
     }
     num_quantized = sum(count for name, count in weights.items() if name in linears)
-    return round(num_quantized * NF4_BYTES) + (num_weights - num_quantized) * dtype.itemsize
+    return round(num_quantized * NF4_BYTES) + (sum(weights.values()) - num_quantized) * dtype.itemsize
 
 
 def _linears(block: nn.Module) -> list[str]:

@@ -93,6 +93,14 @@ class Backbone(ABC):
     def dead(self, model: nn.Module) -> list[str]:
         """Full names of the linears in blocks that reach nothing which is read."""
 
+    def _dead_as_in(self, probe: nn.Module, model: nn.Module) -> list[str]:
+        """Names in ``model`` of the linears that got no gradient in a small model whose lists have one block each."""
+        last = {name: len(getattr(model, name)) - 1 for name in self.folder.layout.blocks}
+        linears = {name: layer for name, layer in probe.named_modules() if isinstance(layer, nn.Linear)}
+        without = [n for n, m in linears.items() if m.weight.grad is None or not m.weight.grad.any()]
+        parts = [name.split(".", 2) for name in without if name.partition(".")[0] in last]
+        return [f"{blocks}.{last[blocks]}.{layer}" for blocks, _, layer in parts]
+
     def make_blocks_leaves(self, model: nn.Module) -> None:
         """Let ZeRO-3 gather a block at once."""
         make_leaves(model, self.leaves)

@@ -95,11 +95,7 @@ class FluxKontext(Backbone):
             with attention_backend("native"):
                 predicted = self.velocity(probe, latents, conditions, text, torch.rand(1), (2, 2))
             predicted.square().sum().backward()
-        last = {name: len(blocks) - 1 for name, blocks in zip(self.leaves, self.block_lists(model), strict=True)}
-        linears = {name: layer for name, layer in probe.named_modules() if isinstance(layer, nn.Linear)}
-        without = [n for n, m in linears.items() if m.weight.grad is None or not m.weight.grad.any()]
-        parts = [name.split(".", 2) for name in without if name.partition(".")[0] in last]
-        return [f"{blocks}.{last[blocks]}.{layer}" for blocks, _, layer in parts]
+        return self._dead_as_in(probe, model)
 
 
 class FluxControl(FluxKontext):

@@ -69,11 +69,7 @@ class Kandinsky(Backbone):
             # Flash kernels, which another model of this process may run on, take neither fp32 nor a CPU.
             with attention_backend("native"):
                 predicted(probe, torch.Generator().manual_seed(0)).square().sum().backward()
-        last = {name: len(getattr(model, name)) - 1 for name in self.folder.layout.blocks}
-        linears = {name: layer for name, layer in probe.named_modules() if isinstance(layer, nn.Linear)}
-        without = [n for n, m in linears.items() if m.weight.grad is None or not m.weight.grad.any()]
-        parts = [name.split(".", 2) for name in without if name.partition(".")[0] in last]
-        return [f"{blocks}.{last[blocks]}.{layer}" for blocks, _, layer in parts]
+        return self._dead_as_in(probe, model)
 
 
 def predicted(model: Kandinsky5Transformer3DModel, source: torch.Generator) -> Tensor:

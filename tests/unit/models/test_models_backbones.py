@@ -31,6 +31,7 @@ from ccmdist.models.layout import FLUX, FLUX_CONTROL, MSDM
 from ccmdist.models.make_flux import NUM_TEXT_TOKENS, make_clip_tokenizer, make_flux
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.processor import load_processor
+from ccmdist.models.quantized import num_bytes
 
 TOKENS_HW, SIZE_PX, STEPS, GUIDANCE = (4, 4), 64, 4, 2.0
 
@@ -182,6 +183,7 @@ def test_tables_and_dtypes_of_a_built_model_are_those_of_the_stock_class(world):
             assert (name, ours.dtype) == (same, theirs.dtype)
             assert torch.equal(ours, theirs)
         assert {n: p.dtype for n, p in model.named_parameters()} == {n: p.dtype for n, p in stock.named_parameters()}
+        assert num_bytes(world.folder, dtype, in_nf4=False) == sum(p.nbytes for p in model.parameters())
 
 
 def test_latents_come_back_from_the_vae_as_grey_frames(world):
