@@ -41,6 +41,9 @@ class OfObjective(Settings):
     serves: ClassVar[str] = ""
     """If it does not: what it is for."""
 
+    made_by: ClassVar[Mapping[str, str]] = {}
+    """Of the local files that settings name, those that a command here makes: setting -> how."""
+
     @property
     def num_adapters(self) -> int:
         """That are trained on a frozen model, in turn if there are several."""
@@ -329,6 +332,7 @@ class DiagnoseSettings(UnetSettings):
     """
 
     serves = "it tells groups of frames; draw with another network"
+    made_by: ClassVar[Mapping[str, str]] = {"unet": "train objective.kind segment first (configs/train/segment.yaml)"}
     kind: Literal["diagnose"] = "diagnose"
     mllm: Path
     """A local folder of Mllama (LLaMA 3.2 Vision) or Qwen2.5-VL in transformers' layout, with its tokenizer."""
@@ -369,7 +373,7 @@ class DiagnoseSettings(UnetSettings):
         if len(set(levels)) < len(levels) or not set(levels) <= {1, 2, 3, 4}:
             raise ValueError(f"fusion_levels: {list(levels)} must name levels 1 to 4, each at most once")
         if self.unet is not None and not levels:
-            raise ValueError(f"unet: {self.unet} is of no use without fusion_levels; leave it out")
+            raise ValueError(f"unet: {self.unet} is of no use without fusion_levels; set it to null")
         if self.unet is None and levels and not self.train_unet:
             raise ValueError("train_unet: false, but the U-Net begins with random weights; name its folder as unet")
         if self.llm == "full" and self.llm_dtype != "fp32":

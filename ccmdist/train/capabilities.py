@@ -68,9 +68,10 @@ def refuse_missing_files(config: TrainConfig) -> None:
     """
     for name, path in config.objective.files.items():
         if not path.exists():
+            fetched = "copy it there from a machine with internet, for nothing is fetched here"
             raise ConfigError(
                 f"objective.{name}: {path} is not there",
-                "copy it there from a machine with internet, for nothing is fetched here"
+                config.objective.made_by.get(name, fetched)
                 + ("" if type(config.objective).model_fields[name].is_required() else "; or set it to null"),
             )
     if isinstance(config.objective, DiagnoseSettings):

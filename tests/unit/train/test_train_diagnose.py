@@ -180,7 +180,7 @@ def test_a_group_without_samples_and_a_sample_without_a_group_are_refused_by_nam
         ("kind: diagnose, mllm: m, token_grid: 3", "token_grid: 3 does not divide the 4 px of level 4"),
         ("kind: diagnose, mllm: m, fusion_levels: [0], token_grid: 4", r"\[0\] must name levels 1 to 4"),
         ("kind: diagnose, mllm: m, fusion_levels: [2, 2], token_grid: 4", r"\[2, 2\] must name levels 1 to 4"),
-        ("kind: diagnose, mllm: m, fusion_levels: [], unet: u, token_grid: 4", "u is of no use without fusion_levels"),
+        ("kind: diagnose, mllm: m, fusion_levels: [], unet: u, token_grid: 4", "without fusion_levels; set it to null"),
         ("kind: diagnose, mllm: m, llm: full, token_grid: 4", "llm_dtype: bf16 is too coarse for weights"),
         ("kind: diagnose, mllm: m, train_unet: false, token_grid: 4", "the U-Net begins with random weights"),
         ("kind: diagnose, token_grid: 4", "objective.mllm"),
@@ -202,6 +202,9 @@ def test_a_dry_run_tells_what_is_trained_and_refuses_folders_that_are_not_there(
     assert bare.startswith(f"model: language model at {world}/mllama, frozen, bare\n")
     with pytest.raises(ConfigError, match=f"objective.mllm: {tmp_path}/none is not there; copy it there .* here$"):
         describe(config(world, f"kind: diagnose, mllm: {tmp_path}/none, token_grid: 4"))
+    missing = f"objective.unet: {tmp_path}/none is not there; train objective.kind segment first .*; or set it to null"
+    with pytest.raises(ConfigError, match=missing):
+        describe(config(world, f"kind: diagnose, mllm: {world}/mllama, unet: {tmp_path}/none, token_grid: 4"))
     (tmp_path / "README.md").write_text("Access to this model is restricted.")
     with pytest.raises(ModelError, match=r"holds no config\.json; accept the licence on the model's page"):
         describe(config(world, f"kind: diagnose, mllm: {tmp_path}, token_grid: 4"))
