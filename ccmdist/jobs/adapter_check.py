@@ -11,7 +11,6 @@ class, their adapters are written by one rule, and names and shapes are checked 
 import inspect
 import logging
 import math
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -34,8 +33,6 @@ from ccmdist.models.model_folder import ModelFolder
 
 LARGE_BYTES: Final = 4 << 30
 """Size of weight files above which only two blocks are compared."""
-
-ONE_LIST: Final[Mapping[str, int]] = {"transformer_blocks": sys.maxsize}
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,7 @@ def base_blocks(folder: ModelFolder, blocks: tuple[int, ...]) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def part_of(state: AdapterState, blocks: tuple[int, ...], counts: Mapping[str, int] = ONE_LIST) -> AdapterState:
+def part_of(state: AdapterState, blocks: tuple[int, ...], counts: Mapping[str, int]) -> AdapterState:
     """The adapter of some blocks, numbered anew as in :func:`base_blocks`.
 
     Args:

@@ -23,8 +23,8 @@ from ccmdist.models.model_folder import ModelFolder
 
 MAX_TEXT_TOKENS: Final = 512
 """Of T5, as the stock pipelines ask for; a tokenizer may take fewer."""
-MAX_KNOWN: Final = 64
-"""Texts of which embeddings are remembered: most sets have fewer prompts, and T5 has 4 MB for each."""
+MAX_KNOWN: Final = 128
+"""Texts of which embeddings are remembered: more than our wording has, and T5 takes 4 MB for each."""
 
 
 class WordEncoder:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from ccmdist.config.objectives import ModelKind
-from ccmdist.models.template import Version
+from ccmdist.models.template import KANDINSKY_AFTER, KANDINSKY_BEFORE, KANDINSKY_NUM_DROPPED_TOKENS, Version
 
 WEIGHT_FILES: Final = {
     "transformer": "diffusion_pytorch_model",
@@ -41,6 +41,7 @@ class FolderLayout:
         tokenizers: Folders of tokenizers.
         encoders: Components that decide what is cached.
         call_version: Raised when our call of the encoders changes what it returns; part of every cache's fingerprint.
+        words: What is said around a prompt, and how much of it is dropped again; part of it too.
         schedule: What noise levels depend on besides the scheduler's config, see `diffusion.flow.sampling_sigmas`.
         blocks: Lists of blocks of the transformer, in the order in which they run -> the key of its config that says
             how many there are.
@@ -67,6 +68,7 @@ class FolderLayout:
     tokenizers: tuple[str, ...] = ("tokenizer",)
     encoders: tuple[str, ...] = ("vae", "text_encoder")
     call_version: int = 1
+    words: Mapping[str, str | int] = field(default_factory=dict)
     schedule: Mapping[str, str] = field(default_factory=dict)
     blocks: Mapping[str, str] = field(default_factory=dict)
     published: Mapping[str, int] = field(default_factory=dict)
@@ -167,6 +169,11 @@ KANDINSKY: Final = FolderLayout(
     ),
     tokenizers=("tokenizer", "tokenizer_2"),
     encoders=("vae", "text_encoder", "text_encoder_2"),
+    words={
+        "before": KANDINSKY_BEFORE,
+        "after": KANDINSKY_AFTER,
+        "num_dropped_tokens": KANDINSKY_NUM_DROPPED_TOKENS,
+    },
     schedule={"_levels": "scheduler"},
     blocks={"text_transformer_blocks": "num_text_blocks", "visual_transformer_blocks": "num_visual_blocks"},
     published={"num_visual_blocks": 50, "model_dim": 2560, "ff_dim": 10240},

@@ -141,6 +141,8 @@ class ModelFolder:
             identity |= self._version_identity()
         else:
             identity |= {"kind": layout.kind, "call_version": layout.call_version}
+            if layout.words:
+                identity["template"] = digest_of(dict(layout.words))
         for component in layout.encoders:
             identity[f"{component}_config"] = digest_of(self.config(component))
             identity[f"{component}_weights"] = _digest(self.weight_files(component).values())

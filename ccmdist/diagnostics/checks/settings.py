@@ -10,7 +10,7 @@ from ccmdist.diagnostics.checks.finding import DoctorConfig, Finding, Findings, 
 from ccmdist.diagnostics.checks.lead import timeouts
 from ccmdist.errors import CcmdistError, ShardError
 from ccmdist.models.model_folder import ModelFolder
-from ccmdist.train.capabilities import refuse_missing_files
+from ccmdist.train.capabilities import refuse_missing_files, refuse_unable
 
 
 def check(request: Request) -> Findings:
@@ -37,8 +37,10 @@ def _told(what: str, look: Callable[[], str]) -> Finding:
 
 
 def _model(config: DoctorConfig) -> str:
-    """Every file that the model's indexes name is there and has all its bytes."""
+    """Every file that the model's indexes name is there and has all its bytes, and the model can be so trained."""
     model = ModelFolder.open(config.data.model, *config.objective.model_kinds)
+    if config.objective.trains == "adapter":
+        refuse_unable(config, model)
     sizes = {c: sum(f.stat().st_size for f in set(model.weight_files(c).values())) for c in model.components}
     parts = ", ".join(f"{component} {size(num_bytes)}" for component, num_bytes in sizes.items())
     return f"{model.title}, complete: {parts}"

@@ -27,7 +27,7 @@ from ccmdist.models.backbones.choice import BACKBONES, backbone_of
 from ccmdist.models.backbones.flux import EMBEDDED_GUIDANCE
 from ccmdist.models.encoder_choice import load_encoders
 from ccmdist.models.flux_encoders import MAX_KNOWN, WordEncoder
-from ccmdist.models.layout import FLUX, FLUX_CONTROL, MSDM
+from ccmdist.models.layout import FLUX, FLUX_CONTROL, KANDINSKY, MSDM
 from ccmdist.models.make_flux import NUM_TEXT_TOKENS, make_clip_tokenizer, make_flux
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.processor import load_processor
@@ -242,6 +242,13 @@ def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(world):
             world.prompts.encode([words], [None])
     with pytest.raises(ConfigError, match=r"has \d+ tokens, CLIP takes 77"):
         world.prompts.pooled([words])
+
+
+def test_what_is_said_around_a_prompt_is_part_of_what_a_cache_is_named_by(world, monkeypatch):
+    before = world.folder.encoder_identity()
+    assert before.keys() >= {"kind", "call_version", "tokenizer", "tokenizer_2", "text_encoder_2_weights", "vae_config"}
+    monkeypatch.setitem(KANDINSKY.words, "num_dropped_tokens", 55)
+    assert (world.folder.encoder_identity() != before) == bool(world.folder.layout.words)
 
 
 def test_of_free_prompts_only_the_last_few_are_remembered():

@@ -308,7 +308,7 @@ def test_an_image_that_is_not_finite_is_refused_by_name(sources, config):
 def test_without_guidance_the_negative_prompt_is_not_read(config, one_model, monkeypatch):
     from ccmdist.data.latent_cache import LatentCache
 
-    monkeypatch.setattr(LatentCache, "read_negative", None)
+    monkeypatch.setattr(LatentCache, "read_negatives", None)
     assert synthesize(config("guidance_scale=1", "images_per_mask=1"), None)
 
 

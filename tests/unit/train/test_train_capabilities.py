@@ -1,5 +1,6 @@
 """What a frozen model cannot do is refused in a sentence, before a cache is filled for it."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from ccmdist.cluster.ranks import Ranks
 from ccmdist.config.loading import load
 from ccmdist.config.train import TrainConfig
+from ccmdist.diagnostics.checks.finding import DoctorConfig, Request
+from ccmdist.diagnostics.checks.settings import check
 from ccmdist.errors import ConfigError
 from ccmdist.models.make_flux import make_flux
 from ccmdist.train.objectives.choice import objective_of
@@ -47,3 +50,8 @@ def test_what_flux_cannot_do_is_refused_before_its_cache_is_asked_for(flux, over
     config = load(TrainConfig, [], [*given, *overrides])
     with pytest.raises(ConfigError, match=problem):
         objective_of(config, SimpleNamespace(ranks=Ranks(0, 0, 1)))
+    (told,) = [
+        one for one in check(Request(config=load(DoctorConfig, [], [*given, *overrides]))) if "files" in one.what
+    ]
+    assert told.state == "MISS"
+    assert re.search(problem, f"{told.found}; {told.remedy}"), "doctor says it too"
