@@ -138,7 +138,8 @@ class LatentCache:
     def read(self, entry: CacheEntry) -> dict[str, Tensor]:
         """``prompt_embeds`` (L, D), ``image_latents`` and ``mask_latents`` (C, h, w), in the dtype of the cache.
 
-        In a cache with holes also ``holed_latents`` (K, C, h, w), ``holes`` and ``layout`` as in EncodedSample.
+        Of a model with a second text encoder also ``pooled_prompt_embeds`` (P,). In a cache with holes also
+        ``holed_latents`` (K, C, h, w), ``holes`` and ``layout`` as in EncodedSample.
 
         Raises:
             CacheError: If the bytes are not those that were written.

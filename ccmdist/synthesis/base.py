@@ -11,7 +11,7 @@ from ccmdist.adapters.state import AdapterState
 from ccmdist.cluster.device import is_gpu_usable
 from ccmdist.config.data import PX_PER_TOKEN
 from ccmdist.diffusion import flow
-from ccmdist.errors import ConfigError, RunError
+from ccmdist.errors import RunError
 from ccmdist.models import quantized
 from ccmdist.models.backbones.choice import backbone_of
 from ccmdist.models.model_folder import ModelFolder
@@ -41,15 +41,11 @@ def refuse_small_card(folder: Path, model: ModelFolder, settings: PlanSettings, 
     """Check that this process's card can hold the base of the set in ``folder``.
 
     Raises:
-        ConfigError: If the base is to be held in a form that this model has not.
         RunError: If it cannot; with both sizes.
     """
-    if settings.base == NF4 and not model.layout.can_quantize:
-        raise ConfigError(
-            f"base: {NF4} is for Qwen-Image-Edit alone, {model.path} holds {model.title}", "set base=bf16 or fp32"
-        )
     if shortage := _shortage(model, settings.base, settings.dtype, adapter):
-        others = "" if settings.base == NF4 else ", or draw another set, in another out, with base=nf4"
+        is_nf4_left = settings.base != NF4 and model.layout.can_quantize
+        others = ", or draw another set, in another out, with base=nf4" if is_nf4_left else ""
         raise RunError(f"{folder}: {shortage}", f"run it on cards with more memory{others}")
 
 

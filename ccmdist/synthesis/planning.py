@@ -17,7 +17,7 @@ from ccmdist.data.shard_samples import ShardSamples
 from ccmdist.errors import ConfigError, ModelError
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.network_folder import NetworkAbout
-from ccmdist.synthesis.plan import PLAN, Base, Plan, PlanSettings, read_plan
+from ccmdist.synthesis.plan import NF4, PLAN, Base, Plan, PlanSettings, read_plan
 from ccmdist.synthesis.requests import batches_of
 
 UNTUNED: Final = "untuned"
@@ -58,10 +58,12 @@ def base_of_adapters(config: SynthesizeConfig) -> ModelFolder:
             f"{model.layout.max_conditions}",
             "set data.model to a folder of Qwen-Image-Edit, or objective=synthesis",
         )
-    if config.compile_blocks and not model.layout.can_compile:
-        raise ConfigError(
-            f"compile_blocks: is for Qwen-Image-Edit alone, {model.path} holds {model.title}", "leave it out"
-        )
+    unable = {
+        f"base: {NF4}": config.base == NF4 and not model.layout.can_quantize,
+        "compile_blocks:": config.compile_blocks and not model.layout.can_compile,
+    }
+    for what in (name for name, is_refused in unable.items() if is_refused):
+        raise ConfigError(f"{what} is for Qwen-Image-Edit alone, {model.path} holds {model.title}", "leave it out")
     return model
 
 

@@ -136,6 +136,7 @@ class Backbone(ABC):
             conditions_BSC: As of :meth:`velocity`.
             token_hw: As of :meth:`velocity`.
             texts: Of the prompts; then, where there is guidance, of the negative prompts.
+            _: What only some backbones know to use, such as how Qwen-Image-Edit's blocks are run when compiled.
         """
 
         @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from ccmdist.config.loading import load
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.config.train import LoRASettings, TrainConfig, WDLoRASettings
 from ccmdist.diagnostics.checks.adapter_size import num_values
-from ccmdist.errors import AdapterError, ConfigError, ModelError
+from ccmdist.errors import AdapterError, ConfigError, ModelError, RunError
 from ccmdist.jobs import adapter, adapter_check
 from ccmdist.jobs.adapter_show import show
 from ccmdist.jobs.model import TINY, convert, make
@@ -22,6 +23,7 @@ from ccmdist.jobs.model_plan import base_of
 from ccmdist.jobs.synthesize import describe
 from ccmdist.models.backbones.choice import backbone_of
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.synthesis import base
 from ccmdist.synthesis.generate import synthesize
 from ccmdist.synthesis.verify import verify_against_plan
 
@@ -118,6 +120,7 @@ def test_a_set_is_drawn_with_an_adapter_as_it_was_planned_from_a_cache_that_has_
             ["objective=completion", "data.holes.per_sample=1"],
             r"objective: completion shows a model two condition images, (FLUX|Kandinsky).* takes 1; set data.model",
         ),
+        (["base=nf4"], r"base: nf4 is for Qwen-Image-Edit alone, .* holds (FLUX|Kandinsky).*; leave it out"),
         (["compile_blocks=true"], r"compile_blocks: is for Qwen-Image-Edit alone, .* holds (FLUX|Kandinsky).*; leave"),
     ],
 )
@@ -127,6 +130,14 @@ def test_what_a_model_cannot_draw_is_refused_before_its_cache_is_asked_for(folde
     for ask in (describe, lambda config: synthesize(config, None)):
         with pytest.raises(ConfigError, match=message):
             ask(config)
+
+
+def test_a_card_that_is_too_small_is_not_told_of_a_form_that_the_model_has_not(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "_shortage", lambda *_: "the base in bf16 is too large")
+    settings = SimpleNamespace(base="bf16", dtype="bf16")
+    with pytest.raises(RunError, match=r"too large; run it on cards with more memory$"):
+        base.refuse_small_card(tmp_path, folder, settings, None)
+    assert base.base_for_card(folder, "bf16") == "bf16"
 
 
 def test_blocks_of_one_number_in_two_lists_have_a_place_each_in_the_map_of_ranks(folder):
