@@ -133,11 +133,11 @@ class RunDirectory:
             changed = differences(before["settings"], values, type(config))
             if refused := {name: change for name, change in changed.items() if name not in allowed_changes}:
                 lines = "".join(f"\n  {name}: {change}" for name, change in refused.items())
-                flags = " ".join(f"--allow-change {name}" for name in refused)
-                raise RunError(
-                    f"{self.path}: this run was started with other settings:{lines}\n"
-                    f"choose another run folder, restore the settings, or accept the change with {flags}"
-                )
+                advice = "choose another run folder, or restore the settings"
+                if "objective.kind" not in refused:  # else other parameters are trained: no checkpoint fits
+                    flags = " ".join(f"--allow-change {name}" for name in refused)
+                    advice = f"choose another run folder, restore the settings, or accept the change with {flags}"
+                raise RunError(f"{self.path}: this run was started with other settings:{lines}\n{advice}")
         commit_json(self.config, {"digest": digest(config), "settings": values})
         (self.path / "outcome.json").unlink(missing_ok=True)
 

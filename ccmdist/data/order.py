@@ -145,11 +145,13 @@ class Order:
         num_cells = global_batch_size // size
         if num_cells % world_size:
             counts = [str(ranks) for ranks in range(1, num_cells + 1) if num_cells % ranks == 0]
+            smaller = [one for one in range(size - 1, 0, -1) if global_batch_size % (one * world_size) == 0][:1]
             raise ConfigError(
-                f"global_batch_size {global_batch_size} is {num_cells} cells of micro_batch_size {size}, "
-                f"which do not divide over {world_size} ranks",
-                f"use {', '.join(counts)} ranks, or global_batch_size "
-                f"{_multiples_around(global_batch_size, size * world_size)}",
+                f"global_batch_size {global_batch_size} is {num_cells} times micro_batch_size {size}, "
+                f"which does not divide over {world_size} ranks",
+                "".join(f"use micro_batch_size {one}, or " for one in smaller)
+                + f"use global_batch_size {_multiples_around(global_batch_size, size * world_size)}, or "
+                f"{', '.join(counts)} {'rank' if counts == ['1'] else 'ranks'}",
             )
         return num_cells
 

@@ -91,6 +91,15 @@ def test_a_changed_setting_is_refused_with_both_values_unless_allowed(tmp_path):
     assert json.loads(run.config.read_text())["settings"]["optim"]["lr"] == 2e-4
 
 
+def test_a_run_of_another_objective_is_not_offered_to_be_taken_over(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.accept(settings())
+    (run.checkpoints / "step-00000010").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"objective\.kind: \(absent\) -> segment") as problem:
+        run.accept(settings("objective.kind=segment", "adapter=null", "base=null", "activation_checkpointing=null"))
+    assert str(problem.value).endswith("\nchoose another run folder, or restore the settings")
+
+
 def test_before_anything_is_committed_settings_may_be_corrected(tmp_path):
     run = RunDirectory(tmp_path)
     run.accept(settings("optim.lr=1e-4"))

@@ -140,8 +140,13 @@ def test_ranks_take_the_cells_of_a_step_in_turn():
     [
         (
             {"global_batch_size": 16, "world_size": 3},
-            "global_batch_size 16 is 4 cells of micro_batch_size 4, which do not divide over 3 ranks; "
-            "use 1, 2, 4 ranks, or global_batch_size 12 or 24",
+            "global_batch_size 16 is 4 times micro_batch_size 4, which does not divide over 3 ranks; "
+            "use global_batch_size 12 or 24, or 1, 2, 4 ranks",
+        ),
+        (
+            {"global_batch_size": 4, "world_size": 2},
+            "global_batch_size 4 is 1 times micro_batch_size 4, which does not divide over 2 ranks; "
+            "use micro_batch_size 2, or use global_batch_size 8, or 1 rank",
         ),
         ({"global_batch_size": 18}, "global_batch_size 18 is not a multiple of micro_batch_size 4; use 16 or 20"),
         (

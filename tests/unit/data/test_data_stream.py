@@ -107,5 +107,5 @@ def test_a_damaged_sample_is_told_as_it_is_without_the_traceback_of_a_worker(num
 
 
 def test_a_global_batch_that_does_not_divide_is_refused_when_the_stream_is_made():
-    with pytest.raises(ConfigError, match="do not divide over 3 ranks"):
+    with pytest.raises(ConfigError, match="does not divide over 3 ranks"):
         stream(world_size=3)
