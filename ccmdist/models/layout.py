@@ -210,6 +210,8 @@ def layout_named(path: Path, kinds: Sequence[ModelKind] = ()) -> FolderLayout:
         kinds: Of models that will do, the usual one first; none if all do.
     """
     name, known = path.name.lower(), [one for one in LAYOUTS.values() if not kinds or one.kind in kinds]
+    if name == "network" and MSDM in known:  # of a run: no other objective leaves a model folder there
+        return MSDM
     published = [one for one in known if name in (_name(where).lower() for where in one.repositories)]
     called = sorted((one for one in known if one.kind in name), key=lambda one: -len(one.kind))
     usual = [one for one in known if one.kind in kinds[:1]]

@@ -285,6 +285,7 @@ def test_a_model_that_is_not_there_is_told_how_to_get(world, tmp_path):
         ("tiny-flux", "`ccmdist model make --kind flux --out "),
         ("Kandinsky-5.0-I2I-Lite-sft-Diffusers", "`hf download kandinskylab/Kandinsky-5.0-I2I-Lite-sft-Diffusers "),
         ("tiny", "`ccmdist model make --size tiny --fitted --out "),
+        ("network", "of a finished run of `ccmdist train configs/train/wdlora.yaml configs/train/msdm_vae.yaml`"),
     ],
 )
 def test_a_folder_that_is_not_there_is_taken_for_what_it_is_named_for(name, told, tmp_path):
