@@ -22,7 +22,8 @@ from ccmdist.models.mdf_base import LLM
 from ccmdist.models.mllm import Mllm
 from ccmdist.models.unet import LevelUnet
 
-UNET, FUSION = "unet", "fusion"
+UNET: Final = "unet"
+FUSION: Final = "fusion"
 """The other parts, as modules and as prefixes of the names of their parameters."""
 DECODER: Final = ("upcat_", "final_conv")
 

@@ -48,7 +48,7 @@ def make_mdf_mllm(
     squares = RowSquares(names)
     read_weights(mllm, settings.mllm, DTYPES[settings.llm_dtype], zero_config, squares.on_rows)
     mllm.model.requires_grad_(settings.llm == "full")
-    unet = starting_unet(settings, seed) if settings.fusion_levels else None
+    unet = _starting_unet(settings, seed) if settings.fusion_levels else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fusion = Fusion(settings, image_size_px, mllm.hidden_size)
@@ -62,7 +62,7 @@ def make_mdf_mllm(
     return model
 
 
-def starting_unet(settings: DiagnoseSettings, seed: int) -> LevelUnet:
+def _starting_unet(settings: DiagnoseSettings, seed: int) -> LevelUnet:
     """The U-Net that `segment` has left, or one with random weights.
 
     Raises:
