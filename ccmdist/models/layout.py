@@ -47,6 +47,7 @@ class FolderLayout:
             how many there are.
         published: Values of the transformer's config that only the published model has.
         repositories: Where it is published, the usual one first.
+        folders: What a folder is called that a run leaves, where no other model is in one so called.
         versions: Where each of its versions is, for a model whose versions are called in different ways.
         licence: Under which it is published; "" for Apache-2.0.
         is_gated: Whether its licence has to be accepted before it can be downloaded.
@@ -73,6 +74,7 @@ class FolderLayout:
     blocks: Mapping[str, str] = field(default_factory=dict)
     published: Mapping[str, int] = field(default_factory=dict)
     repositories: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
     versions: Mapping[Version, str] = field(default_factory=dict)
     licence: str = ""
     is_gated: bool = False
@@ -125,6 +127,7 @@ MSDM: Final = FolderLayout(
         ("tokenizer/tokenizer_config.json",),
         ("tokenizer/tokenizer.json", "tokenizer/vocab.txt", "tokenizer/vocab.json"),
     ),
+    folders=("network",),
     advice="give the folder `network` of a finished run of `ccmdist train configs/train/wdlora.yaml "
     "configs/train/msdm_vae.yaml`",
 )
@@ -210,9 +213,7 @@ def layout_named(path: Path, kinds: Sequence[ModelKind] = ()) -> FolderLayout:
         kinds: Of models that will do, the usual one first; none if all do.
     """
     name, known = path.name.lower(), [one for one in LAYOUTS.values() if not kinds or one.kind in kinds]
-    if name == "network" and MSDM in known:  # of a run: no other objective leaves a model folder there
-        return MSDM
-    published = [one for one in known if name in (_name(where).lower() for where in one.repositories)]
+    published = [one for one in known if name in (*one.folders, *(_name(where).lower() for where in one.repositories))]
     called = sorted((one for one in known if one.kind in name), key=lambda one: -len(one.kind))
     usual = [one for one in known if one.kind in kinds[:1]]
     return next(iter(published + called + usual), QWEN)
