@@ -93,7 +93,7 @@ def phantoms(tmp_path_factory):
 
 
 def test_a_set_is_drawn_with_an_adapter_as_it_was_planned_from_a_cache_that_has_each_prompt_once(
-    folder, phantoms, tmp_path
+    folder, phantoms, tmp_path, caplog
 ):
     adapter_folder, drawn = tmp_path / "adapter", tmp_path / "drawn"
     write_adapter(adapter_folder, moved(folder, SETTINGS["wdlora"]))
@@ -108,6 +108,8 @@ def test_a_set_is_drawn_with_an_adapter_as_it_was_planned_from_a_cache_that_has_
     drawing = ["synthesize", *data, f"adapter={adapter_folder}", "denoise_steps=2", "guidance_scale=2"]
     assert exit_code([*drawing, f"out={drawn}", "images_per_mask=2"]) == 0
     assert "all 6 images of plan" in verify_against_plan(drawn, phantoms)
+    is_told = f"guidance_scale=2: {folder.title} is told its guidance, and is now guided a second time"
+    assert (is_told in caplog.text) == (folder.kind != "kandinsky5")
     assert exit_code([*drawing, "adapter=null", f"out={tmp_path}/untuned", "images_per_mask=2"]) == 0
     first, second = (next(path.glob("test-*.tar")).read_bytes() for path in (drawn, tmp_path / "untuned"))
     assert first != second, "the adapter has been at work"
