@@ -24,7 +24,7 @@ from ccmdist.config.train import TrainConfig
 from ccmdist.console import log, tracked
 from ccmdist.errors import AdapterError, ModelError
 from ccmdist.jobs.adapter_check import compare, linear_shapes
-from ccmdist.jobs.adapter_names import NAMES, chosen_name
+from ccmdist.jobs.adapter_names import NAMES, chosen_name, is_of_a_network
 from ccmdist.jobs.trained import facts_of, find_trained, quantity_of
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.train.checkpoint import Checkpoint
@@ -81,10 +81,7 @@ def adapter_of(checkpoint: Checkpoint, config: TrainConfig, name: str | None = N
         AdapterError: If the checkpoint does not hold the adapter that ``config`` and ``name`` describe.
     """
     if config.objective.trains != "adapter":
-        raise AdapterError(
-            f"{checkpoint.path}: is of a {config.objective.kind} network, not of an adapter",
-            "give it as network= to `ccmdist synthesize`",
-        )
+        raise is_of_a_network(checkpoint.path, config.objective)
     settings, facts = config.objective, _facts(checkpoint, config)
     suffix = ""
     if isinstance(settings, DualSettings):

@@ -6,7 +6,7 @@ from typing import Final, get_args
 
 from ccmdist.cluster.run_directory import RunDirectory
 from ccmdist.config.loading import validate
-from ccmdist.config.objectives import AdapterName, DualSettings
+from ccmdist.config.objectives import AdapterName, DualSettings, ObjectiveSettings
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.config.train import TrainConfig
 from ccmdist.errors import AdapterError, ConfigError
@@ -35,6 +35,14 @@ def chosen_name(there: Sequence[str], name: str | None, where: Path) -> str:
     return chosen
 
 
+def is_of_a_network(path: Path, objective: ObjectiveSettings) -> AdapterError:
+    """What is said where an adapter is wanted and ``path`` is of a run that trains a network from scratch."""
+    return AdapterError(
+        f"{path}: is of a {objective.kind} network, not of an adapter",
+        "give it as network= to `ccmdist synthesize`" if objective.draws else objective.serves,
+    )
+
+
 def refuse_what_was_not_trained(config: SynthesizeConfig) -> None:
     """Check against the settings of its run, if the adapter lies in one, that it was trained for what is to be drawn.
 
@@ -45,10 +53,7 @@ def refuse_what_was_not_trained(config: SynthesizeConfig) -> None:
     if config.adapter is None or (trained := _settings_above(config.adapter)) is None:
         return
     if trained.objective.trains != "adapter":
-        raise AdapterError(
-            f"{config.adapter}: is of a {trained.objective.kind} network, not of an adapter",
-            "give it as network= to `ccmdist synthesize`",
-        )
+        raise is_of_a_network(config.adapter, trained.objective)
     there = trained.objective.adapters if isinstance(trained.objective, DualSettings) else NAMES[:1]
     for name in config.objectives:
         chosen_name(there, name, config.adapter)

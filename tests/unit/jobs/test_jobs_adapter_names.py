@@ -47,9 +47,16 @@ def test_of_two_adapters_each_objective_has_its_own(trained):
         refused(run, f"objective={objective}", "data.holes={}")
 
 
-def test_a_run_that_trained_a_network_has_no_adapter(trained):
-    run = trained("objective.kind=maisi")
-    with pytest.raises(AdapterError, match="is of a maisi network, not of an adapter"):
+@pytest.mark.parametrize(
+    ("objective", "remedy"),
+    [
+        (["objective.kind=maisi"], "give it as network= to `ccmdist synthesize`"),
+        (["objective.kind=diagnose", "objective.mllm=m"], "it tells groups of frames; draw with another network"),
+    ],
+)
+def test_a_run_that_trained_a_network_has_no_adapter(objective, remedy, trained):
+    run, kind = trained(*objective), objective[0].partition("=")[2]
+    with pytest.raises(AdapterError, match=f"is of a {kind} network, not of an adapter; {remedy}$"):
         refused(run)
 
 
