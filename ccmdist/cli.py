@@ -153,7 +153,7 @@ AllowChange = Annotated[
 
 @app.command(epilog=example("ccmdist train configs/train/tiny.yaml processes=2 num_steps=40"))
 def train(arguments: Arguments = None, dry_run: DryRun = False, allow_change: AllowChange = None) -> None:
-    """Fine-tune an adapter. Run the same command again to resume after a stop."""
+    """Fine-tune an adapter, or train a network from scratch. Run the same command again to resume after a stop."""
     config = _load(TrainConfig, arguments)
     job = importlib.import_module("ccmdist.jobs.train")
     if dry_run:
