@@ -14,7 +14,7 @@ app = typer.Typer(**SETTINGS)
 
 @app.command(epilog=example("python launch/train.py configs/train/wdlora.yaml slurm.nodes=2 slurm.gpus_per_node=8"))
 def train(arguments: Arguments = None, dry_run: DryRun = False, allow_change: AllowChange = None) -> None:
-    """Fine-tune an adapter as a Slurm job. Fields of the section `slurm.`: launch/README.md."""
+    """Train an adapter or a network as a Slurm job. Fields of the section `slurm.`: launch/README.md."""
     words = arguments or []
     config, slurm = load_for_slurm(TrainConfig, *parted(words))
     options = tuple(f"--allow-change={field}" for field in allow_change or ())

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # sbatch slurm/train.sh configs/train/tiny.yaml
 # sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 slurm/train.sh configs/train/wdlora.yaml run=runs/a
-# Fine-tune an adapter, one task per GPU. Preempted, out of time or on a lost node, it goes on from its last checkpoint.
+# Train an adapter or a network, one task per GPU. Preempted, out of time or on a lost node, it goes on from its last checkpoint.
 #SBATCH --job-name=ccmdist-train
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=2
