@@ -27,6 +27,14 @@ for name, value in {
     os.environ.setdefault(name, value)
 atexit.register(shutil.rmtree, tempfile.gettempdir() + f"/ccmdist-test-node-{os.getpid()}", ignore_errors=True)
 
+
+def pytest_configure(config):
+    """Processes that share the tests have a folder of a node each: what a test finds must not depend on their order."""
+    if worker := getattr(config, "workerinput", None):
+        os.environ["CCMDIST_NODE_TMP"] += f"-{worker['workerid']}"
+        atexit.register(shutil.rmtree, os.environ["CCMDIST_NODE_TMP"], ignore_errors=True)
+
+
 # The time that an example takes says nothing here: cores are shared.
 hypothesis.settings.register_profile("ccmdist", deadline=None)
 hypothesis.settings.load_profile("ccmdist")

@@ -120,7 +120,7 @@ def test_a_config_of_another_size_is_refused_before_anything_runs(tiny_copy):
         build_quantized(ModelFolder.open(tiny_copy), torch.bfloat16, "int8", "cpu", None)
     sigmas, device = torch.tensor([0.5]), torch.device("cpu")
     with pytest.raises(ModelError, match=r"do not fit \w+: missing transformer_blocks\.4\.img_mod\.1\.bias"):
-        table_for(ModelFolder.open(tiny_copy), sigmas, torch.bfloat16, 1, device, "base")
+        table_for(ModelFolder.open(tiny_copy), sigmas, torch.bfloat16, 1, device, "of another size")
 
 
 def test_weights_are_those_of_the_files_not_what_the_class_draws(tiny_copy):

@@ -106,7 +106,7 @@ def test_modulation_layers_are_neither_allocated_nor_read(folders, monkeypatch):
     table = table_of(folders["2509"], torch.float32, 1, GRID[:1])
     read, made = [], []
     load, allocate = building.load_weights, building.allocate
-    monkeypatch.setattr(building, "load_weights", lambda model, files, on_rows: read.append(load(model, files)))
+    monkeypatch.setattr(building, "load_weights", lambda model, files, on_rows, **_: read.append(load(model, files)))
     monkeypatch.setattr(
         building, "allocate", lambda model, dtype_of, device: made.append(dtype_of) or allocate(model, dtype_of, device)
     )
