@@ -10,6 +10,8 @@ import torch
 from ccmdist.config.loading import load
 from ccmdist.config.train import TrainConfig
 from ccmdist.models import mmdit
+from ccmdist.models.backbones.choice import backbone_of
+from ccmdist.models.model_folder import ModelFolder
 from ccmdist.train.objectives.edit import EditObjective
 from tests.distributed.small_world import SETTINGS, data_overrides, losses, weights
 
@@ -22,8 +24,8 @@ def count_parameters(rank):
     """Write down how many parameters each rank's model has, in the order in which ranks start."""
     original = mmdit.build
 
-    def build(*arguments):
-        model = original(*arguments)
+    def build(*arguments, **named):
+        model = original(*arguments, **named)
         with parameters_file().open("a") as file:
             file.write(f"{len(list(model.parameters()))}\n")
         return model
@@ -60,6 +62,7 @@ def test_where_the_adapter_changes_modulation_it_is_not_tabulated(world, tmp_pat
     config = load(TrainConfig, [], overrides)
     with caplog.at_level("INFO", logger="ccmdist"):
         adapted = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.img_mod.1"]
-        assert EditObjective._table(SimpleNamespace(config=config), adapted) is None
+        objective = SimpleNamespace(config=config, backbone=backbone_of(ModelFolder.open(config.data.model)))
+        assert EditObjective._table(objective, adapted) is None
     told = "modulation is not tabulated, for the adapter changes it: transformer_blocks.0.img_mod.1"
     assert told in caplog.text
