@@ -28,24 +28,24 @@ def load_partitioned(group, path):
     """On one rank: the forward, the bytes that it read, the norms of rows and how often each row was told."""
     import deepspeed
 
-    from ccmdist.models import checkpoint_io
+    from ccmdist.models import building
 
     folder, read, told = ModelFolder.open(path), [], {}
     names = mmdit.linear_names(mmdit.skeleton(folder), ("attn", "mlp"))
     squares = RowSquares(names)
-    original = checkpoint_io.load_weights
+    original = building.load_weights
 
-    def counted(*arguments):
-        read.append(original(*arguments))
+    def counted(*arguments, **named):
+        read.append(original(*arguments, **named))
         return read[-1]
 
     def on_rows(name, first, rows, num_rows):
         told.setdefault(name, torch.zeros(num_rows))[first : first + len(rows)] += 1
         squares.on_rows(name, first, rows, num_rows)
 
-    mmdit.load_weights = counted
+    building.load_weights = counted
     model = mmdit.build(folder, torch.float32, ZERO, on_rows)
-    mmdit.load_weights = original
+    building.load_weights = original
     shapes = {name: parameter.ds_shape for name, parameter in model.named_parameters()}
     kept = sum(parameter.ds_tensor.nbytes for parameter in model.parameters())
     mmdit.make_blocks_leaves(model)
