@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def make_backbone(world, kind):
-    """A tiny folder of a kind, called like it, and its cache beside what the world has."""
+    """A tiny folder of a kind, called like it, and its cache beside what the world has; made once in a session."""
     from ccmdist.config.data import PrecomputeConfig
     from ccmdist.config.loading import load
     from ccmdist.jobs.model import TINY
@@ -12,5 +12,6 @@ def make_backbone(world, kind):
     from tests.distributed.small_world import data_overrides
 
     folder = Path(world) / kind
-    TINY[kind](folder, 0)
+    if not folder.exists():
+        TINY[kind](folder, 0)
     fill_cache(load(PrecomputeConfig, [], [*data_overrides(world), f"data.model={folder}"]), 0, 1)
