@@ -103,10 +103,13 @@ def test_an_mdf_mllm_goes_on_and_is_exported_with_gates_that_have_moved_and_an_a
     assert (folder / "network" / LLM_ADAPTER / PEFT_FILE).is_file()
 
 
-def test_an_adapter_on_flux_goes_on_and_stock_diffusers_loads_what_is_exported(cluster, project, world, tmp_path):
-    folder, model = tmp_path / "run", world / "flux"
-    make_backbone(world, "flux")
-    log = stopped_once(cluster, project, world, folder, f"data.model={model}", configs=("tiny", "tiny_flux"))
+@pytest.mark.parametrize("kind", ["flux", "kandinsky5"])
+def test_an_adapter_on_another_model_goes_on_and_stock_diffusers_loads_what_is_exported(
+    cluster, project, world, tmp_path, kind
+):
+    folder, model = tmp_path / "run", world / kind
+    make_backbone(world, kind)
+    log = stopped_once(cluster, project, world, folder, f"data.model={model}", configs=("tiny", f"tiny_{kind}"))
     assert "sharding: zero3" in log
     verify(folder / "adapter", model)
     assert all(of["lora_B"].any() for of in read_adapter(folder / "adapter").tensors.values())
