@@ -115,10 +115,7 @@ def write_adapter(folder: Path, state: AdapterState) -> None:
         AdapterError: If the state itself is not sound.
     """
     state.check(folder)
-    tensors = {
-        f"{PREFIX}{name}.{PEFT_NAMES[kind]}": tensor.float().contiguous()
-        for name, kind, tensor in _items(state.tensors)
-    }
+    tensors = _named(state, PREFIX)
     ours = {
         "format_version": FORMAT_VERSION,
         "settings": state.settings.model_dump(mode="json"),
@@ -140,13 +137,17 @@ def write_peft(folder: Path, state: AdapterState) -> None:
         AdapterError: If the state itself is not sound.
     """
     state.check(folder)
-    tensors = {
-        f"{PEFT_PREFIX}{name}.{PEFT_NAMES[kind]}": tensor.float().contiguous()
+    with committed_file(folder / PEFT_FILE) as temporary:
+        save_file(_named(state, PEFT_PREFIX), temporary, metadata={"format": "pt"})
+    commit_json(folder / CONFIG_FILE, {"peft_type": "LORA", "inference_mode": True} | peft_settings(state))
+
+
+def _named(state: AdapterState, prefix: str) -> dict[str, Tensor]:
+    """All tensors, fp32, by PEFT's names below a prefix."""
+    return {
+        f"{prefix}{name}.{PEFT_NAMES[kind]}": tensor.float().contiguous()
         for name, kind, tensor in _items(state.tensors)
     }
-    with committed_file(folder / PEFT_FILE) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    commit_json(folder / CONFIG_FILE, {"peft_type": "LORA", "inference_mode": True} | peft_settings(state))
 
 
 def read_adapter(folder: Path) -> AdapterState:
