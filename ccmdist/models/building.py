@@ -6,9 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor, nn
 
 from ccmdist.models.checkpoint_io import OnRows, load_weights
+
+
+def without_weights(model_class: Any, config: Mapping[str, Any]) -> Any:
+    """A model of diffusers whose parameters have no memory, to look at its structure; its buffers have their values."""
+    with no_init_weights(), init_empty_weights():
+        return model_class.from_config(config)
 
 
 def with_weights(

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import QwenImageTransformer2DModel
 from diffusers.models.attention_dispatch import attention_backend
-from diffusers.models.modeling_utils import no_init_weights
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from torch import Tensor, nn
 
-from ccmdist.models.building import with_weights
+from ccmdist.models.building import with_weights, without_weights
 from ccmdist.models.checkpoint_io import OnRows
 from ccmdist.models.leaf_blocks import arguments_of, make_leaves, positional
 from ccmdist.models.model_folder import ModelFolder
@@ -30,8 +28,8 @@ TARGET_GROUPS: Final = {"attn": ("attn.",), "mlp": ("img_mlp.", "txt_mlp.")}
 
 def skeleton(folder: ModelFolder) -> QwenImageTransformer2DModel:
     """The model of a folder without weights, to look at its structure."""
-    with no_init_weights(), init_empty_weights():
-        return QwenImageTransformer2DModel.from_config(folder.config("transformer"))
+    model: QwenImageTransformer2DModel = without_weights(QwenImageTransformer2DModel, folder.config("transformer"))
+    return model
 
 
 def build(
@@ -79,9 +77,13 @@ def linear_names(model: QwenImageTransformer2DModel, targets: tuple[str, ...]) -
     Raises:
         ConfigError: If a target selects nothing.
     """
+    return chosen_linears(model, ("transformer_blocks",), targets, TARGET_GROUPS, dead(model))
+
+
+def dead(model: QwenImageTransformer2DModel) -> list[str]:
+    """Full names of the linears of :func:`dead_in_last_block`."""
     last = len(model.transformer_blocks) - 1
-    dead = [f"transformer_blocks.{last}.{layer}" for layer in dead_in_last_block(model)]
-    return chosen_linears(model, ("transformer_blocks",), targets, TARGET_GROUPS, dead)
+    return [f"transformer_blocks.{last}.{layer}" for layer in dead_in_last_block(model)]
 
 
 @torch.enable_grad()

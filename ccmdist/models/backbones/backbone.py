@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ccmdist.models.building import with_weights
+from ccmdist.models.building import with_weights, without_weights
 from ccmdist.models.checkpoint_io import OnRows
 from ccmdist.models.leaf_blocks import make_leaves
 from ccmdist.models.model_folder import ModelFolder
@@ -34,6 +34,8 @@ class Backbone(ABC):
         folder: The folder.
     """
 
+    transformer: ClassVar[type[nn.Module]]
+    """Its class in diffusers."""
     text: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
     """Names of cached tensors that stand for the prompt."""
     target_groups: ClassVar[Groups]
@@ -49,9 +51,9 @@ class Backbone(ABC):
     def __init__(self, folder: ModelFolder) -> None:
         self.folder = folder
 
-    @abstractmethod
     def skeleton(self) -> Any:
         """The model without weights, to look at its structure."""
+        return without_weights(self.transformer, self.folder.config("transformer"))
 
     def build(
         self,

@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from typing import ClassVar, Final
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import attention_backend
-from diffusers.models.modeling_utils import no_init_weights
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
@@ -29,6 +27,7 @@ STREAMS: Final = ("hidden_states", "encoder_hidden_states")
 class FluxKontext(Backbone):
     """The condition images as further tokens. Source: diffusers' FluxKontextPipeline."""
 
+    transformer = FluxTransformer2DModel
     text = ("prompt_embeds", "pooled_prompt_embeds")
     target_groups: ClassVar[Groups] = {"attn": ("attn.",), "mlp": ("ff.", "ff_context.", "proj_mlp", "proj_out")}
     leaves: ClassVar[Mapping[str, type[nn.Module]]] = {
@@ -40,11 +39,6 @@ class FluxKontext(Backbone):
         """Take a folder; its transformer's config is read here, for a model under DeepSpeed has another."""
         super().__init__(folder)
         self._is_told_guidance = bool(folder.config("transformer").get("guidance_embeds", False))
-
-    def skeleton(self) -> FluxTransformer2DModel:
-        """See :meth:`Backbone.skeleton`."""
-        with no_init_weights(), init_empty_weights():
-            return FluxTransformer2DModel.from_config(self.folder.config("transformer"))
 
     def velocity(
         self,

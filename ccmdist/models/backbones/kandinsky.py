@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from typing import ClassVar, Final
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import Kandinsky5Transformer3DModel
 from diffusers.models.attention_dispatch import attention_backend
-from diffusers.models.modeling_utils import no_init_weights
 from diffusers.models.transformers.transformer_kandinsky import (
     Kandinsky5TransformerDecoderBlock,
     Kandinsky5TransformerEncoderBlock,
@@ -28,6 +26,7 @@ NUM_TIMES: Final = 1000
 class Kandinsky(Backbone):
     """Source: diffusers' Kandinsky5I2IPipeline."""
 
+    transformer = Kandinsky5Transformer3DModel
     text = ("prompt_embeds", "pooled_prompt_embeds")
     target_groups: ClassVar[Groups] = {"attn": ("self_attention.", "cross_attention."), "mlp": ("feed_forward.",)}
     leaves: ClassVar[Mapping[str, type[nn.Module]]] = {
@@ -35,11 +34,6 @@ class Kandinsky(Backbone):
         "visual_transformer_blocks": positional(Kandinsky5TransformerDecoderBlock, ("visual_embed", "text_embed")),
     }
     in_fp32 = r"^time_embeddings\.|modulation"
-
-    def skeleton(self) -> Kandinsky5Transformer3DModel:
-        """See :meth:`Backbone.skeleton`; its tables of angles are there."""
-        with no_init_weights(), init_empty_weights():
-            return Kandinsky5Transformer3DModel.from_config(self.folder.config("transformer"))
 
     def velocity(
         self,

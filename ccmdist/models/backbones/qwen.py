@@ -17,14 +17,11 @@ from ccmdist.models.sampling import BlockPass, GuidedVelocity, block_pass
 class Qwen(Backbone):
     """Of any version; the mask is seen as further image tokens, and by the text encoder."""
 
+    transformer = QwenImageTransformer2DModel
     target_groups = mmdit.TARGET_GROUPS
     leaves: ClassVar[Mapping[str, type[nn.Module]]] = {"transformer_blocks": mmdit.PositionalBlock}
     guidance = "rescaled"
     can_tabulate = True
-
-    def skeleton(self) -> QwenImageTransformer2DModel:
-        """See :meth:`Backbone.skeleton`."""
-        return mmdit.skeleton(self.folder)
 
     def build(
         self,
@@ -40,8 +37,7 @@ class Qwen(Backbone):
     def dead(self, model: nn.Module) -> list[str]:
         """See :meth:`Backbone.dead`."""
         assert isinstance(model, QwenImageTransformer2DModel), type(model)
-        last = len(model.transformer_blocks) - 1
-        return [f"transformer_blocks.{last}.{layer}" for layer in mmdit.dead_in_last_block(model)]
+        return mmdit.dead(model)
 
     def velocity(
         self,
