@@ -97,6 +97,11 @@ class ModelFolder:
         return self.layout.name if self.edit_version is None else f"{self.layout.name} {self.edit_version}"
 
     @property
+    def is_told_guidance(self) -> bool:
+        """Whether its transformer is told a guidance itself, as one that was distilled is."""
+        return bool(self.config("transformer").get("guidance_embeds", False))
+
+    @property
     def repository(self) -> str:
         """Where a model like it is published; "" where that may be one of several."""
         return self.layout.published_as(self.path, self.edit_version)

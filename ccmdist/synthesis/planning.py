@@ -91,7 +91,7 @@ def make_plan(
     """
     manifest = read_manifest(config.data.shards)
     folder, cache_digest = find_cache(config.data, manifest.digest, encoders)
-    if config.guidance_scale > 1 and model.config("transformer").get("guidance_embeds"):
+    if config.guidance_scale > 1 and model.is_told_guidance:
         log.warning(
             "guidance_scale=%g: %s is told its guidance, and is now guided a second time by two passes per step; its "
             "stock pipeline draws as with guidance_scale=1",

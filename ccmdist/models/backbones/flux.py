@@ -38,7 +38,7 @@ class FluxKontext(Backbone):
     def __init__(self, folder: ModelFolder) -> None:
         """Take a folder; its transformer's config is read here, for a model under DeepSpeed has another."""
         super().__init__(folder)
-        self._is_told_guidance = bool(folder.config("transformer").get("guidance_embeds", False))
+        self._is_told_guidance = folder.is_told_guidance
 
     def velocity(
         self,
