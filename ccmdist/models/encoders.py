@@ -108,9 +108,7 @@ class LatentCodec:
         Args:
             pictures: uint8, grey (B, H, W) or with colours (B, H, W, 3); height and width are multiples of 8.
         """
-        given = torch.from_numpy(np.ascontiguousarray(pictures)).to(self.vae.device)
-        scaled = rgb_of_grey(given) if given.dim() == 3 else scaled_rgb(given)
-        rgb = scaled.to(self.vae.dtype).unsqueeze(2)
+        rgb = rgb_for(self.vae, pictures).unsqueeze(2)
         return normalised(self.vae.encode(rgb).latent_dist.mode(), self.vae).squeeze(2)
 
     def encode_structure(self, pictures: np.ndarray) -> Tensor:
@@ -169,6 +167,12 @@ def last_states(
     states_BLD = encoder(**inputs, output_hidden_states=True).hidden_states[-1]
     attended_BL = inputs["attention_mask"].bool()
     return [s_LD[kept_L][num_dropped:] for s_LD, kept_L in zip(states_BLD, attended_BL, strict=True)]
+
+
+def rgb_for(vae: Any, pictures: np.ndarray) -> Tensor:
+    """Pictures, uint8, grey (B, H, W) or with colours (B, H, W, 3), as a VAE takes them: (B, 3, H, W) in [-1, 1]."""
+    given = torch.from_numpy(np.ascontiguousarray(pictures)).to(vae.device)
+    return (rgb_of_grey(given) if given.dim() == 3 else scaled_rgb(given)).to(vae.dtype)
 
 
 def rgb_of_grey(grey_BHW: Tensor) -> Tensor:

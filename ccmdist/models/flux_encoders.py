@@ -12,14 +12,13 @@ from typing import Final
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor
 from transformers import AutoTokenizer, BatchEncoding, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from ccmdist.errors import ConfigError
-from ccmdist.models.checkpoint_io import load_weights
-from ccmdist.models.encoders import grey_of_rgb, load_text_encoder, rgb_of_grey, scaled_rgb
+from ccmdist.models.encoders import grey_of_rgb, load_text_encoder, rgb_for
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.vae import loaded_vae
 
 MAX_TEXT_TOKENS: Final = 512
 """Of T5, as the stock pipelines ask for; a tokenizer may take fewer."""
@@ -141,11 +140,7 @@ class FluxCodec:
         Raises:
             ModelError: If the weights do not fit the config.
         """
-        with no_init_weights():
-            vae = AutoencoderKL.from_config(folder.config("vae"))
-        torch.nn.Module.to(vae, device, dtype)
-        load_weights(vae, folder.weight_files("vae"))
-        return cls(vae.eval())
+        return cls(loaded_vae(AutoencoderKL, folder, dtype, device))
 
     @property
     def shift(self) -> float:
@@ -159,9 +154,7 @@ class FluxCodec:
         Args:
             pictures: uint8, grey (B, H, W) or with colours (B, H, W, 3); height and width are multiples of 8.
         """
-        given = torch.from_numpy(np.ascontiguousarray(pictures)).to(self.vae.device)
-        rgb = rgb_of_grey(given) if given.dim() == 3 else scaled_rgb(given)
-        mode = self.vae.encode(rgb.to(self.vae.dtype)).latent_dist.mode()
+        mode = self.vae.encode(rgb_for(self.vae, pictures)).latent_dist.mode()
         return (mode - self.shift) * self.vae.config.scaling_factor
 
     def encode_structure(self, pictures: np.ndarray) -> Tensor:

@@ -31,7 +31,7 @@ from transformers.utils import logging
 from ccmdist.commit import commit_bytes, commit_json, committed_file
 from ccmdist.config.objectives import MsdmSettings, MsdmVaeSettings
 from ccmdist.errors import ConfigError
-from ccmdist.models.encoders import grey_of_rgb, rgb_of_grey, scaled_rgb
+from ccmdist.models.encoders import grey_of_rgb, rgb_for
 from ccmdist.models.model_folder import MSDM_WEIGHT_FILES, ModelFolder
 from ccmdist.models.msdm_unet import scheduler_config
 from ccmdist.models.text_encoders import TextEncoder, chosen_text_encoder
@@ -102,9 +102,7 @@ class MsdmCodec:
                 f"data.image_size_px: the VAE divides edges by {self.factor}, {pictures.shape[1]} px do not divide",
                 f"set it to {lower} or {lower + self.factor}, and train with the same",
             )
-        given = torch.from_numpy(np.ascontiguousarray(pictures)).to(self.vae.device)
-        rgb = rgb_of_grey(given) if given.dim() == 3 else scaled_rgb(given)
-        mode: Tensor = self.vae.encode(rgb.to(self.vae.dtype)).latent_dist.mode()
+        mode: Tensor = self.vae.encode(rgb_for(self.vae, pictures)).latent_dist.mode()
         return mode
 
     @torch.no_grad()
