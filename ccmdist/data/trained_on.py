@@ -50,5 +50,19 @@ def subjects_trained_on(drawn: Manifest, known: Iterable[Manifest]) -> frozenset
     told = training if isinstance(training, dict) else {}
     if isinstance(subjects := told.get("subjects"), list):
         return frozenset(map(str, subjects))
-    source = next((one for one in known if one.digest == told.get("set_digest")), None)
-    return source.subjects_of(told["split"]) if source and "split" in told else None
+    return _subjects_of(told.get("set_digest"), told.get("split"), known)
+
+
+def subjects_behind(facts: Mapping[str, str], known: Iterable[Manifest]) -> frozenset[str] | None:
+    """The subjects that a network itself was trained on; None if it cannot be told.
+
+    Args:
+        facts: Of the network, as of :func:`training_of`.
+        known: Of real sets, one of which may be the one that it was trained on.
+    """
+    return _subjects_of(facts.get("training_set_digest"), facts.get("training_split"), known)
+
+
+def _subjects_of(set_digest: Any, split: Any, known: Iterable[Manifest]) -> frozenset[str] | None:
+    source = next((one for one in known if one.digest == set_digest), None)
+    return source.subjects_of(split) if source and split else None

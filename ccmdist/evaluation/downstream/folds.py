@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
 from ccmdist.ccm.groups import ClinicalGroup
 from ccmdist.commit import digest_of
@@ -18,7 +18,7 @@ from ccmdist.config.evaluate import DownstreamSettings, FoldSets
 from ccmdist.data.manifest import MANIFEST, Manifest, read_manifest
 from ccmdist.data.reader import read_metas
 from ccmdist.data.splits import Subject, fold_splits
-from ccmdist.data.trained_on import subjects_trained_on, why_unknown
+from ccmdist.data.trained_on import subjects_behind, subjects_trained_on, why_unknown
 from ccmdist.errors import EvaluationError
 from ccmdist.evaluation.sets import OpenedSets, refuse_undrawn
 from ccmdist.models.network_folder import read_about
@@ -122,14 +122,13 @@ def _seen_by_unet(unet: Path, known: Sequence[Manifest]) -> frozenset[str]:
     Raises:
         EvaluationError: If it was trained on none of the known sets.
     """
-    facts = read_about(unet).facts
-    source = next((one for one in known if one.digest == facts.get("training_set_digest")), None)
-    if source is None:
+    seen = subjects_behind(read_about(unet).facts, known)
+    if seen is None:
         raise EvaluationError(
             f"downstream.networks.mdf.unet: {unet} was trained on another set, so it may have seen whom a fold tests",
             "train it on the real set that is given here, or leave it out: the U-Net then begins anew in each fold",
         )
-    return source.subjects_of(cast(Split, facts["training_split"]))
+    return seen
 
 
 def _made(sets: OpenedSets, settings: DownstreamSettings) -> list[Fold]:
