@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from ccmdist.ccm.groups import CLINICAL_GROUPS
-from ccmdist.config.objectives import DiagnoseSettings, DualSettings
+from ccmdist.config.objectives import DiagnoseSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.cache_index import CacheEntry
 from ccmdist.errors import ConfigError
@@ -24,7 +24,7 @@ def refuse_unable(config: TrainConfig, folder: ModelFolder) -> None:
             f"base: {config.base} is for Qwen-Image-Edit alone, {folder.path} holds {folder.title}",
             "set base=bf16 or fp32",
         )
-    num_conditions = 2 if isinstance(config.objective, DualSettings) and config.objective.completion_share else 1
+    num_conditions = 2 if config.objective.completion_share else 1
     if num_conditions > layout.max_conditions:
         raise ConfigError(
             f"objective.adapters: completion shows a model two condition images, {folder.title} takes "
