@@ -16,6 +16,7 @@ from ccmdist.data.reader import read_split
 from ccmdist.errors import ConfigError, ModelError, RunError
 from ccmdist.jobs.synthesize import describe
 from ccmdist.models import mmdit, quantized
+from ccmdist.models.backbones.qwen import Qwen
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.modulation_table import is_tabled
 from ccmdist.models.sizes import SIZES
@@ -144,7 +145,7 @@ def full(monkeypatch):
     structure = mmdit.QwenImageTransformer2DModel
     with torch.device("meta"):
         model = structure(**SIZES["full"].transformer)
-    monkeypatch.setattr(mmdit, "skeleton", lambda folder: model)
+    monkeypatch.setattr(Qwen, "skeleton", lambda backbone: model)
 
 
 @pytest.mark.parametrize(
