@@ -50,6 +50,11 @@ class OfObjective(Settings):
         return 1
 
     @property
+    def sees_mask(self) -> bool:
+        """Whether the images that it draws follow their masks, and not their prompts alone."""
+        return True
+
+    @property
     def completion_share(self) -> float:
         """Of the optimizer steps, that of those which train to fill holes."""
         return 0.0
@@ -294,6 +299,11 @@ class MsdmSettings(OfObjective):
     """Of training samples whose prompt is dropped, so that there is something to guide away from."""
     mask_condition: bool = True
     """Give latents of the nerve mask beside the noisy ones; if not, the prompt is all that images follow."""
+
+    @property
+    def sees_mask(self) -> bool:
+        """See :attr:`OfObjective.sees_mask`."""
+        return self.mask_condition
 
     @model_validator(mode="after")
     def _channels_fit_norms_and_heads(self) -> Self:

@@ -91,6 +91,11 @@ class Manifest(BaseModel):
         """Samples of all splits."""
         return sum(shard.num_samples for shard in self.shards)
 
+    @property
+    def follows_masks(self) -> bool:
+        """Whether masks show the nerves of the images beside them: not in a set that was drawn from prompts alone."""
+        return bool(self.about.get("sees_mask", True))
+
     def of_split(self, split: Split) -> tuple[ShardEntry, ...]:
         """The shards of one split, in order."""
         return tuple(shard for shard in self.shards if shard.split == split)

@@ -84,6 +84,11 @@ def _passed(folder: Path, manifest: Manifest, report: Path) -> dict[str, Any]:
     if not gate["passed"] or gate["reasons"] or not gate["figures"]:
         reasons = "".join(f"\n  {reason}" for reason in gate["reasons"] or ["it was not judged"])
         raise RunError(f"{folder}: is withheld by the gate and not released:{reasons}\nread {path.parent}/report.html")
+    if not manifest.follows_masks:
+        raise RunError(
+            f"{folder}: was drawn from prompts alone, so its masks do not show the nerves of its images",
+            "release a set of a network that sees masks (objective.mask_condition=true)",
+        )
     if sets[name].get("control"):
         raise RunError(
             f"{folder}: is a control, drawn with the prompts of other clinical groups than its samples",

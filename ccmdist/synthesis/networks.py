@@ -131,7 +131,7 @@ class MsdmSampler:
         settings, of_network = plan.settings, state.about.settings
         assert isinstance(of_network, MsdmSettings), state.about.kind
         self.plan, self.device, self.cache = plan, current_device(), cache
-        self.schedule, self.sees_mask = ddpm.NoiseSchedule.of(of_network), of_network.mask_condition
+        self.schedule, self.sees_mask = ddpm.NoiseSchedule.of(of_network), of_network.sees_mask
         self.network = state.network(self.device)
         self.codec = MsdmCodec.load(model, DTYPES[settings.dtype], self.device)
         self.entries: dict[str, CacheEntry] = {entry.key: entry for entry in cache.entries(settings.split)}
@@ -192,8 +192,7 @@ class NetworkDrawing:
         # Before the plan is written, which would stand in the way.
         refuse_another_structure(self.state.about.facts, self.config)
         _refuse_misfit(self.config, self.state)
-        of_network = self.state.about.settings
-        if isinstance(of_network, MsdmSettings) and not of_network.mask_condition:
+        if not self.state.about.settings.sees_mask:
             log.warning("%s: learnt without masks: its images follow the prompt alone", self.config.network)
         training = training_of(self.state.about.facts, read_manifest(self.config.data.shards))
         output = SyntheticSet(self.config.out, make_network_plan(self.config, self.state.about), training)

@@ -68,6 +68,8 @@ class PlanSettings:
     """Of the adapter that fills holes, where it is not the one that draws whole images."""
     eta: float = 0.0
     """Noise that is added anew at each denoise step."""
+    sees_mask: bool = True
+    """Whether the images follow their masks, and not their prompts alone."""
 
 
 LATER: Final = {

@@ -206,6 +206,7 @@ def _settings(
         holes=data.holes if config.completes else None,
         completion_digest=completion_digest,
         eta=config.eta,
+        sees_mask=network is None or network.settings.sees_mask,
     )
 
 

@@ -59,7 +59,8 @@ class Monitor:
         sets = objective.parameter_sets()
         count = {name: sum(_numel(p) for p in parameters.values()) for name, parameters in sets.items()}
         sizes = ", ".join(f"{name}: {number:,} parameters" for name, number in count.items())
-        log.info("training %s on %d ranks from step %d", sizes, self.group.ranks.world_size, self.first_step)
+        ranks = "1 rank" if (num_ranks := self.group.ranks.world_size) == 1 else f"{num_ranks} ranks"
+        log.info("training %s on %s from step %d", sizes, ranks, self.first_step)
         if self._writer and self.first_step == 0 and self.config.monitor.images_every_steps:
             for name, picture in objective.first_batch_images().items():
                 self._add_image(name, picture, 0)

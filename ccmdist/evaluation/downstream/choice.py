@@ -52,6 +52,8 @@ def chosen(fold: Fold, arm: Arm, task: Task, seed: int) -> Chosen | str:
     if arm.name == PHANTOM:
         return Chosen(taken, num_phantoms=_phantoms(wanted))
     source = fold.synthetic[arm.name]
+    if task == "segmentation" and not source.manifest.follows_masks:
+        return f"{arm.name} was drawn from prompts alone, so its masks do not show the nerves of its images"
     held_out = fold.subjects("val") | fold.subjects("test")
     free = [sample for sample in usable(source.samples, task) if sample.subject not in held_out]
     if not arm.has_real:

@@ -64,6 +64,12 @@ def _adherence(one: SetReport) -> str:
     found, chance = one.adherence, one.adherence.chance
     if math.isnan(found.dice):
         return f"{one.name}: too few images to say whether nerves lie where they were wanted."
+    if not one.images.manifest.follows_masks:
+        return (
+            f"{one.name} was drawn from prompts alone. That the nerves of its images lie elsewhere than in the masks "
+            f"beside them is no fault (Dice {found.dice:.2f}, {chance.dice:.2f} by chance), and what sets an image "
+            "beside a mask or a frame says nothing of it."
+        )
     by_chance = [f" ({value:.2f} by chance)" if value == value else "" for value in (chance.dice, chance.cldice)]
     return (
         f"{one.name}: the nerves that the segmenter finds overlap with the wanted ones by Dice {found.dice:.2f}"

@@ -22,6 +22,7 @@ from ccmdist.data.writer import write_set
 from ccmdist.errors import ConfigError, EvaluationError
 from ccmdist.evaluation import measures
 from ccmdist.evaluation.comparison import compare, units
+from ccmdist.evaluation.report.conclusions import may_be_concluded
 from ccmdist.evaluation.report.formatting import (
     ABSENT,
     MINUS,
@@ -243,6 +244,20 @@ def test_below_the_minimum_figures_are_left_out_with_the_reason(comparison):
     assert values["synthetic"]["close"]["fidelity"]["distances"] == []
     assert "no biomarker could be tested" in values["may_be_concluded"][0]
     Page(write_report(compare(config)).read_text())
+
+
+def test_of_a_set_drawn_from_prompts_alone_the_report_says_so(comparison):
+    close, far = comparison.sets
+    assert not any("prompts alone" in sentence for sentence in may_be_concluded(comparison))
+    maskless = close.images.manifest.model_copy(update={"about": {"sees_mask": False}})
+    sets = [replace(close, images=replace(close.images, manifest=maskless)), far]
+    told = [one for one in may_be_concluded(replace(comparison, sets=sets)) if "prompts alone" in one]
+    found = close.adherence
+    assert told == [
+        "close was drawn from prompts alone. That the nerves of its images lie elsewhere than in the masks beside them "
+        f"is no fault (Dice {found.dice:.2f}, {found.chance.dice:.2f} by chance), and what sets an image beside a mask "
+        "or a frame says nothing of it."
+    ]
 
 
 def test_the_command_prints_a_table_and_the_path(sets, comparison, tmp_path, capsys):

@@ -158,6 +158,17 @@ def test_a_control_is_refused_and_a_set_of_phantoms_says_so_on_its_card(world, t
         release(world / "clean", tmp_path / "report.json", tmp_path / "other")
 
 
+def test_a_set_whose_masks_are_not_those_of_its_images_is_refused(world, tmp_path):
+    shutil.copytree(world / "clean", tmp_path / "clean")
+    manifest = read_manifest(tmp_path / "clean")
+    commit_manifest(tmp_path / "clean", "synthetic", manifest.shards, manifest.about | {"sees_mask": False})
+    with pytest.raises(
+        RunError, match=r"clean: was drawn from prompts alone, so its masks do not show .*mask_condition"
+    ):
+        release(tmp_path / "clean", world / "report", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_shard_that_was_changed_behind_its_manifest_is_refused(world, tmp_path):
     shutil.copytree(world / "clean", tmp_path / "clean")
     tar = tmp_path / "clean" / "test-000000.tar"

@@ -98,6 +98,9 @@ def test_eta_guidance_steps_and_mask_each_change_the_images(state, encoders, con
     usual = images_of(tmp_path / "usual")
     for other in ("noisy", "unguided", "maskless", "one step"):
         assert any((image != usual[key]).any() for key, image in images_of(tmp_path / other).items()), other
+    told = {out: read_manifest(tmp_path / out) for out in ("usual", "maskless")}
+    assert "sees_mask" not in told["usual"].about, "as before it was told"
+    assert (told["usual"].follows_masks, told["maskless"].follows_masks) == (True, False)
 
 
 def test_a_dry_run_tells_of_the_network(state, config_of, tmp_path):

@@ -1,6 +1,7 @@
 """A small grid from shards to report: done once, by any number of workers, and summed up from what lies there."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from small_sets import config_of, draw, phantoms, trained_on
 
 from ccmdist.ccm.groups import CLINICAL_GROUPS
-from ccmdist.data.manifest import read_manifest
+from ccmdist.data.manifest import commit_manifest, read_manifest
 from ccmdist.evaluation.comparison import compare
 from ccmdist.evaluation.downstream import grid
 from ccmdist.evaluation.downstream.cells import PROBABILITIES
@@ -58,6 +59,21 @@ def test_the_grid_is_told_before_it_is_trained(world):
     lines = describe(open_sets(given), given.downstream)
     assert lines[0] == "downstream, diagnosis: 8 trainings of 4 steps, 2 folds x 2 seeds x 2 arms (real, x:0.5)"
     assert lines[2].startswith("downstream, left out: diagnosis, arm x:9: in fold 0, x has ")
+
+
+def test_nobody_learns_to_segment_from_images_that_were_drawn_from_prompts_alone(world, tmp_path):
+    shutil.copytree(world / "x", tmp_path / "x")
+    drawn = read_manifest(tmp_path / "x")
+    commit_manifest(tmp_path / "x", "synthetic", drawn.shards, drawn.about | {"sees_mask": False})
+    arms = "downstream.arms=[real,'x:0.5',only x]"
+    given = config_of(world / "real", {"x": tmp_path / "x"}, tmp_path / "out", arms)
+    grid_of = planned(open_sets(given), given.downstream)
+    arms_of = {task.task: [arm.text for arm in task.arms] for task in grid_of.tasks}
+    assert arms_of == {"diagnosis": ["real", "x:0.5", "only x"], "segmentation": ["real"]}
+    reason = "x was drawn from prompts alone, so its masks do not show the nerves of its images"
+    assert {(one.what, one.reason) for one in grid_of.left_out} == {
+        (f"segmentation, arm {arm}", reason) for arm in ("x:0.5", "only x")
+    }
 
 
 def test_every_arm_has_equal_steps_and_the_images_that_its_name_says(summary):
