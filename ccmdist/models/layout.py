@@ -59,7 +59,7 @@ class FolderLayout:
         has_comfyui_names: Whether the names that ComfyUI has for its linears are known, which are diffusers' own.
         output_tolerance: By how much of the largest output equal models may differ whose terms are added in another
             order: rounding, in fp32.
-        max_conditions: How many condition images the transformer may be shown.
+        can_complete: Whether its transformer may be shown a second condition image, one with a hole to fill.
     """
 
     kind: ModelKind
@@ -85,7 +85,18 @@ class FolderLayout:
     can_compile: bool = False
     has_comfyui_names: bool = False
     output_tolerance: float = 1e-5
-    max_conditions: int = 1
+    can_complete: bool = False
+
+    def selects(self, target: str, linear: str) -> bool:
+        """Whether a target of an adapter means a linear.
+
+        Args:
+            target: Name of a group, or a suffix of names such as "attn.to_q".
+            linear: Its name in its block.
+        """
+        if target in self.target_groups:
+            return linear.startswith(self.target_groups[target])
+        return f".{linear}".endswith(f".{target}")
 
     def published_as(self, path: Path, version: Version | None) -> str:
         """Where the model in a folder is published, by its version or the folder's name; "" if in one of several."""
@@ -116,7 +127,7 @@ QWEN: Final = FolderLayout(
     can_quantize=True,
     can_compile=True,
     has_comfyui_names=True,
-    max_conditions=2,
+    can_complete=True,
 )
 MSDM: Final = FolderLayout(
     kind="msdm",

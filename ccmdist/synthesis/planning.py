@@ -22,8 +22,6 @@ from ccmdist.synthesis.requests import batches_of
 
 UNTUNED: Final = "untuned"
 """Stands for the digest of an adapter where there is none."""
-NUM_SHOWN_TO_COMPLETE: Final = 2
-"""Condition images of a model that fills holes: what stands for the nerves, and the image with its hole."""
 NONE: Final = "none"
 """Stands for the digest of what a network from scratch does not have."""
 
@@ -52,10 +50,9 @@ def base_of_adapters(config: SynthesizeConfig) -> ModelFolder:
             f"{config.data.model}: {model.title} draws with a network that was trained on it, and none is named",
             "add network=RUN/network, or set data.model to the folder of a model that adapters are trained for",
         )
-    if config.completes and model.layout.max_conditions < NUM_SHOWN_TO_COMPLETE:
+    if config.completes and not model.layout.can_complete:
         raise ConfigError(
-            f"objective: {config.objective} shows a model two condition images, {model.title} takes "
-            f"{model.layout.max_conditions}",
+            f"objective: {config.objective} shows a model two condition images, {model.title} takes 1",
             "set data.model to a folder of Qwen-Image-Edit, or objective=synthesis",
         )
     unable = {

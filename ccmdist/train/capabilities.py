@@ -24,11 +24,9 @@ def refuse_unable(config: TrainConfig, folder: ModelFolder) -> None:
             f"base: {config.base} is for Qwen-Image-Edit alone, {folder.path} holds {folder.title}",
             "set base=bf16 or fp32",
         )
-    num_conditions = 2 if config.objective.completion_share else 1
-    if num_conditions > layout.max_conditions:
+    if config.objective.completion_share and not layout.can_complete:
         raise ConfigError(
-            f"objective.adapters: completion shows a model two condition images, {folder.title} takes "
-            f"{layout.max_conditions}",
+            f"objective.adapters: completion shows a model two condition images, {folder.title} takes 1",
             "set data.model to a folder of Qwen-Image-Edit, or train objective.kind edit",
         )
     if config.adapter.growth and config.adapter.growth.rank_budget is not None and not layout.is_planned:
