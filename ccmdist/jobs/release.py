@@ -33,7 +33,8 @@ def release(folder: Path, report: Path, out: Path, licence: str = "", dry_run: b
         dry_run: Check all, tell what would be written, and write nothing.
 
     Raises:
-        RunError: If the set did not pass, was never judged, was changed since, or ``out`` holds something else.
+        RunError: If the set did not pass, was never judged, was changed since, has masks or prompts that are not those
+            of its images, or ``out`` holds something else.
         ShardError: If a shard is damaged, or holds what a set may not hold.
     """
     if set(licence) - set(LICENCE_CHARACTERS):
