@@ -45,6 +45,7 @@ class FolderLayout:
         schedule: What noise levels depend on besides the scheduler's config, see `diffusion.flow.sampling_sigmas`.
         blocks: Lists of blocks of the transformer, in the order in which they run -> the key of its config that says
             how many there are.
+        target_groups: Names for groups of linears in a block, as `adapter.targets` has them -> how those of each begin.
         published: Values of the transformer's config that only the published model has.
         repositories: Where it is published, the usual one first.
         folders: What a folder is called that a run leaves, where no other model is in one so called.
@@ -72,6 +73,7 @@ class FolderLayout:
     words: Mapping[str, str | int] = field(default_factory=dict)
     schedule: Mapping[str, str] = field(default_factory=dict)
     blocks: Mapping[str, str] = field(default_factory=dict)
+    target_groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     published: Mapping[str, int] = field(default_factory=dict)
     repositories: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
@@ -119,6 +121,7 @@ QWEN: Final = FolderLayout(
         ("tokenizer/tokenizer.json", "tokenizer/merges.txt"),
     ),
     blocks={"transformer_blocks": "num_layers"},
+    target_groups={"attn": ("attn.",), "mlp": ("img_mlp.", "txt_mlp.")},
     published={"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128},
     repositories=(REPOSITORIES["2509"], *REPOSITORIES.values()),
     versions=REPOSITORIES,
@@ -156,6 +159,7 @@ FLUX: Final = FolderLayout(
     tokenizers=("tokenizer", "tokenizer_2"),
     encoders=("vae", "text_encoder", "text_encoder_2"),
     blocks={"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"},
+    target_groups={"attn": ("attn.",), "mlp": ("ff.", "ff_context.", "proj_mlp", "proj_out")},
     published={"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "joint_attention_dim": 4096},
     repositories=("black-forest-labs/FLUX.1-Kontext-dev",),
     licence="the FLUX.1 [dev] Non-Commercial License",
@@ -190,6 +194,7 @@ KANDINSKY: Final = FolderLayout(
     },
     schedule={"_levels": "scheduler"},
     blocks={"text_transformer_blocks": "num_text_blocks", "visual_transformer_blocks": "num_visual_blocks"},
+    target_groups={"attn": ("self_attention.", "cross_attention."), "mlp": ("feed_forward.",)},
     published={"num_visual_blocks": 50, "model_dim": 2560, "ff_dim": 10240},
     repositories=("kandinskylab/Kandinsky-5.0-I2I-Lite-sft-Diffusers",),
     licence="the licence that its repository states",

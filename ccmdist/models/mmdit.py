@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ccmdist.models.building import with_weights, without_weights
 from ccmdist.models.checkpoint_io import OnRows
+from ccmdist.models.layout import QWEN
 from ccmdist.models.leaf_blocks import arguments_of, make_leaves, positional
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.modulation_table import ModulationTable, is_tabled
@@ -22,8 +23,6 @@ from ccmdist.models.target_linears import chosen_linears
 BLOCK_ARGUMENTS: Final = arguments_of(QwenImageTransformerBlock)
 STREAMS: Final = ("hidden_states", "encoder_hidden_states")
 PositionalBlock: Final = positional(QwenImageTransformerBlock, STREAMS)
-TARGET_GROUPS: Final = {"attn": ("attn.",), "mlp": ("img_mlp.", "txt_mlp.")}
-"""Names for groups of linears in a block, and how the linears of each begin."""
 
 
 def skeleton(folder: ModelFolder) -> QwenImageTransformer2DModel:
@@ -77,7 +76,7 @@ def linear_names(model: QwenImageTransformer2DModel, targets: tuple[str, ...]) -
     Raises:
         ConfigError: If a target selects nothing.
     """
-    return chosen_linears(model, ("transformer_blocks",), targets, TARGET_GROUPS, dead(model))
+    return chosen_linears(model, QWEN, targets, dead(model))
 
 
 def dead(model: QwenImageTransformer2DModel) -> list[str]:

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, Final, Literal, NamedTuple, Self
 
 from ccmdist.errors import ConfigError, ModelError
+from ccmdist.models.layout import QWEN
 
 Stream = Literal["img", "txt", "time"]
 """What passes a linear: the tokens of target and mask, those of the text, or one vector per sample."""
@@ -28,7 +29,6 @@ TIME_CHANNELS: Final = 256
 """Sines and cosines of a timestep, before the time embedding."""
 MODULATION: Final = 6
 """Vectors by which each stream of a block is modulated: shift, scale and gate, of attention and of the MLP."""
-TARGET_GROUPS: Final = {"attn": ("attn.",), "mlp": ("img_mlp.", "txt_mlp.")}
 DEAD_IN_LAST_BLOCK: Final = frozenset({"attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2"})
 """Linears that reach only the last block's text output, which nobody reads; they get no adapter."""
 UNREAD: Final = DEAD_IN_LAST_BLOCK - {"attn.add_q_proj"}
@@ -175,7 +175,7 @@ class Transformer:
         """
         linears = self.modulation[:1] + self.block[:8] + self.block[8:10] + self.modulation[1:] + self.block[10:]
         for target in targets:
-            if not any(_selects(target, linear.name) for linear in linears):
+            if not any(QWEN.selects(target, linear.name) for linear in linears):
                 raise ConfigError(
                     f"adapter.targets: '{target}' matches none of the linear layers in the blocks",
                     f"use attn, mlp, or suffixes of {', '.join(linear.name for linear in linears)}",
@@ -183,15 +183,9 @@ class Transformer:
         for index in range(self.num_layers):
             dead = DEAD_IN_LAST_BLOCK if index == self.num_layers - 1 else ()
             for linear in linears:
-                if linear.name not in dead and any(_selects(target, linear.name) for target in targets):
+                if linear.name not in dead and any(QWEN.selects(target, linear.name) for target in targets):
                     yield index, linear
 
     def is_modulation_adapted(self, targets: tuple[str, ...]) -> bool:
         """Whether an adapter sits in the modulation, which then cannot be tabulated."""
         return any(linear.stream == "time" for _, linear in self.adapted(targets))
-
-
-def _selects(target: str, name: str) -> bool:
-    if target in TARGET_GROUPS:
-        return name.startswith(TARGET_GROUPS[target])
-    return f".{name}".endswith(f".{target}")

@@ -9,11 +9,6 @@ from ccmdist.config.train import TrainConfig, WDLoRASettings
 from ccmdist.errors import ModelError
 from ccmdist.models.model_folder import ModelFolder
 
-GROUPS: Final = {
-    "attn": (".attn.", "_attention."),
-    "mlp": ("_mlp.", ".ff.", ".ff_context.", ".proj_mlp.", ".proj_out.", ".feed_forward."),
-}
-"""Names for groups of linears -> what the names of their weights have in them, in the blocks of all models."""
 BYTES_PER_VALUE: Final = 12
 """An fp32 value and two moments of the optimizer."""
 
@@ -34,21 +29,20 @@ def num_values(config: TrainConfig) -> int:
     """About how many values are trained, at most where ranks grow: some of the last block are left out in truth."""
     rank = config.adapter.lora_rank
     magnitude = isinstance(config.adapter, WDLoRASettings)
-    parts = [part for target in config.adapter.targets for part in GROUPS.get(target, (target,))]
-    shapes = [shape for name, shape in _shapes(config.data.model) if any(part in name for part in parts)]
+    folder, targets = ModelFolder.open(config.data.model), config.adapter.targets
+    shapes = [shape for name, shape in _shapes(folder) if any(folder.layout.selects(one, name) for one in targets)]
     of_each = sum(rank * (rows + columns) + magnitude * rows for rows, columns in shapes)
     return config.objective.num_adapters * of_each
 
 
-def _shapes(model: Path) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Name and shape of every matrix in the blocks of the transformer."""
-    folder = ModelFolder.open(model)
+def _shapes(folder: ModelFolder) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Name in its block and shape of every matrix in the blocks of the transformer."""
     blocks = tuple(f"{name}." for name in folder.layout.blocks)
     files = set(folder.weight_files("transformer").values())
     for name, entry in (item for file in sorted(files) for item in _header(file).items()):
         shape = entry.get("shape", ())
         if name.startswith(blocks) and name.endswith(".weight") and len(shape) == 2:
-            yield name, (shape[0], shape[1])
+            yield name.removesuffix(".weight").split(".", 2)[2], (shape[0], shape[1])
 
 
 def _header(file: Path) -> dict[str, Any]:

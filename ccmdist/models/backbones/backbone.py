@@ -17,7 +17,7 @@ from ccmdist.models.checkpoint_io import OnRows
 from ccmdist.models.leaf_blocks import make_leaves
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.modulation_table import ModulationTable
-from ccmdist.models.target_linears import Groups, chosen_linears
+from ccmdist.models.target_linears import chosen_linears
 
 PROBE_HW, NUM_PROBE_TEXT_TOKENS = (4, 4), 7
 """Of inputs on which models are compared."""
@@ -38,7 +38,6 @@ class Backbone(ABC):
     """Its class in diffusers."""
     text: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
     """Names of cached tensors that stand for the prompt."""
-    target_groups: ClassVar[Groups]
     leaves: ClassVar[Mapping[str, type[nn.Module]]]
     """Name of a list of blocks -> their class as ZeRO-3 is to see it, see :func:`leaf_blocks.positional`."""
     guidance: ClassVar[Literal["rescaled", "plain"]] = "plain"
@@ -89,7 +88,7 @@ class Backbone(ABC):
         Raises:
             ConfigError: If a target selects nothing.
         """
-        return chosen_linears(model, self.folder.layout.blocks, targets, self.target_groups, self.dead(model))
+        return chosen_linears(model, self.folder.layout, targets, self.dead(model))
 
     @abstractmethod
     def dead(self, model: nn.Module) -> list[str]:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ccmdist.models.backbones.backbone import NUM_PROBE_TEXT_TOKENS, PROBE_HW, Backbone, Text
 from ccmdist.models.leaf_blocks import positional
 from ccmdist.models.model_folder import ModelFolder
-from ccmdist.models.target_linears import Groups
 
 EMBEDDED_GUIDANCE: Final = 3.5
 """What the distilled model is told its guidance is, in training as in sampling: the stock pipeline's default."""
@@ -29,7 +28,6 @@ class FluxKontext(Backbone):
 
     transformer = FluxTransformer2DModel
     text = ("prompt_embeds", "pooled_prompt_embeds")
-    target_groups: ClassVar[Groups] = {"attn": ("attn.",), "mlp": ("ff.", "ff_context.", "proj_mlp", "proj_out")}
     leaves: ClassVar[Mapping[str, type[nn.Module]]] = {
         "transformer_blocks": positional(FluxTransformerBlock, STREAMS),
         "single_transformer_blocks": positional(FluxSingleTransformerBlock, STREAMS),

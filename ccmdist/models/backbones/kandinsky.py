@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ccmdist.models.backbones.backbone import NUM_PROBE_TEXT_TOKENS, PROBE_HW, Backbone, Text
 from ccmdist.models.leaf_blocks import positional
-from ccmdist.models.target_linears import Groups
 
 NUM_TIMES: Final = 1000
 """The model is told sigma in thousandths."""
@@ -28,7 +27,6 @@ class Kandinsky(Backbone):
 
     transformer = Kandinsky5Transformer3DModel
     text = ("prompt_embeds", "pooled_prompt_embeds")
-    target_groups: ClassVar[Groups] = {"attn": ("self_attention.", "cross_attention."), "mlp": ("feed_forward.",)}
     leaves: ClassVar[Mapping[str, type[nn.Module]]] = {
         "text_transformer_blocks": positional(Kandinsky5TransformerEncoderBlock, ("x",)),
         "visual_transformer_blocks": positional(Kandinsky5TransformerDecoderBlock, ("visual_embed", "text_embed")),

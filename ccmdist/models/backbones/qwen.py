@@ -18,7 +18,6 @@ class Qwen(Backbone):
     """Of any version; the mask is seen as further image tokens, and by the text encoder."""
 
     transformer = QwenImageTransformer2DModel
-    target_groups = mmdit.TARGET_GROUPS
     leaves: ClassVar[Mapping[str, type[nn.Module]]] = {"transformer_blocks": mmdit.PositionalBlock}
     guidance = "rescaled"
     can_tabulate = True
