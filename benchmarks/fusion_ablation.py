@@ -26,7 +26,7 @@ from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.cluster.ranks import Ranks
 from ccmdist.config.data import PhantomShardsConfig
 from ccmdist.config.loading import load
-from ccmdist.config.objectives import SegmentSettings
+from ccmdist.config.objectives.mdf_mllm import SegmentSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.phantom_shards import write_phantom_set
 from ccmdist.data.shard_samples import ShardSamples

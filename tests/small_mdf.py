@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ccmdist.config.objectives import DiagnoseSettings
+from ccmdist.config.objectives.mdf_mllm import DiagnoseSettings
 from ccmdist.models.make_mllm import TINY, make_mllm
 
 CHANNELS = (4, 4, 8, 8, 16, 4)

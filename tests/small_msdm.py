@@ -2,7 +2,7 @@
 
 import torch
 
-from ccmdist.config.objectives import MsdmSettings, MsdmVaeSettings
+from ccmdist.config.objectives.msdm import MsdmSettings, MsdmVaeSettings
 from ccmdist.models import msdm, msdm_unet
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.msdm import SCALING_FACTOR, make_vae

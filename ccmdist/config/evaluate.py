@@ -9,7 +9,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 
 from ccmdist.config.arms import Arm, expanded
 from ccmdist.config.data import Split
-from ccmdist.config.objectives import UNET_FACTOR, DiagnoseSettings
+from ccmdist.config.objectives.mdf_mllm import UNET_FACTOR, DiagnoseSettings
 from ccmdist.config.settings import Settings, free
 
 SET_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}"

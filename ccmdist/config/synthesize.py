@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ccmdist.config.data import DataSettings, Split
-from ccmdist.config.objectives import AdapterName
+from ccmdist.config.objectives.objective import AdapterName
 from ccmdist.config.settings import Settings, free
 
 

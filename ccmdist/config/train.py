@@ -6,7 +6,9 @@ from typing import Annotated, Any, Final, Literal, Self, get_args
 from pydantic import Discriminator, Field, SerializerFunctionWrapHandler, Tag, model_serializer, model_validator
 
 from ccmdist.config.data import DataSettings
-from ccmdist.config.objectives import EditSettings, NetworkKind, ObjectiveSettings, objective_kind
+from ccmdist.config.objectives.adapters import EditSettings
+from ccmdist.config.objectives.choice import ObjectiveSettings, objective_kind
+from ccmdist.config.objectives.objective import NetworkKind
 from ccmdist.config.settings import Settings, free
 from ccmdist.errors import ConfigError
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 from ccmdist.ccm.groups import CLINICAL_GROUPS
-from ccmdist.config.objectives import NetworkKind
+from ccmdist.config.objectives.objective import NetworkKind
 from ccmdist.data.manifest import MANIFEST, SPLITS, Manifest, ShardEntry
 from ccmdist.data.reader import read_shard
 from ccmdist.data.triple import COMPOSITE_MARK, META, SYNTHETIC_MARK, check_key

@@ -16,7 +16,7 @@ from typing import Final, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ccmdist.config.objectives import NUM_NOISE_LEVELS, MsdmSettings
+from ccmdist.config.objectives.msdm import NUM_NOISE_LEVELS, MsdmSettings
 from ccmdist.errors import ConfigError
 
 NUM_LEVELS: Final = NUM_NOISE_LEVELS

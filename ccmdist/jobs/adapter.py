@@ -19,7 +19,7 @@ from ccmdist.adapters.merge import merged_rows, row_slices
 from ccmdist.adapters.state import WEIGHTS_FILE, AdapterState, read_adapter, write_adapter
 from ccmdist.adapters.wdlora import RowState
 from ccmdist.commit import commit_bytes, committed_file, sync_folder, temporary_name
-from ccmdist.config.objectives import DualSettings
+from ccmdist.config.objectives.adapters import DualSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import log, tracked
 from ccmdist.errors import AdapterError, ModelError

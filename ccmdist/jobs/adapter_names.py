@@ -6,7 +6,9 @@ from typing import Final, get_args
 
 from ccmdist.cluster.run_directory import RunDirectory
 from ccmdist.config.loading import validate
-from ccmdist.config.objectives import AdapterName, DualSettings, ObjectiveSettings
+from ccmdist.config.objectives.adapters import DualSettings
+from ccmdist.config.objectives.choice import ObjectiveSettings
+from ccmdist.config.objectives.objective import AdapterName
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.config.train import TrainConfig
 from ccmdist.errors import AdapterError, ConfigError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from ccmdist.cluster.run_directory import RunDirectory, committed_paths
 from ccmdist.config.data import DataSettings
 from ccmdist.config.loading import resolved, validate
-from ccmdist.config.objectives import DualSettings
+from ccmdist.config.objectives.adapters import DualSettings
 from ccmdist.config.select import SelectConfig
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.config.train import TrainConfig

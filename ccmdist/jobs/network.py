@@ -7,7 +7,9 @@ from typing import Final
 from torch import Tensor
 
 from ccmdist.cluster.device import current_device
-from ccmdist.config.objectives import DualSettings, EditSettings, MsdmVaeSettings, NetworkKind
+from ccmdist.config.objectives.adapters import DualSettings, EditSettings
+from ccmdist.config.objectives.msdm import MsdmVaeSettings
+from ccmdist.config.objectives.objective import NetworkKind
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.shard_samples import ShardSamples
 from ccmdist.errors import ModelError

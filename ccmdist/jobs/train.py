@@ -17,7 +17,8 @@ from ccmdist.cluster.sections import job_began
 from ccmdist.commit import commit_json
 from ccmdist.config.data import DataSettings
 from ccmdist.config.loading import resolved
-from ccmdist.config.objectives import DiagnoseSettings, DualSettings
+from ccmdist.config.objectives.adapters import DualSettings
+from ccmdist.config.objectives.mdf_mllm import DiagnoseSettings
 from ccmdist.config.train import TrainConfig, system_of
 from ccmdist.data.cache_index import find_cache, indexes
 from ccmdist.data.cached_samples import CachedSamples

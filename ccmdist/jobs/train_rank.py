@@ -19,7 +19,8 @@ from ccmdist.cluster.run_directory import Outcome, RunDirectory
 from ccmdist.cluster.sections import Sections, job_began
 from ccmdist.cluster.watchdog import Watchdog
 from ccmdist.config.loading import validate
-from ccmdist.config.objectives import DiagnoseSettings, DualSettings
+from ccmdist.config.objectives.adapters import DualSettings
+from ccmdist.config.objectives.mdf_mllm import DiagnoseSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import log, start_logging
 from ccmdist.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_REFUSED, CcmdistError

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccmdist.config.objectives import ModelKind
+from ccmdist.config.objectives.objective import ModelKind
 from ccmdist.models.model_folder import ModelFolder
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from ccmdist.config.objectives import ModelKind
+from ccmdist.config.objectives.objective import ModelKind
 from ccmdist.models.template import KANDINSKY_AFTER, KANDINSKY_BEFORE, KANDINSKY_NUM_DROPPED_TOKENS, Version
 
 WEIGHT_FILES: Final = {

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ccmdist.ccm.groups import CLINICAL_GROUPS, ClinicalGroup
 from ccmdist.commit import digest_of
-from ccmdist.config.objectives import MaisiSettings
+from ccmdist.config.objectives.baselines import MaisiSettings
 
 LATENT_CHANNELS: Final = 16
 NULL_CLASS: Final = len(CLINICAL_GROUPS)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ccmdist.commit import digest_of
-from ccmdist.config.objectives import DiagnoseSettings, SegmentSettings
+from ccmdist.config.objectives.mdf_mllm import DiagnoseSettings, SegmentSettings
 from ccmdist.errors import OF_THE_MACHINE, ModelError
 from ccmdist.models.model_folder import content_digest
 from ccmdist.models.network_folder import ABOUT_FILE, read_about

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ccmdist.ccm.groups import CLINICAL_GROUPS
-from ccmdist.config.objectives import DiagnoseSettings
+from ccmdist.config.objectives.mdf_mllm import DiagnoseSettings
 from ccmdist.models.fusion import Film, GatedCrossAttention, LevelTokens
 from ccmdist.models.mdf_base import LLM
 from ccmdist.models.mllm import Mllm

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ccmdist.commit import digest_of, sha256_of_file
-from ccmdist.config.objectives import ModelKind
+from ccmdist.config.objectives.objective import ModelKind
 from ccmdist.errors import OF_THE_MACHINE, ModelError
 from ccmdist.models.layout import (
     LAYOUTS,

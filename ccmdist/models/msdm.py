@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ccmdist.commit import commit_bytes, commit_json, committed_file
-from ccmdist.config.objectives import MsdmSettings, MsdmVaeSettings
+from ccmdist.config.objectives.msdm import MsdmSettings, MsdmVaeSettings
 from ccmdist.errors import ConfigError
 from ccmdist.models.encoders import grey_of_rgb, rgb_for
 from ccmdist.models.model_folder import MSDM_WEIGHT_FILES, ModelFolder

@@ -32,7 +32,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from ccmdist.commit import commit_json, committed_file, digest_of
-from ccmdist.config.objectives import MsdmSettings
+from ccmdist.config.objectives.msdm import MsdmSettings
 from ccmdist.errors import ConfigError
 
 PARTS: Final = ("vae", "text_encoder", "tokenizer")

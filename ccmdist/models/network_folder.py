@@ -13,15 +13,10 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ccmdist.commit import commit_json
-from ccmdist.config.objectives import (
-    DiagnoseSettings,
-    MaisiSettings,
-    MsdmSettings,
-    MsdmVaeSettings,
-    NetworkKind,
-    SegmentSettings,
-    SpadeSettings,
-)
+from ccmdist.config.objectives.baselines import MaisiSettings, SpadeSettings
+from ccmdist.config.objectives.mdf_mllm import DiagnoseSettings, SegmentSettings
+from ccmdist.config.objectives.msdm import MsdmSettings, MsdmVaeSettings
+from ccmdist.config.objectives.objective import NetworkKind
 from ccmdist.errors import OF_THE_MACHINE, ModelError
 
 ABOUT_FILE: Final = "network.json"

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ccmdist.commit import committed_file
-from ccmdist.config.objectives import MsdmSettings, MsdmVaeSettings, NetworkKind
+from ccmdist.config.objectives.msdm import MsdmSettings, MsdmVaeSettings
+from ccmdist.config.objectives.objective import NetworkKind
 from ccmdist.errors import ModelError
 from ccmdist.models import maisi, msdm, msdm_unet, spade, unet
 from ccmdist.models.network_folder import NETWORK_FILE, REMEDY, NetworkAbout

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ccmdist.ccm.groups import CLINICAL_GROUPS, ClinicalGroup
-from ccmdist.config.objectives import SpadeSettings
+from ccmdist.config.objectives.baselines import SpadeSettings
 
 NUM_LABELS: Final = 2 + len(CLINICAL_GROUPS)
 GENERATOR: Final = "generator"

@@ -12,7 +12,7 @@ import torch
 from monai.networks.nets import BasicUNet
 from torch import Tensor
 
-from ccmdist.config.objectives import UnetSettings
+from ccmdist.config.objectives.mdf_mllm import UnetSettings
 
 NUM_LEVELS: Final = 5
 """Of the image's own size, and of half of it, and so on; the first is read by nobody."""

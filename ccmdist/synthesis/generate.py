@@ -18,7 +18,7 @@ from torch import Tensor
 from ccmdist.adapters.state import AdapterState
 from ccmdist.cluster.device import current_device
 from ccmdist.config.data import PX_PER_TOKEN
-from ccmdist.config.objectives import AdapterName
+from ccmdist.config.objectives.objective import AdapterName
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.console import log, tracked
 from ccmdist.data.cache_index import CacheEntry

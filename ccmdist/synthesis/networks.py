@@ -15,7 +15,9 @@ from torch import Tensor
 from ccmdist.ccm.groups import ClinicalGroup
 from ccmdist.cluster.device import current_device
 from ccmdist.config.data import PX_PER_TOKEN, DataSettings
-from ccmdist.config.objectives import AdapterName, MsdmSettings, NetworkKind, SpadeSettings
+from ccmdist.config.objectives.baselines import SpadeSettings
+from ccmdist.config.objectives.msdm import MsdmSettings
+from ccmdist.config.objectives.objective import AdapterName, NetworkKind
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.console import log
 from ccmdist.data.cache_index import CacheEntry

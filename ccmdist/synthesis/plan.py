@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ccmdist.commit import commit_json, digest_of
 from ccmdist.config.data import Dtype, HoleSettings, Prompts, Split, Structure
-from ccmdist.config.objectives import NetworkKind
+from ccmdist.config.objectives.objective import NetworkKind
 from ccmdist.data.given_prompts import prompted_group
 from ccmdist.data.manifest import MANIFEST
 from ccmdist.data.writer import shards_in

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ccmdist.commit import digest_of
-from ccmdist.config.objectives import NUM_NOISE_LEVELS
+from ccmdist.config.objectives.msdm import NUM_NOISE_LEVELS
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.console import log
 from ccmdist.data.cache_index import CacheEntry, find_cache, flips, indexes

@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any, Final
 
 from ccmdist.ccm.groups import ClinicalGroup
-from ccmdist.config.objectives import AdapterName
+from ccmdist.config.objectives.objective import AdapterName
 from ccmdist.config.synthesize import SynthesizeConfig
 from ccmdist.data.cache_index import CacheEntry
 from ccmdist.data.triple import MAX_KEY_LENGTH

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from ccmdist.ccm.groups import CLINICAL_GROUPS
-from ccmdist.config.objectives import DiagnoseSettings
+from ccmdist.config.objectives.mdf_mllm import DiagnoseSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.cache_index import CacheEntry
 from ccmdist.errors import ConfigError

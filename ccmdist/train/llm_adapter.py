@@ -5,7 +5,7 @@ from typing import Final
 from torch import Tensor
 
 from ccmdist.adapters.state import AdapterState
-from ccmdist.config.objectives import DiagnoseSettings
+from ccmdist.config.objectives.mdf_mllm import DiagnoseSettings
 from ccmdist.config.train import AdapterSettings, LoRASettings, WDLoRASettings
 from ccmdist.models.mdf_base import LLM
 from ccmdist.models.network_state import NetworkState

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ccmdist.adapters.injection import RowSquares, inject
-from ccmdist.config.objectives import DiagnoseSettings
+from ccmdist.config.objectives.mdf_mllm import DiagnoseSettings
 from ccmdist.errors import ConfigError, ModelError
 from ccmdist.models.mdf_base import base_digest, check_base
 from ccmdist.models.mdf_mllm import Fusion, MdfMllm

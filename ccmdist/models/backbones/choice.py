@@ -6,7 +6,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ccmdist.config.objectives import ModelKind
+from ccmdist.config.objectives.objective import ModelKind
 from ccmdist.models.backbones.backbone import Backbone
 from ccmdist.models.model_folder import ModelFolder
 

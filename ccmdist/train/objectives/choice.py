@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Final
 
 from ccmdist.cluster.process_group import ProcessGroup
-from ccmdist.config.objectives import ObjectiveKind
+from ccmdist.config.objectives.objective import ObjectiveKind
 from ccmdist.config.train import TrainConfig
 from ccmdist.train.objectives.objective import Objective
 

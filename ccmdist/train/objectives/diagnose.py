@@ -18,7 +18,7 @@ from ccmdist.adapters.injection import AdaptedLinears
 from ccmdist.ccm.diagnosis_prompts import all_diagnosis_prompts, diagnosis_prompt
 from ccmdist.ccm.groups import CLINICAL_GROUPS, ClinicalGroup
 from ccmdist.cluster.process_group import ProcessGroup
-from ccmdist.config.objectives import DiagnoseSettings
+from ccmdist.config.objectives.mdf_mllm import DiagnoseSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.cache_index import CacheEntry
 from ccmdist.data.shard_samples import ShardSamples

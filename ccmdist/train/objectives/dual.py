@@ -25,7 +25,8 @@ import torch
 
 from ccmdist.adapters.named import NamedAdapters, inject_named
 from ccmdist.cluster.process_group import ProcessGroup
-from ccmdist.config.objectives import AdapterName, DualSettings
+from ccmdist.config.objectives.adapters import DualSettings
+from ccmdist.config.objectives.objective import AdapterName
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.holes import hole_tokens, unpacked
 from ccmdist.diffusion import flow

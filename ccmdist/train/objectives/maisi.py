@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ccmdist.cluster.process_group import ProcessGroup
-from ccmdist.config.objectives import MaisiSettings
+from ccmdist.config.objectives.baselines import MaisiSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.shard_samples import ShardSamples
 from ccmdist.diffusion import flow

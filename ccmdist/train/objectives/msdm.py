@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ccmdist.cluster.process_group import ProcessGroup
-from ccmdist.config.objectives import MsdmSettings
+from ccmdist.config.objectives.msdm import MsdmSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.cache_index import CacheEntry
 from ccmdist.data.stream import collated

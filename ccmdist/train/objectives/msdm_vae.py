@@ -16,7 +16,7 @@ from ccmdist.ccm.prompts import longest_prompts
 from ccmdist.ccm.segmenter import segment
 from ccmdist.cluster.process_group import ProcessGroup
 from ccmdist.commit import digest_of, sha256_of_file
-from ccmdist.config.objectives import MsdmVaeSettings
+from ccmdist.config.objectives.msdm import MsdmVaeSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.console import log
 from ccmdist.data.stream import collated

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ccmdist.ccm.overlap import centreline_dice
 from ccmdist.cluster.process_group import ProcessGroup
-from ccmdist.config.objectives import SegmentSettings
+from ccmdist.config.objectives.mdf_mllm import SegmentSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.stream import collated
 from ccmdist.models.unet import make_unet

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 
 from ccmdist.cluster.process_group import ProcessGroup
-from ccmdist.config.objectives import SpadeSettings
+from ccmdist.config.objectives.baselines import SpadeSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.stream import collated
 from ccmdist.diffusion.seeding import generator

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from ccmdist.config.objectives import MsdmSettings
+from ccmdist.config.objectives.msdm import MsdmSettings
 from ccmdist.diffusion import ddpm
 from ccmdist.errors import ConfigError
 from ccmdist.models.msdm_unet import scheduler_config

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 import ccmdist
-from ccmdist.config.objectives import ModelKind
+from ccmdist.config.objectives.objective import ModelKind
 from ccmdist.models import layout
 from ccmdist.models.backbones.backbone import Backbone
 from ccmdist.models.backbones.choice import BACKBONES, PROBES

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, MllamaTextConfig, Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from ccmdist.ccm.diagnosis_prompts import all_diagnosis_prompts
-from ccmdist.config.objectives import SegmentSettings
+from ccmdist.config.objectives.mdf_mllm import SegmentSettings
 from ccmdist.errors import ConfigError, ModelError
 from ccmdist.jobs.model import make
 from ccmdist.models.make_mllm import make_mllm

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ccmdist.ccm.groups import CLINICAL_GROUPS
-from ccmdist.config.objectives import MaisiSettings, SpadeSettings
+from ccmdist.config.objectives.baselines import MaisiSettings, SpadeSettings
 from ccmdist.errors import ModelError
 from ccmdist.models import maisi, spade
 from ccmdist.models.network_folder import ABOUT_FILE, NETWORK_FILE

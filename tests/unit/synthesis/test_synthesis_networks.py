@@ -5,7 +5,7 @@ import pytest
 import torch
 from files_of_sets import contents, images_of
 
-from ccmdist.config.objectives import MaisiSettings, SpadeSettings
+from ccmdist.config.objectives.baselines import MaisiSettings, SpadeSettings
 from ccmdist.data.audit import audit_set
 from ccmdist.data.manifest import read_manifest
 from ccmdist.data.reader import read_split

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ccmdist.adapters.injection import row_squares_of
 from ccmdist.config.loading import load
-from ccmdist.config.objectives import DualSettings
+from ccmdist.config.objectives.adapters import DualSettings
 from ccmdist.config.train import TrainConfig
 from ccmdist.data.holes import hole_tokens, unpacked
 from ccmdist.data.stream import collated

@@ -9,7 +9,7 @@ from transformers import AutoModel
 
 from ccmdist.adapters.state import PEFT_NAMES, write_peft
 from ccmdist.ccm.diagnosis_prompts import all_diagnosis_prompts
-from ccmdist.config.objectives import SegmentSettings
+from ccmdist.config.objectives.mdf_mllm import SegmentSettings
 from ccmdist.errors import ConfigError, ModelError
 from ccmdist.models.make_mllm import make_mllm
 from ccmdist.models.mdf_base import base_digest

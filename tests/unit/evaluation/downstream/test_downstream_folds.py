@@ -9,7 +9,7 @@ from small_sets import config_of, draw, phantoms, samples, trained_on
 
 from ccmdist.config.arms import Arm
 from ccmdist.config.data import FoldShardsConfig
-from ccmdist.config.objectives import SegmentSettings
+from ccmdist.config.objectives.mdf_mllm import SegmentSettings
 from ccmdist.data.fold_shards import write_fold_set
 from ccmdist.data.manifest import read_manifest
 from ccmdist.data.triple import prompt_for
