@@ -1,4 +1,4 @@
-"""A small made-up evaluation from shards to report: what is refused, what is told, and that the page stands alone."""
+"""A small made-up evaluation from shards to report: what is told, and that the page stands alone."""
 
 import json
 import re
@@ -6,100 +6,23 @@ import time
 from dataclasses import replace
 from datetime import datetime
 
-import numpy as np
 import pytest
-from scipy.ndimage import gaussian_filter
 
 from ccmdist.ccm.segmenter import SEGMENTER_VERSION, segment
 from ccmdist.commit import commit_json
-from ccmdist.config.data import PhantomShardsConfig
-from ccmdist.config.evaluate import EvaluateConfig
-from ccmdist.config.loading import load, resolved
+from ccmdist.config.loading import resolved
 from ccmdist.data.phantom_shards import sample as phantom_triple
-from ccmdist.data.phantom_shards import write_phantom_set
 from ccmdist.data.reader import read_split
 from ccmdist.data.writer import write_set
-from ccmdist.errors import ConfigError, EvaluationError
+from ccmdist.errors import EvaluationError
 from ccmdist.evaluation import measures
-from ccmdist.evaluation.comparison import compare, units
+from ccmdist.evaluation.comparison import compare
 from ccmdist.evaluation.report.conclusions import may_be_concluded
-from ccmdist.evaluation.report.formatting import (
-    ABSENT,
-    MINUS,
-    by_reason,
-    fixed,
-    joined,
-    like,
-    number,
-    p_value,
-    percent,
-    signed,
-    told_once,
-)
 from ccmdist.evaluation.report.write import report_values, write_report
 from ccmdist.evaluation.sets import PROVENANCE
 from ccmdist.jobs import evaluate
 from tests.unit.evaluation.html_pages import Page, Widths
-
-SIZE_PX = 96
-
-
-def provenance(triple, digest, adapter="a" * 64):
-    return {
-        "source_key": triple.key,
-        "source_set_digest": digest,
-        "mask_sha256": "0" * 64,
-        "seed": 3,
-        "adapter_digest": adapter,
-        "base_digest": "b" * 64,
-        "denoise_steps": 12,
-        "guidance_scale": 2.0,
-        "plan_digest": "c" * 64,
-        "batch": 0,
-    }
-
-
-def drawn(triple, image, about):
-    meta = replace(triple.meta, source="synthetic", labels={}, provenance=about)
-    image = np.clip(image, 0, 255).round().astype(np.uint8)
-    return "test", replace(triple, key=f"{triple.key}-000", image=image, meta=meta)
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    """Phantoms; a set that resembles them; one whose nerves lie 4 px too low."""
-    root = tmp_path_factory.mktemp("sets")
-    settings = {
-        "subjects_per_group": 6,
-        "frames_per_subject": 2,
-        "test_fraction": 0.6,
-        "val_fraction": 0,
-        "size_px": SIZE_PX,
-    }
-    manifest = write_phantom_set(PhantomShardsConfig(out=root / "real", **settings))
-    rng = np.random.default_rng(0)
-    real = list(read_split(root / "real", "test"))
-    close = (drawn(t, t.image + rng.normal(0, 4, t.image.shape), provenance(t, manifest.digest)) for t in real)
-    write_set(root / "close", "synthetic", close, 16)
-
-    def moved(triple):
-        nerves = np.roll(gaussian_filter(triple.nerve_mask.astype(float), 1), 4, axis=0)
-        return 60 + 120 * nerves + rng.normal(0, 12, nerves.shape)
-
-    far = (drawn(t, moved(t), provenance(t, manifest.digest, "untuned")) for t in real)
-    write_set(root / "far", "synthetic", far, 16)
-    return root
-
-
-def config_of(root, out, *more):
-    overrides = [
-        f"real={root / 'real'}",
-        f"synthetic.close={root / 'close'}",
-        f"synthetic.far={root / 'far'}",
-        f"out={out}",
-        *(f"minimum.{name}_images=10" for name in ("frechet", "kernel", "neighbour")),
-    ]
-    return load(EvaluateConfig, [], [*overrides, "num_bootstrap=200", "num_grid_images=4", *more])
+from tests.unit.evaluation.resembling_sets import config_of, drawn, provenance
 
 
 @pytest.fixture(scope="module")
@@ -272,55 +195,6 @@ def test_the_command_prints_a_table_and_the_path(sets, comparison, tmp_path, cap
     assert printed.splitlines()[-1] == f"report: {config.out / 'report.html'}"
 
 
-def test_sets_on_the_wrong_side_are_refused(sets, tmp_path):
-    with pytest.raises(
-        EvaluationError, match=r"real: .*close is a synthetic set, expected real frames or phantoms; name"
-    ):
-        compare(config_of(sets, tmp_path, f"real={sets / 'close'}"))
-    with pytest.raises(
-        EvaluationError, match=r"synthetic.far: .*real is a phantom set, expected one drawn by a model; name"
-    ):
-        compare(config_of(sets, tmp_path, f"synthetic.far={sets / 'real'}"))
-
-
-def test_one_set_under_two_names_is_refused(sets, tmp_path):
-    with pytest.raises(EvaluationError, match=r"synthetic.close and synthetic.far hold the same images; name each"):
-        compare(config_of(sets, tmp_path, f"synthetic.far={sets / 'close'}"))
-
-
-def test_pixels_of_another_size_are_told_before_anything_is_measured(sets, tmp_path):
-    triple = next(read_split(sets / "real", "test"))
-    wide = replace(triple, meta=replace(triple.meta, um_per_px=2.0))
-    write_set(tmp_path / "wide", "synthetic", [drawn(wide, triple.image, provenance(triple, "d" * 64))], 16)
-    config = config_of(sets, tmp_path / "report", f"synthetic.far={tmp_path / 'wide'}")
-    with pytest.raises(EvaluationError, match=r"synthetic.far: sample .* has 2.0000 um per px, the real frame of its"):
-        units(config)
-    assert not config.out.exists()
-
-
-def test_settings_that_name_sets_strangely_are_refused(sets):
-    more = [f"synthetic.close={sets / 'close'}"]
-    for override, told in {
-        f"out={sets / 'real'}": "is the folder of real; the report needs one of its own",
-        f"synthetic.a b={sets / 'far'}": "'a b' is no name for a set, expected letters, digits, _ and -",
-        f"synthetic={sets / 'far'}": f"is a mapping of names to folders; write synthetic.NAME={sets / 'far'}",
-    }.items():
-        with pytest.raises(ConfigError, match=re.escape(told)):
-            load(EvaluateConfig, [], [f"real={sets / 'real'}", f"out={sets / 'r'}", *more, override])
-
-
-def test_a_set_that_is_not_there_is_named_with_the_command_that_makes_it(sets, tmp_path):
-    with pytest.raises(
-        EvaluationError, match=r"synthetic.far: .*nowhere holds no shard set .*; `ccmdist synthesize` makes one"
-    ):
-        compare(config_of(sets, tmp_path, f"synthetic.far={sets / 'nowhere'}"))
-
-
-def test_an_empty_split_is_named_with_those_that_are_not(sets, tmp_path):
-    with pytest.raises(EvaluationError, match=r"real: .*has no samples in split val; set split to one of: train, test"):
-        compare(config_of(sets, tmp_path, "split=val"))
-
-
 def test_images_that_do_not_say_where_they_come_from_are_refused(sets, comparison, tmp_path):
     triple = next(read_split(sets / "real", "test"))
     about = {name: value for name, value in provenance(triple, "d" * 64).items() if name != "adapter_digest"}
@@ -330,24 +204,6 @@ def test_images_that_do_not_say_where_they_come_from_are_refused(sets, compariso
     ):
         compare(config_of(sets, comparison.config.out, f"synthetic.far={tmp_path / 'silent'}"))
     assert "adapter_digest" in PROVENANCE
-
-
-def test_sets_of_two_sizes_are_refused_and_larger_real_frames_are_scaled(sets, tmp_path):
-    triples = [t for _, t in zip(range(4), read_split(sets / "real", "test"), strict=False)]
-
-    def small(triple):
-        meta = replace(triple.meta, um_per_px=2 * triple.meta.um_per_px)
-        shrunk = replace(triple, nerve_mask=triple.nerve_mask[::2, ::2], meta=meta)
-        return drawn(shrunk, triple.image[::2, ::2], provenance(triple, "d" * 64))
-
-    write_set(tmp_path / "small", "synthetic", map(small, triples), 16)
-    with pytest.raises(EvaluationError, match=r"synthetic sets differ in size: close 96x96 px, far 48x48 px; evaluate"):
-        compare(config_of(sets, tmp_path / "a", f"synthetic.far={tmp_path / 'small'}"))
-    write_set(tmp_path / "few", "synthetic", map(small, triples[:3]), 16)
-    both = [f"synthetic.close={tmp_path / 'small'}", f"synthetic.far={tmp_path / 'few'}"]
-    found = compare(config_of(sets, tmp_path / "b", *both))
-    assert found.shape == (48, 48)
-    assert found.sets[0].fidelity.measure("ssim").num_images == 4
 
 
 def test_masks_of_other_subjects_give_no_pairs_and_no_promise_of_agreement(sets, comparison, tmp_path):
@@ -382,30 +238,6 @@ def test_an_image_is_measured_in_a_fraction_of_a_second():
         measures.measured(triple, segment(triple.image))
     # So 100 frames, synthetic and real, with the segmentation of each, take less than 20 s.
     assert (time.process_time() - start) / 4 < 0.2
-
-
-def test_numbers_are_worded_for_reading():
-    assert [number(v) for v in (None, 0.0, 0.01234, 12.345, 1234.5, -0.5)] == [
-        ABSENT,
-        "0",
-        "0.0123",
-        "12.3",
-        "1234",
-        f"{MINUS}0.500",
-    ]
-    assert [like(12.3456, scale) for scale in (0.77, 12, None)] == ["12.35", "12", "12.3"]
-    assert (fixed(None, 2), fixed(-1.0, 1), signed(0.26), signed(-3.0)) == (
-        ABSENT,
-        f"{MINUS}1.0",
-        "+0.3",
-        f"{MINUS}3.0",
-    )
-    assert (percent(0.123), percent(-0.2), percent(None)) == ("+12 %", f"{MINUS}20 %", ABSENT)
-    assert list(told_once([("a", "x"), ("b", "y"), ("c", "x")])) == [(["a", "c"], "x"), (["b"], "y")]
-    omitted = [{"what": what, "reason": why} for what, why in (("a, x", "1"), ("b, x", "1"), ("c", "2"), ("d", "2"))]
-    assert list(by_reason(omitted)) == [("a, b: x", "1"), ("c; d", "2")]
-    assert [joined(names) for names in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
-    assert [p_value(p) for p in (None, 0.0001, 0.0306)] == [ABSENT, "< 0.001", "0.031"]
 
 
 def test_the_shipped_files_come_with_the_package():
