@@ -7,6 +7,7 @@ Shape suffixes: B samples, L text tokens, D text width, C latent channels, H W p
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -18,12 +19,11 @@ from transformers import AutoTokenizer, BatchEncoding, CLIPTextModel, PreTrained
 from ccmdist.errors import ConfigError
 from ccmdist.models.encoders import grey_of_rgb, load_text_encoder, rgb_for
 from ccmdist.models.model_folder import ModelFolder
+from ccmdist.models.text_encoders import MAX_KNOWN
 from ccmdist.models.vae import loaded_vae
 
 MAX_TEXT_TOKENS: Final = 512
 """Of T5, as the stock pipelines ask for; a tokenizer may take fewer."""
-MAX_KNOWN: Final = 128
-"""Texts of which embeddings are remembered: more than our wording has, and T5 takes 4 MB for each."""
 
 
 class WordEncoder:
@@ -44,20 +44,19 @@ class WordEncoder:
         encode: Callable[[BatchEncoding], Tensor],
     ) -> None:
         self.name, self.tokenizer, self.num_tokens, self._encode = name, tokenizer, num_tokens, encode
-        self._known: dict[str, Tensor] = {}
+        self._remembered = lru_cache(MAX_KNOWN)(self._encoded)
 
-    @torch.no_grad()
     def __call__(self, text: str) -> Tensor:
         """What the encoder makes of a text; of the last few different ones it is remembered.
 
         Raises:
             ConfigError: If the text is longer than the encoder takes.
         """
-        if text not in self._known:
-            if len(self._known) == MAX_KNOWN:
-                del self._known[next(iter(self._known))]
-            self._known[text] = self._encode(self._tokens(text))
-        return self._known[text]
+        return self._remembered(text)
+
+    @torch.no_grad()
+    def _encoded(self, text: str) -> Tensor:
+        return self._encode(self._tokens(text))
 
     def _tokens(self, text: str) -> BatchEncoding:
         if (count := len(self.tokenizer(text)["input_ids"])) > self.num_tokens:

@@ -7,8 +7,9 @@ Shape suffixes: B samples, L text tokens, D text width.
 """
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -36,6 +37,8 @@ MASKED: Final = ("bert", "roberta", "distilbert")
 """Read texts both ways, and so must be told what is padding; CLIP reads from left to right."""
 POOLER: Final = "pooler."
 """Weights that many checkpoints lack and that nothing here reads."""
+MAX_KNOWN: Final = 128
+"""Texts of which embeddings are remembered: more than our wording has, and T5 takes 4 MB for each."""
 TINY_LENGTH: Final = 48
 TINY: Final = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 REMEDY: Final = (
@@ -56,7 +59,6 @@ class TextEncoder:
     sees_pictures: ClassVar[bool] = False
     model: Any
     tokenizer: Any
-    _known: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def load(cls, encoder: Path, tokenizer: Path, dtype: torch.dtype, device: torch.device | str) -> "TextEncoder":
@@ -119,7 +121,7 @@ class TextEncoder:
         Raises:
             ConfigError: If a prompt is longer than the encoder takes.
         """
-        return [self._embeddings_LD(text) for text in prompts]
+        return [self._remembered(text) for text in prompts]
 
     def pooled(self, prompts: list[str]) -> list[Tensor | None]:
         """Nothing: this model has no second text encoder."""
@@ -140,11 +142,13 @@ class TextEncoder:
                     "train msdm_vae with a larger objective.max_text_tokens, or with a text encoder that takes more",
                 )
 
+    @cached_property
+    def _remembered(self) -> Callable[[str], Tensor]:
+        return lru_cache(MAX_KNOWN)(self._embeddings_LD)
+
     @torch.no_grad()
     def _embeddings_LD(self, text: str) -> Tensor:
-        """Of one prompt by itself, so that they do not depend on a batch; of equal ones, and there are few, once."""
-        if (known := self._known.get(text)) is not None:
-            return known
+        """Of one prompt by itself, so that they do not depend on a batch."""
         self.refuse_longer([text])
         given = self.tokenizer([text], padding="max_length", max_length=self.num_tokens, return_tensors="pt")
         given = given.to(next(self.model.parameters()).device)
@@ -152,7 +156,7 @@ class TextEncoder:
         states_1LD: Tensor = self.model(
             given["input_ids"], attention_mask=given["attention_mask"] if is_told else None
         )[0]
-        return self._known.setdefault(text, states_1LD[0])
+        return states_1LD[0]
 
 
 def _refuse_pickle(folder: Path) -> None:

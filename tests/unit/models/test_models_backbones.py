@@ -26,12 +26,13 @@ from ccmdist.jobs.model import TINY
 from ccmdist.models.backbones.choice import BACKBONES, backbone_of
 from ccmdist.models.backbones.flux import EMBEDDED_GUIDANCE
 from ccmdist.models.encoder_choice import load_encoders
-from ccmdist.models.flux_encoders import MAX_KNOWN, WordEncoder
+from ccmdist.models.flux_encoders import WordEncoder
 from ccmdist.models.layout import FLUX, FLUX_CONTROL, KANDINSKY, MSDM
 from ccmdist.models.make_flux import NUM_TEXT_TOKENS, make_clip_tokenizer, make_flux
 from ccmdist.models.model_folder import ModelFolder
 from ccmdist.models.processor import load_processor
 from ccmdist.models.quantized import num_bytes
+from ccmdist.models.text_encoders import MAX_KNOWN
 
 TOKENS_HW, SIZE_PX, STEPS, GUIDANCE = (4, 4), 64, 4, 2.0
 
@@ -262,7 +263,7 @@ def test_of_free_prompts_only_the_last_few_are_remembered():
     assert len(asked) == len(texts)
     encoder(texts[0])
     assert len(asked) == len(texts) + 1
-    assert len(encoder._known) == MAX_KNOWN
+    assert encoder._remembered.cache_info().currsize == MAX_KNOWN
 
 
 def test_a_model_that_is_not_there_is_told_how_to_get(world, tmp_path):
